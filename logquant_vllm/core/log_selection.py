@@ -1,0 +1,98 @@
+"""Which tokens keep a full-precision copy: the log selection of LogQuant in closed form.
+
+A sequence of ``seq_len`` tokens with window length ``W`` keeps (arXiv 2503.19950, section 3.2):
+
+- the *recent window*, the newest ``W .. 2W - 1`` tokens;
+- ``W`` *log-selected* older tokens. Each time the recent window reaches ``2W`` tokens, its oldest ``W`` are appended to
+  the log-selected ones and every other one of those ``2W`` is kept, so the density of copies halves with age.
+
+The paper runs this as a loop over steps. Here it is a function of ``(seq_len, W)`` alone, which is what a server needs:
+requests start anywhere, in chunks of any size. Write ``k = max(seq_len // W - 2, 0)`` for the number of times the
+window has been *compacted*. Then
+
+- the recent window starts at ``(k + 1) * W``;
+- slot ``i`` of the log-selected set holds the token found by undoing compactions: each one doubles the slot index, and
+  when the index reaches ``W`` it points into the chunk of ``W`` tokens that was appended in that compaction;
+- position ``p`` in chunk ``j = p // W`` entered with index ``W + p % W`` (``p`` for chunk 0) and survives ``e`` compactions
+  iff ``2**e`` divides that index.
+
+Before the first compaction (``seq_len < 3W``) every token is in full precision; slots ``0 .. W-1`` then hold the first ``W``
+tokens in order, which makes the first compaction like all the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Shifts are clamped here: no slot index (< 2W) survives this many halvings, and 1 << 30 still fits in int32.
+_MAX_SHIFT = 30
+
+
+def _check(seq_len: int, window_length: int) -> None:
+    if window_length < 2:
+        raise ValueError(f"window_length must be at least 2, got {window_length}")
+    if seq_len < 0:
+        raise ValueError(f"seq_len must not be negative, got {seq_len}")
+
+
+def num_compactions(seq_len: int, window_length: int) -> int:
+    """How many times the recent window of a sequence of ``seq_len`` tokens has been compacted."""
+    _check(seq_len, window_length)
+    return max(seq_len // window_length - 2, 0)
+
+
+def recent_window_start(seq_len: int, window_length: int) -> int:
+    """First position of the recent window; 0 while everything is in full precision (``seq_len < 3 * window_length``)."""
+    k = num_compactions(seq_len, window_length)
+    return (k + 1) * window_length if k else 0
+
+
+def log_selected_positions(seq_len: int, window_length: int) -> list[int]:
+    """Sorted positions of the log-selected tokens; empty while ``seq_len < 3 * window_length``.
+
+    Raises:
+        ValueError: for a negative ``seq_len`` or a ``window_length`` below 2.
+    """
+    k = num_compactions(seq_len, window_length)
+    if k == 0:
+        return []
+    slots = torch.arange(window_length)
+    return [int(p) for p in sorted(log_slot_position(slots, torch.tensor(k), window_length).tolist())]
+
+
+def num_compactions_tensor(seq_lens: Tensor, window_length: int) -> Tensor:
+    """:func:`num_compactions` for a tensor of lengths, on its device and in its integer dtype."""
+    return (seq_lens // window_length - 2).clamp(min=0)
+
+
+def log_slot_position(slot: Tensor, compactions: Tensor, window_length: int) -> Tensor:
+    """Position of the token in log-selected slot ``slot`` after ``compactions``; the two broadcast.
+
+    Args:
+        slot: integer tensor, ``0 <= slot < window_length``.
+        compactions: integer tensor, see :func:`num_compactions`.
+        window_length: ``W``.
+
+    Returns:
+        Integer tensor of positions, of the broadcast shape. With no compaction yet, slot ``i`` is position ``i``.
+    """
+    # steps until the doubled index points into an appended chunk
+    steps = torch.zeros_like(slot)
+    for _ in range(window_length.bit_length()):
+        steps = steps + ((slot << steps) < window_length).to(slot.dtype)
+    shift = torch.minimum(steps, compactions).clamp(max=_MAX_SHIFT)
+    from_chunk = (slot > 0) & (steps <= compactions)
+    return torch.where(from_chunk, (compactions - steps) * window_length + (slot << shift), slot << shift)
+
+
+def is_log_selected(position: Tensor, compactions: Tensor, window_length: int) -> Tensor:
+    """Whether ``position`` sits in a log-selected slot after ``compactions`` (bool tensor; the two broadcast).
+
+    Only positions older than the recent window can be: with no compaction yet that is the first ``window_length``.
+    """
+    chunk = torch.div(position, window_length, rounding_mode="floor")
+    index = torch.where(chunk == 0, position, position - (chunk - 1) * window_length)
+    halvings = torch.where(chunk == 0, compactions, compactions - chunk + 1)
+    mask = (torch.ones_like(index) << halvings.clamp(min=0, max=_MAX_SHIFT)) - 1
+    return (chunk <= compactions) & ((index & mask) == 0)

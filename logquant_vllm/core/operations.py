@@ -1,0 +1,211 @@
+"""The three operations of one layer in one step, in plain torch: the reference of every kernel.
+
+The order within a step is fixed (a request may hit a prefix that another request completes in the same step):
+
+1. :func:`quantize_pages` for the whole batch: every group whose last token arrives now becomes 2-bit;
+2. :func:`attention`: cached tokens from pages and window, this step's own tokens as they come;
+3. :func:`update_window`: compact the log-selected set, copy the new tokens to the recent window.
+
+Kernels have the same names and signatures. All tensors are on one device; keys and queries are already rotated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from logquant_vllm.core.log_selection import is_log_selected, log_slot_position, num_compactions_tensor
+from logquant_vllm.core.paged import (
+    Batch,
+    CacheLayout,
+    PagedCache,
+    dequantize_pages,
+    gather_tokens,
+    page_views,
+    read_window_start,
+    slot_address,
+    slot_of_position,
+    slot_positions,
+    window_slots_view,
+)
+from logquant_vllm.core.quantizer import pack_keys, pack_values, quantize_key_group, quantize_value_group
+
+
+def _ranges(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs ``(r, i)`` with ``first[r] <= i < last[r]``, as two int64 tensors."""
+    count = (last - first).clamp(min=0).long()
+    request = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    start = torch.cumsum(count, 0) - count
+    return request, first.long()[request] + torch.arange(len(request), device=count.device) - start[request]
+
+
+def shared_prefix_end(window_start: Tensor, layout: CacheLayout) -> Tensor:
+    """End of the prefix hit that a request began with (0 if none): its pages below were written by others."""
+    return torch.where(window_start > 0, window_start + layout.prefix_replay_tokens, 0)
+
+
+def quantize_pages(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
+    """Quantize every group of tokens that this step completes into its page.
+
+    Args:
+        key, value: this step's ``[num_tokens, num_kv_heads, head_size]``; keys rotated.
+        cache: ``cache.pages`` is written.
+    """
+    fmt, size = layout.fmt, layout.fmt.key_group_size
+    num_kv_heads = key.shape[1]
+    computed = batch.num_computed
+    shared = shared_prefix_end(read_window_start(cache, computed), layout)
+    first = torch.maximum(computed // size, -(-shared // size))
+    live = cache.window_block_table[:, 0] > 0
+    request, group = _ranges(first, torch.where(live, batch.seq_lens // size, 0))
+    if len(request) == 0:
+        return
+    position = group[:, None] * size + torch.arange(size, device=key.device)
+    tokens = gather_tokens(position, request[:, None].expand_as(position), key, value, cache, batch, layout)
+    keys = quantize_key_group(tokens[..., 0, :].transpose(1, 2), fmt)
+    values = quantize_value_group(tokens[..., 1, :].transpose(1, 2), fmt)
+
+    block = cache.block_table[request, group // fmt.groups_per_page].long()
+    in_page = group % fmt.groups_per_page
+    slabs = cache.pages.unflatten(1, (num_kv_heads, fmt.head_bytes))
+    views = page_views(slabs, fmt)
+    heads = torch.arange(num_kv_heads, device=key.device)[None, :, None]
+    rows = (in_page[:, None] * size + torch.arange(size, device=key.device))[:, None, :]
+    words = (in_page[:, None] * fmt.value_words_per_group + torch.arange(fmt.value_words_per_group, device=key.device))[
+        :, None, None, :
+    ]
+    channels = torch.arange(fmt.head_size, device=key.device)[None, None, :, None]
+    value_groups = torch.arange(fmt.value_groups, device=key.device)[None, None, :, None]
+    b = block[:, None, None]
+    views.key_codes[b, heads, rows] = pack_keys(keys.codes, fmt)
+    views.value_codes[b[..., None], heads[..., None], channels, words] = pack_values(values.codes, fmt)
+    for view, data in ((views.key_scale, keys.scale), (views.key_zero, keys.zero)):
+        _bits(view)[b[..., 0], heads[..., 0], in_page[:, None]] = _bits(data)
+    for view, data in ((views.value_scale, values.scale), (views.value_zero, values.zero)):
+        _bits(view)[b[..., None], heads[..., None], value_groups, rows[:, :, None]] = _bits(data)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same bytes as integers: indexed assignment does not take float8."""
+    return x.view(torch.int8 if x.dtype.itemsize == 1 else torch.int16)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of this step's tokens over the cache and over each other.
+
+    A cached token is read from its full-precision slot where it has one and from its page otherwise.
+
+    Args:
+        query: ``[num_tokens, num_heads, head_size]``, rotated like the keys.
+        key, value: this step's ``[num_tokens, num_kv_heads, head_size]``.
+        scale: factor on the scores.
+
+    Returns:
+        output: ``[num_tokens, num_heads, head_size]`` in the dtype of ``query``; zero for tokens of no request.
+        lse: float32 ``[num_tokens, num_heads]``, natural logarithm of the sum of exponentials (float64 for float64 queries).
+    """
+    fmt, num_kv_heads, head_size = layout.fmt, key.shape[1], key.shape[2]
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    computed, window_length = batch.num_computed, layout.window_length
+    lengths = batch.query_start_loc[1:] - batch.query_start_loc[:-1]
+    window_start = read_window_start(cache, computed)
+    live = (cache.window_block_table[:, 0] > 0)[:, None]
+
+    # cached tokens: pages, then window slots; [num_reqs, tokens, num_kv_heads, head_size] and which of them count
+    num_pages = -(-max(int(computed.max()), 1) // fmt.page_size)
+    page_keys, page_values = dequantize_pages(cache.pages[cache.block_table[:, :num_pages].long()], num_kv_heads, fmt)
+    position = torch.arange(num_pages * fmt.page_size, device=query.device, dtype=torch.int32)[None]
+    compactions = num_compactions_tensor(computed, window_length)[:, None]
+    end = torch.minimum(torch.maximum((compactions + 1) * window_length, window_start[:, None]), computed[:, None])
+    copied = is_log_selected(position, compactions, window_length) & (position >= window_start[:, None])
+    page_valid = (position < end) & ~copied & live
+
+    slot_position, held = slot_positions(computed, window_length)
+    slot_valid = held & (slot_position >= window_start[:, None]) & live
+    slots = window_slots_view(cache.window, num_kv_heads, head_size, key.dtype)
+    request = torch.arange(len(computed), device=query.device)[:, None].expand_as(slot_position)
+    block, offset = slot_address(
+        torch.arange(layout.num_slots, device=query.device)[None].expand_as(slot_position), request, cache, slots.shape[1]
+    )
+    copies = slots[block, offset]
+
+    # this step's tokens, padded to the longest query
+    local = torch.arange(max(int(lengths.max()), 1), device=query.device)[None]
+    present = local < lengths[:, None]
+    row = torch.where(present, batch.query_start_loc[:-1, None] + local, 0).long()
+
+    keys = torch.cat([page_keys.flatten(1, 2).to(compute), copies[..., 0, :].to(compute), key[row].to(compute)], 1)
+    values = torch.cat([page_values.flatten(1, 2).to(compute), copies[..., 1, :].to(compute), value[row].to(compute)], 1)
+    cached_valid = torch.cat([page_valid, slot_valid], 1)
+    # masked tokens may be stale bytes, even NaN, which a zero weight would not silence
+    exists = torch.cat([cached_valid, present], 1)[..., None, None]
+    keys, values = keys.where(exists, 0), values.where(exists, 0)
+    causal = (local[..., None] >= local[:, None]) & present[:, None]
+    valid = torch.cat([cached_valid[:, None].expand(-1, causal.shape[1], -1), causal], 2)
+
+    grouped = query[row].to(compute).unflatten(2, (num_kv_heads, -1))
+    scores = torch.einsum("rqhgd,rthd->rhgqt", grouped, keys) * scale
+    scores = scores.masked_fill(~valid[:, None, None], -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.softmax(scores, -1)
+    out = torch.einsum("rhgqt,rthd->rqhgd", weights, values).flatten(2, 3)
+
+    output = torch.zeros_like(query)
+    output_lse = torch.full(query.shape[:2], -torch.inf, dtype=compute, device=query.device)
+    output[row[present]] = out[present].to(query.dtype)
+    output_lse[row[present]] = lse.permute(0, 3, 1, 2).flatten(2)[present]
+    return output, output_lse
+
+
+def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
+    """Bring the full-precision slots from ``num_computed`` to ``seq_lens`` tokens, and mark the window as begun.
+
+    Args:
+        key, value: this step's ``[num_tokens, num_kv_heads, head_size]``; keys rotated.
+        cache: ``cache.window`` is written.
+    """
+    window_length, computed = layout.window_length, batch.num_computed
+    device, num_reqs = key.device, len(computed)
+    live = (cache.window_block_table[:, 0] > 0) & (batch.seq_lens > computed)
+    window_start = read_window_start(cache, computed)
+    before = num_compactions_tensor(computed, window_length)[:, None]
+    after = num_compactions_tensor(batch.seq_lens, window_length)[:, None]
+    slots = window_slots_view(cache.window, key.shape[1], key.shape[2], key.dtype)
+
+    # log-selected slots: a slot that survives all the compactions of this step moves down, others come from the ring
+    slot = torch.arange(window_length, device=device, dtype=torch.int32)[None].expand(num_reqs, -1)
+    request = torch.arange(num_reqs, device=device)[:, None].expand_as(slot)
+    position = log_slot_position(slot, after, window_length)
+    source = slot << (after - before).clamp(max=20)
+    moves = (after > before) & live[:, None]
+    survives = (source < window_length) & (position < computed[:, None])
+    block, offset = slot_address(torch.where(survives, source, 0), request, cache, slots.shape[1])
+    kept = torch.where(
+        survives[..., None, None, None],
+        slots[block, offset],
+        gather_tokens(position, request, key, value, cache, batch, layout),
+    )
+    known = moves & (position >= window_start[:, None])
+    block, offset = slot_address(slot, request, cache, slots.shape[1])
+    slots[block[known], offset[known]] = kept[known]
+
+    # new tokens: the recent window, and the first W tokens before any compaction
+    row_position = torch.maximum(computed, torch.where(after[:, 0] > 0, (after[:, 0] + 1) * window_length, 0))
+    owner, position = _ranges(row_position, torch.where(live, batch.seq_lens, 0))
+    row = (batch.query_start_loc[owner] + position - computed[owner]).long()
+    slot = slot_of_position(position, after[owner, 0], window_length)
+    block, offset = slot_address(slot, owner, cache, slots.shape[1])
+    slots[block, offset] = torch.stack([key[row], value[row]], -2)
+
+    header = (window_start + 1).to(torch.int32).view(torch.uint8).unflatten(0, (num_reqs, 4))
+    cache.window[cache.window_block_table[live, 0].long(), :4] = header[live]
+
+
+def merge_states(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Combine attention over two disjoint sets of keys (``[tokens, heads, head_size]`` and ``[tokens, heads]`` each)."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a = torch.exp(lse_a - lse).nan_to_num(0.0)[..., None]
+    weight_b = torch.exp(lse_b - lse).nan_to_num(0.0)[..., None]
+    return (output_a * weight_a + output_b * weight_b).to(output_a.dtype), lse

@@ -1,0 +1,174 @@
+"""The bytes of a cache block: the one place that knows them.
+
+All blocks of the pool have the same size and come in two kinds.
+
+**A page** stores ``page_size`` consecutive tokens of one layer in ``key_bits`` and ``value_bits``, one slab per KV head.
+With the defaults (head size 128, 2 + 2 bits, groups of 64, 8-bit scales) a slab is 9,216 bytes, 2.25 bits an element::
+
+    slab of one KV head                                     bytes   shape, dtype
+    +-----------------------------------------------------+
+    | key_codes    row = token, word = channels           | 4,096   [128 tokens][16 words] uint16
+    +-----------------------------------------------------+
+    | value_codes  row = channel, word = tokens           | 4,096   [128 channels][16 words] uint16
+    +-----------------------------------------------------+
+    | key_scale    one per channel and group of tokens    |   256   [2 groups][128 channels] e4m3
+    | key_zero     in quarters of the scale               |   256   [2 groups][128 channels] int8
+    +-----------------------------------------------------+
+    | value_scale  one per token and group of channels    |   256   [2 groups][128 tokens] e4m3
+    | value_zero   in quarters of the scale               |   256   [2 groups][128 tokens] int8
+    +-----------------------------------------------------+   9,216
+
+A 16-bit word holds ``16 / bits`` codes; slot ``j`` is bits ``[bits * j, bits * (j + 1))``.
+
+- key word ``w`` of a token, slot ``j``: channel ``j * key_words + w`` with ``key_words = head_size * bits / 16``;
+- value word ``w`` of a channel, slot ``j``: with ``n = key_group_size * bits / 16`` words to a group of tokens, token
+  ``(w // n) * key_group_size + j * n + w % n``. A group of tokens so owns whole words of both kinds, and is written once.
+
+Both arrangements make the loaded words, masked in place, a tensor-core operand without any shuffling.
+
+A code ``c`` stands for ``scale * c + zero``; ``zero`` is ``scale * int8 / 4`` for 8-bit scales and a float16 of its own for
+16-bit ones (``scale_bits=16``, 2 bytes each in the same places).
+
+**A window block** stores full-precision tokens, ``slots_per_block`` to a block; a slot is ``[num_kv_heads][key, value]
+[head_size]`` in the model's dtype. A request's slots run through its window blocks in order::
+
+    slot 0              header: int32 window_start + 1 (0 in a fresh, zeroed block); the rest is unused
+    slots 1 .. W        log-selected tokens; slot 1 + i as in core.log_selection
+    slots W+1 .. 3W     recent window: position p >= W at slot 1 + W + (p - W) % 2W
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+HEADER_SLOTS = 1
+
+
+@dataclass(frozen=True)
+class PageFormat:
+    """Sizes and byte offsets of a page's per-head slab; see the module's docstring for the layout.
+
+    Args:
+        head_size: channels of one KV head; a multiple of 16.
+        page_size: tokens of a page (vLLM's block size).
+        key_bits, value_bits: bits of one code, 2 or 4.
+        key_group_size: tokens that share a key scale; also the unit in which tokens are quantized.
+        value_group_size: channels that share a value scale; the last group of a head may be shorter.
+        scale_bits: 8 (e4m3 scale, int8 zero) or 16 (float16 both).
+        range_shrink: the quantizer's range is the data's range times this, about its middle.
+
+    Raises:
+        ValueError: naming the field, its value, and what would work.
+    """
+
+    head_size: int
+    page_size: int = 128
+    key_bits: int = 2
+    value_bits: int = 2
+    key_group_size: int = 64
+    value_group_size: int = 64
+    scale_bits: int = 8
+    range_shrink: float = 0.9
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, what: str) -> None:
+            if not ok:
+                raise ValueError(what)
+
+        for name in ("key_bits", "value_bits"):
+            need(getattr(self, name) in (2, 4), f"{name} must be 2 or 4, got {getattr(self, name)}")
+        for name in ("key_group_size", "value_group_size"):
+            size = getattr(self, name)
+            need(size in (32, 64, 128), f"{name} must be 32, 64 or 128, got {size}")
+        need(self.scale_bits in (8, 16), f"scale_bits must be 8 or 16, got {self.scale_bits}")
+        need(0.5 <= self.range_shrink <= 1.0, f"range_shrink must lie in [0.5, 1], got {self.range_shrink}")
+        need(
+            self.head_size > 0 and self.head_size % 16 == 0,
+            f"head_size must be a positive multiple of 16, got {self.head_size}",
+        )
+        need(
+            self.page_size > 0 and self.page_size % self.key_group_size == 0,
+            f"page_size {self.page_size} must be a multiple of key_group_size {self.key_group_size}",
+        )
+
+    # -- counts -----------------------------------------------------------------------------------------------------
+    @property
+    def key_words(self) -> int:
+        """16-bit words of key codes per token."""
+        return self.head_size * self.key_bits // 16
+
+    @property
+    def value_words(self) -> int:
+        """16-bit words of value codes per channel (whole page)."""
+        return self.page_size * self.value_bits // 16
+
+    @property
+    def value_words_per_group(self) -> int:
+        """16-bit words of value codes per channel and group of tokens."""
+        return self.key_group_size * self.value_bits // 16
+
+    @property
+    def groups_per_page(self) -> int:
+        """Groups of tokens in a page."""
+        return self.page_size // self.key_group_size
+
+    @property
+    def value_groups(self) -> int:
+        """Groups of channels in a head."""
+        return -(-self.head_size // self.value_group_size)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of one stored scale, and of one stored zero."""
+        return self.scale_bits // 8
+
+    # -- byte offsets within a head's slab --------------------------------------------------------------------------
+    @property
+    def key_codes_offset(self) -> int:
+        return 0
+
+    @property
+    def value_codes_offset(self) -> int:
+        return self.page_size * self.key_words * 2
+
+    @property
+    def key_scale_offset(self) -> int:
+        return self.value_codes_offset + self.head_size * self.value_words * 2
+
+    @property
+    def key_zero_offset(self) -> int:
+        return self.key_scale_offset + self.groups_per_page * self.head_size * self.scale_bytes
+
+    @property
+    def value_scale_offset(self) -> int:
+        return self.key_zero_offset + self.groups_per_page * self.head_size * self.scale_bytes
+
+    @property
+    def value_zero_offset(self) -> int:
+        return self.value_scale_offset + self.value_groups * self.page_size * self.scale_bytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one KV head's slab in a page."""
+        return self.value_zero_offset + self.value_groups * self.page_size * self.scale_bytes
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits per key or value element, scales and zeros included."""
+        return self.head_bytes * 8 / (2 * self.page_size * self.head_size)
+
+    def page_bytes(self, num_kv_heads: int) -> int:
+        """Bytes of a block (either kind) for ``num_kv_heads`` KV heads of one layer."""
+        return num_kv_heads * self.head_bytes
+
+    # -- window blocks ----------------------------------------------------------------------------------------------
+    def slots_per_block(self, num_kv_heads: int, dtype: torch.dtype) -> int:
+        """Full-precision tokens that fit in one block; independent of ``num_kv_heads`` but for rounding."""
+        return self.page_bytes(num_kv_heads) // (num_kv_heads * 2 * self.head_size * dtype.itemsize)
+
+    def num_window_blocks(self, seq_len: int, window_length: int, num_kv_heads: int, dtype: torch.dtype) -> int:
+        """Window blocks that a request of ``seq_len`` tokens holds: they grow until it has ``3 * window_length``."""
+        slots = HEADER_SLOTS + min(seq_len, 3 * window_length)
+        return -(-slots // self.slots_per_block(num_kv_heads, dtype))

@@ -1,0 +1,196 @@
+"""Views of the paged cache, and where a position's full-precision copy lies.
+
+Everything that reads or writes blocks takes the same three arguments: a :class:`PagedCache` (the memory and the block
+tables), a :class:`Batch` (which tokens of which requests this step computes) and a :class:`CacheLayout` (constants).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logquant_vllm.core.log_selection import log_slot_position, num_compactions_tensor
+from logquant_vllm.core.page_format import HEADER_SLOTS, PageFormat
+from logquant_vllm.core.quantizer import (
+    Quantized,
+    dequantize,
+    dequantize_values,
+    unpack_keys,
+    unpack_values,
+)
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Constants of a cache: its block format and its full-precision window.
+
+    Args:
+        fmt: the block format.
+        window_length: ``W`` of the paper: ``W`` log-selected tokens and a recent window of up to ``2W``.
+        prefix_replay_tokens: tokens before the end of a prefix hit that are computed again. Their pages belong to every
+            request that shares the prefix and are not written again.
+
+    Raises:
+        ValueError: if a group of tokens could outgrow the recent window, from which it is quantized.
+    """
+
+    fmt: PageFormat
+    window_length: int = 64
+    prefix_replay_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window_length < self.fmt.key_group_size:
+            raise ValueError(
+                f"window_length {self.window_length} is smaller than key_group_size {self.fmt.key_group_size}: a group is "
+                "quantized from the recent window, so use a window_length of at least key_group_size"
+            )
+
+    @property
+    def num_slots(self) -> int:
+        """Full-precision token slots of a request, header not counted: ``3 * window_length``."""
+        return 3 * self.window_length
+
+
+class PagedCache(NamedTuple):
+    """One layer's cache memory and the step's block tables. Block 0 is vLLM's null block: never written, never read."""
+
+    pages: Tensor  # uint8 [num_blocks, page_bytes], last dimension contiguous
+    window: Tensor  # uint8 [num_blocks, page_bytes], likewise; may alias ``pages``
+    block_table: Tensor  # int32 [num_reqs, max_pages]
+    window_block_table: Tensor  # int32 [num_reqs, max_window_blocks or more]
+
+
+class Batch(NamedTuple):
+    """The tokens of one step. Request ``r`` has ``seq_lens[r]`` tokens, the last ``query_len`` of them new in this step."""
+
+    query_start_loc: Tensor  # int32 [num_reqs + 1]
+    seq_lens: Tensor  # int32 [num_reqs]
+    max_query_len: int  # at least the longest query
+    max_seq_len: int  # at least the longest sequence
+
+    @property
+    def num_computed(self) -> Tensor:
+        """Tokens computed before this step, int32 ``[num_reqs]``."""
+        return self.seq_lens - (self.query_start_loc[1:] - self.query_start_loc[:-1])
+
+
+def window_slots_view(window: Tensor, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> Tensor:
+    """``[num_blocks, slots_per_block, num_kv_heads, 2, head_size]`` view of window blocks in the model's dtype."""
+    slot_bytes = num_kv_heads * 2 * head_size * dtype.itemsize
+    slots = window.shape[1] // slot_bytes
+    return window[:, : slots * slot_bytes].view(dtype).unflatten(1, (slots, num_kv_heads, 2, head_size))
+
+
+def read_window_start(cache: PagedCache, num_computed: Tensor) -> Tensor:
+    """First position with a full-precision copy, per request (int32 ``[num_reqs]``).
+
+    A fresh block's header is 0: then it is the request's first step, and nothing before it was ever copied.
+    """
+    header = cache.window[cache.window_block_table[:, 0].long(), :4].contiguous().view(torch.int32)[:, 0]
+    return torch.where(header > 0, header - 1, num_computed)
+
+
+def slot_of_position(position: Tensor, compactions: Tensor, window_length: int) -> Tensor:
+    """Slot (header not counted) of a position in the recent window, or among the first ``W`` before any compaction."""
+    ring = window_length + (position - window_length) % (2 * window_length)
+    return torch.where((position < window_length) & (compactions == 0), position, ring)
+
+
+def slot_positions(num_computed: Tensor, window_length: int) -> tuple[Tensor, Tensor]:
+    """What every slot holds after ``num_computed`` tokens.
+
+    Returns:
+        positions: int32 ``[num_reqs, 3W]``.
+        held: bool ``[num_reqs, 3W]``, whether the slot holds a token of the sequence at all.
+    """
+    compactions = num_compactions_tensor(num_computed, window_length)[:, None]
+    recent = (compactions + 1) * window_length
+    slots = torch.arange(window_length, device=num_computed.device, dtype=num_computed.dtype)
+    log_position = log_slot_position(slots[None], compactions, window_length)
+    ring = torch.arange(2 * window_length, device=num_computed.device, dtype=num_computed.dtype)
+    ring_position = recent + (ring[None] - (recent - window_length)) % (2 * window_length)
+    positions = torch.cat([log_position, ring_position], 1)
+    return positions, positions < num_computed[:, None]
+
+
+def slot_address(slot: Tensor, request: Tensor, cache: PagedCache, slots_per_block: int) -> tuple[Tensor, Tensor]:
+    """Block id and offset in the block of a request's window slot (header not counted)."""
+    index = slot.long() + HEADER_SLOTS
+    table = cache.window_block_table
+    column = (index // slots_per_block).clamp(max=table.shape[1] - 1)
+    return table[request.long(), column].long(), index % slots_per_block
+
+
+def gather_tokens(
+    position: Tensor, request: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout
+) -> Tensor:
+    """Full-precision keys and values of positions that are new in this step or lie in the window.
+
+    Args:
+        position, request: integer tensors of one shape ``S``.
+        key, value: this step's ``[num_tokens, num_kv_heads, head_size]``.
+
+    Returns:
+        ``S + [num_kv_heads, 2, head_size]`` in the dtype of ``key``.
+    """
+    computed = batch.num_computed[request]
+    fresh = position >= computed
+    row = torch.where(fresh, batch.query_start_loc[request] + position - computed, 0).long()
+    row = row.clamp(max=len(key) - 1)  # a caller may ask for more than it keeps
+    slots = window_slots_view(cache.window, key.shape[1], key.shape[2], key.dtype)
+    compactions = num_compactions_tensor(computed, layout.window_length)
+    slot = slot_of_position(position, compactions, layout.window_length)
+    block, offset = slot_address(slot, request, cache, slots.shape[1])
+    stacked = torch.stack([key[row], value[row]], -2)
+    return torch.where(fresh[..., None, None, None], stacked, slots[block, offset])
+
+
+class PageViews(NamedTuple):
+    """Typed views of page blocks ``[..., head_bytes]`` (leading dimensions kept)."""
+
+    key_codes: Tensor  # int16 [..., page_size, key_words]
+    value_codes: Tensor  # int16 [..., head_size, value_words]
+    key_scale: Tensor  # [..., groups_per_page, head_size]
+    key_zero: Tensor
+    value_scale: Tensor  # [..., value_groups, page_size]
+    value_zero: Tensor
+
+
+def page_views(slabs: Tensor, fmt: PageFormat) -> PageViews:
+    """Typed views of per-head slabs, uint8 ``[..., head_bytes]``."""
+    scale, zero = (torch.float8_e4m3fn, torch.int8) if fmt.scale_bits == 8 else (torch.float16, torch.float16)
+
+    def part(start: int, end: int, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+        return slabs[..., start:end].view(dtype).unflatten(-1, shape)
+
+    keys, values = (fmt.groups_per_page, fmt.head_size), (fmt.value_groups, fmt.page_size)
+    return PageViews(
+        part(fmt.key_codes_offset, fmt.value_codes_offset, torch.int16, (fmt.page_size, fmt.key_words)),
+        part(fmt.value_codes_offset, fmt.key_scale_offset, torch.int16, (fmt.head_size, fmt.value_words)),
+        part(fmt.key_scale_offset, fmt.key_zero_offset, scale, keys),
+        part(fmt.key_zero_offset, fmt.value_scale_offset, zero, keys),
+        part(fmt.value_scale_offset, fmt.value_zero_offset, scale, values),
+        part(fmt.value_zero_offset, fmt.head_bytes, zero, values),
+    )
+
+
+def dequantize_pages(blocks: Tensor, num_kv_heads: int, fmt: PageFormat) -> tuple[Tensor, Tensor]:
+    """Keys and values of whole pages.
+
+    Args:
+        blocks: uint8 ``[..., page_bytes]``.
+
+    Returns:
+        Two float32 tensors ``[..., page_size, num_kv_heads, head_size]``.
+    """
+    views = page_views(blocks.unflatten(-1, (num_kv_heads, fmt.head_bytes)), fmt)
+    groups = (fmt.groups_per_page, fmt.key_group_size)
+    codes = unpack_keys(views.key_codes, fmt).unflatten(-2, groups)
+    keys = dequantize(Quantized(codes, views.key_scale, views.key_zero), -2).flatten(-3, -2)
+    words = views.value_codes.unflatten(-1, (fmt.groups_per_page, fmt.value_words_per_group)).transpose(-2, -3)
+    codes = unpack_values(words, fmt).flatten(-3, -2)
+    values = dequantize_values(Quantized(codes, views.value_scale, views.value_zero), fmt)
+    return keys.transpose(-2, -3), values.transpose(-2, -3)

@@ -1,0 +1,80 @@
+"""A small paged cache for tests: random block tables over poisoned memory, driven in any chunking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from logquant_vllm.core import operations
+from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
+
+RELATIVE_ERROR = 5e-3
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = RELATIVE_ERROR, what: str = "") -> None:
+    """Relative root mean square error at most ``tolerance``; NaN never passes. The one tolerance of all tests."""
+    a, e = actual.double().cpu(), expected.double().cpu()
+    assert a.shape == e.shape, f"{what}: shape {tuple(a.shape)} instead of {tuple(e.shape)}"
+    error = ((a - e).square().mean().sqrt() / e.square().mean().sqrt().clamp(min=1e-12)).item()
+    assert error <= tolerance, f"{what}: relative error {error:.2e} above {tolerance:.0e}"
+
+
+@dataclass
+class PagedBatch:
+    """Requests over one pool of blocks. Fresh window blocks are zeroed, as vLLM does; all else is poison."""
+
+    layout: CacheLayout
+    num_kv_heads: int
+    num_reqs: int
+    max_len: int
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
+    seed: int = 0
+    seq_lens: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        fmt = self.layout.fmt
+        generator = torch.Generator().manual_seed(self.seed)
+        pages = -(-self.max_len // fmt.page_size)
+        window = fmt.num_window_blocks(self.max_len, self.layout.window_length, self.num_kv_heads, self.dtype)
+        total = 1 + self.num_reqs * (pages + window)
+        ids = (torch.randperm(total - 1, generator=generator) + 1).int().view(self.num_reqs, pages + window)
+        memory = torch.full((total, fmt.page_bytes(self.num_kv_heads)), 0xFF, dtype=torch.uint8)
+        memory[ids[:, pages:].long()] = 0
+        memory = memory.to(self.device)
+        ids = ids.to(self.device)
+        # the window's table is wider than the window, as vLLM's is
+        padded = torch.nn.functional.pad(ids[:, pages:], (0, 3)).contiguous()
+        self.cache = PagedCache(memory, memory, ids[:, :pages].contiguous(), padded)
+        self.seq_lens = self.seq_lens or [0] * self.num_reqs
+
+    def batch(self, new: list[int]) -> Batch:
+        """Metadata of a step that adds ``new[r]`` tokens to request ``r``; advances the lengths."""
+        self.seq_lens = [n + q for n, q in zip(self.seq_lens, new, strict=True)]
+        starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32, device=self.device)
+        lens = torch.tensor(self.seq_lens, dtype=torch.int32, device=self.device)
+        return Batch(starts, lens, max(new), max(self.seq_lens))
+
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, new: list[int], scale: float, ops=operations
+    ) -> tuple[Tensor, Tensor]:
+        """The three operations of a step, from the reference or from another module with the same names."""
+        batch = self.batch(new)
+        ops.quantize_pages(key, value, self.cache, batch, self.layout)
+        result = ops.attention(query, key, value, self.cache, batch, self.layout, scale)
+        ops.update_window(key, value, self.cache, batch, self.layout)
+        return result
+
+
+def random_qkv(
+    tokens: int, num_heads: int, num_kv_heads: int, head_size: int, dtype=torch.bfloat16, device="cpu", seed=0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gaussian queries, keys with uneven channels (as real keys have), values; ``[tokens, heads, head_size]``."""
+    g = torch.Generator().manual_seed(seed)
+    uneven = 1 + 3 * torch.rand(head_size, generator=g)
+    q = torch.randn(tokens, num_heads, head_size, generator=g)
+    k = torch.randn(tokens, num_kv_heads, head_size, generator=g) * uneven + torch.randn(head_size, generator=g)
+    v = torch.randn(tokens, num_kv_heads, head_size, generator=g)
+    return tuple(x.to(dtype).to(device) for x in (q, k, v))
