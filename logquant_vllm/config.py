@@ -1,0 +1,157 @@
+"""The user's settings: what ``--additional-config '{"logquant": {...}}'`` may hold.
+
+The model is frozen and forbids unknown fields, so a typing error stops the server at start-up instead of being ignored.
+Importing this module does not import torch: the command line reads settings on machines that have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    from logquant_vllm.core.page_format import PageFormat
+    from logquant_vllm.core.paged import CacheLayout
+
+PAGE_SIZE = 128
+"""Tokens of a page; vLLM's block size under this KV cache."""
+
+CONFIG_KEY = "logquant"
+"""Where the settings lie in vLLM's ``additional_config``."""
+
+
+class LogQuantConfig(BaseModel):
+    """Settings of the LogQuant KV cache. The defaults are the ones that were measured; see ``docs/design.md``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    window_length: int = Field(
+        64,
+        ge=32,
+        le=1024,
+        description="W of the paper: W log-selected tokens and the newest W to 2W tokens stay in full precision",
+    )
+    key_bits: Literal[2, 4] = Field(2, description="bits of a stored key element")
+    value_bits: Literal[2, 4] = Field(2, description="bits of a stored value element")
+    key_group_size: Literal[32, 64, 128] = Field(64, description="tokens that share a key scale, per channel")
+    value_group_size: Literal[32, 64, 128] = Field(64, description="channels that share a value scale, per token")
+    scale_bits: Literal[8, 16] = Field(
+        8, description="8: scales as e4m3 and zeros as int8 quarters of the scale; 16: float16 both"
+    )
+    range_shrink: float = Field(
+        0.9, ge=0.5, le=1.0, description="the quantizer's range as a share of the data's range, about its middle"
+    )
+    rotation: bool = Field(
+        True, description="rotate queries and keys by a Hadamard matrix, so that no channel's outliers fill the range"
+    )
+    prefix_replay_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="tokens before the end of a prefix-cache hit that are computed again, so that the recent window is in "
+        "full precision after a hit; null: 2 * window_length",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> LogQuantConfig:
+        if self.window_length < self.key_group_size:
+            raise ValueError(
+                f"window_length {self.window_length} is smaller than key_group_size {self.key_group_size}: a group of keys "
+                f"is quantized from the recent window. Use a window_length of at least {self.key_group_size}"
+                + (f", or a key_group_size of {self._largest_group()}" if self.window_length >= 32 else "")
+            )
+        return self
+
+    def _largest_group(self) -> int:
+        return max(size for size in (32, 64, 128) if size <= self.window_length)
+
+    @property
+    def replay_tokens(self) -> int:
+        """``prefix_replay_tokens`` with its default filled in."""
+        return 2 * self.window_length if self.prefix_replay_tokens is None else self.prefix_replay_tokens
+
+    def page_format(self, head_size: int) -> PageFormat:
+        """The block format for heads of ``head_size`` channels.
+
+        Raises:
+            ValueError: if heads of that size cannot be stored, or not with ``rotation``.
+        """
+        from logquant_vllm.core.hadamard import supports_rotation
+        from logquant_vllm.core.page_format import PageFormat
+
+        if self.rotation and not supports_rotation(head_size):
+            raise ValueError(
+                f"no Hadamard rotation for head size {head_size} (known: 2**n, 12 * 2**n, 20 * 2**n): "
+                'set "rotation": false for this model'
+            )
+        return PageFormat(
+            head_size=head_size,
+            page_size=PAGE_SIZE,
+            key_bits=self.key_bits,
+            value_bits=self.value_bits,
+            key_group_size=self.key_group_size,
+            value_group_size=self.value_group_size,
+            scale_bits=self.scale_bits,
+            range_shrink=self.range_shrink,
+        )
+
+    def layout(self, head_size: int) -> CacheLayout:
+        """Block format and window for heads of ``head_size`` channels; raises as :meth:`page_format` does."""
+        from logquant_vllm.core.paged import CacheLayout
+
+        return CacheLayout(
+            fmt=self.page_format(head_size),
+            window_length=self.window_length,
+            prefix_replay_tokens=self.replay_tokens,
+        )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> LogQuantConfig:
+        """Settings from a mapping of options.
+
+        Raises:
+            ValueError: with one line per wrong option, naming what was given and what would work.
+        """
+        try:
+            return cls.model_validate(dict(options))
+        except ValidationError as error:
+            raise ValueError(_explain(error)) from None
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> LogQuantConfig:
+        """Settings from vLLM's ``additional_config``: its key ``logquant``, or the defaults if there is none.
+
+        Raises:
+            ValueError: if it is not of the shape ``{"logquant": {...}}``, or as :meth:`from_options` does.
+        """
+        usage = f"""use --additional-config '{{"{CONFIG_KEY}": {{"window_length": 64}}}}'"""
+        if not isinstance(additional_config, dict):
+            raise ValueError(f"additional_config must be a JSON object, got {additional_config!r}; {usage}")
+        options = additional_config.get(CONFIG_KEY, {})
+        if not isinstance(options, dict):
+            raise ValueError(f'"{CONFIG_KEY}" in additional_config must be a JSON object, got {options!r}; {usage}')
+        return cls.from_options(options)
+
+
+def known_options() -> str:
+    """All options with their defaults, for error messages: ``window_length (default 64), ...``."""
+    return ", ".join(f"{name} (default {field.default})" for name, field in LogQuantConfig.model_fields.items())
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown logquant option {name!r}; the options are {known_options()}")
+        elif name:
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            description = LogQuantConfig.model_fields[name].description if name in LogQuantConfig.model_fields else None
+            lines.append(
+                f"logquant option {name}: {message}, got {problem['input']!r}"
+                + (f" ({description})" if description else "")
+            )
+        else:
+            lines.append(f"logquant options: {problem['msg'].removeprefix('Value error, ')}")
+    return "; ".join(lines)
