@@ -1,0 +1,258 @@
+"""The attention backend: one layer of one step, from the raw queries, keys and values to the output.
+
+key, value -> rotate -> quantize completed groups -> attention over pages, window and the step itself -> window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
+from logquant_vllm.core.hadamard import hadamard_matrix, rotate
+from logquant_vllm.core.paged import Batch, PagedCache
+from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
+from logquant_vllm.plugin.window_layer import WindowLayer
+
+HEAD_SIZES = [64, 96, 128, 256]
+WINDOW_SUFFIX = ".logquant_window"
+
+
+class LogQuantBackend(AttentionBackend):
+    """Full-attention decoder layers over pages and window blocks.
+
+    vLLM selects this class by name, before any layer exists. Each layer then takes :func:`configured_backend`, which also
+    knows the options: :meth:`customize_spec` is called where vLLM's configuration is out of reach.
+    """
+
+    config: ClassVar[LogQuantConfig | None] = None
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [KV_CACHE_DTYPE]
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[LogQuantImpl]:
+        return LogQuantImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[LogQuantMetadataBuilder]:
+        return LogQuantMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [PAGE_SIZE]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return HEAD_SIZES
+
+    @classmethod
+    def supports_dtype(cls, dtype: torch.dtype) -> bool:
+        # the GPU's kernels feed tensor cores
+        return dtype in cls.supported_dtypes and (dtype != torch.float32 or current_platform.is_cpu())
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """A page holds all heads of ``block_size`` tokens as one run of bytes."""
+        if spec.state_content_bytes is not None:
+            return spec
+        assert cls.config is not None, "a layer's backend is configured when its weights are loaded"
+        page_bytes = cls.config.page_format(spec.head_size).page_bytes(spec.num_kv_heads)
+        return replace(
+            spec,
+            dtype=torch.uint8,
+            num_head_slots=1,
+            tokens_per_state=spec.block_size,
+            state_content_bytes=page_bytes,
+        )
+
+
+@lru_cache(maxsize=None)
+def configured_backend(config: LogQuantConfig) -> type[LogQuantBackend]:
+    """:class:`LogQuantBackend` with the options in force."""
+    return type(LogQuantBackend.__name__, (LogQuantBackend,), {"config": config, "__module__": __name__})
+
+
+@dataclass
+class BatchPart:
+    """Requests of one kind (decoding, or with longer queries), which one kernel serves."""
+
+    tokens: slice
+    requests: slice
+    batch: Batch
+
+
+@dataclass
+class LogQuantMetadata:
+    """One step: the whole batch, and its parts in order."""
+
+    num_actual_tokens: int
+    batch: Batch
+    block_table: Tensor
+    parts: list[BatchPart]
+
+
+class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
+    """Lengths stay on the device: with asynchronous scheduling the host knows only upper bounds."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_reorder_batch_threshold(1)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> LogQuantMetadata:
+        common = common_attn_metadata
+        starts, lens, longest = common.query_start_loc, common.seq_lens, common.max_seq_len
+        tokens, requests = common.num_actual_tokens, common.num_reqs
+        batch = Batch(starts, lens, common.max_query_len, longest)
+        parts = [BatchPart(slice(0, tokens), slice(0, requests), batch)]
+        if current_platform.is_cuda() and common.max_query_len > 1:
+            decodes, prefills, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
+            if decodes and prefills:
+                decode = Batch(starts[: decodes + 1], lens[:decodes], 1, longest)
+                prefill = Batch(starts[decodes:] - decodes, lens[decodes:], common.max_query_len, longest)
+                parts = [
+                    BatchPart(slice(0, decodes), slice(0, decodes), decode),
+                    BatchPart(slice(decodes, tokens), slice(decodes, requests), prefill),
+                ]
+        return LogQuantMetadata(tokens, batch, common.block_table_tensor, parts)
+
+
+@lru_cache(maxsize=None)
+def _rotation_matrix(head_size: int, dtype: torch.dtype, device: str) -> Tensor:
+    return hadamard_matrix(head_size, dtype, device)
+
+
+def _operations() -> ModuleType:
+    """The operations for this platform: C++ on CPU, Triton on CUDA."""
+    if current_platform.is_cpu():
+        from logquant_vllm.cpu import operations
+    else:
+        from logquant_vllm.kernels import operations  # type: ignore[no-redef]
+    return operations
+
+
+class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
+    """One attention layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = KV_CACHE_DTYPE,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **unsupported: Any,
+    ) -> None:
+        refused = {
+            "alibi_slopes": alibi_slopes,
+            "sliding_window": sliding_window,
+            "logits_soft_cap": logits_soft_cap,
+            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
+            **unsupported,
+        }
+        given = sorted(name for name, value in refused.items() if value)
+        if given or attn_type != AttentionType.DECODER:
+            what = ", ".join(given) or f"attention type {attn_type}"
+            raise ValueError(
+                f"--kv-cache-dtype {KV_CACHE_DTYPE} does not support layers with {what}: use --kv-cache-dtype auto"
+            )
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        vllm_config = get_current_vllm_config()
+        self.config = LogQuantConfig.from_additional_config(vllm_config.additional_config)
+        self.layout = self.config.layout(head_size)
+        self.operations = _operations()
+        self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
+        self._window_layer: WindowLayer | None = None
+
+    @property
+    def window_layer(self) -> WindowLayer:
+        """The companion layer that owns this layer's full-precision blocks."""
+        assert self._window_layer is not None, "weights were never loaded"
+        return self._window_layer
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Configure the layer and create its companion: the first call that comes when vLLM has named the layer."""
+        if self._window_layer is None:
+            name, layer = next((n, m) for n, m in self._layers.items() if getattr(m, "impl", None) is self)
+            layer.attn_backend = configured_backend(self.config)
+            self._window_layer = WindowLayer(name + WINDOW_SUFFIX, layer, self.layout)
+            self._layers[name + WINDOW_SUFFIX] = self._window_layer
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        if not self.config.rotation:
+            return x
+        return rotate(x, _rotation_matrix(self.head_size, x.dtype, str(x.device)))
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: LogQuantMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Store this step's tokens and attend; ``query [tokens, heads, head_size]``, ``output`` is written in place."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("fused output quantization is not supported")
+        if attn_metadata is None:  # memory profiling: no cache yet
+            return output.fill_(0)
+        tokens = attn_metadata.num_actual_tokens
+        query, key, value = self._rotated(query[:tokens]), self._rotated(key[:tokens]), value[:tokens]
+        window_metadata = get_forward_context().attn_metadata[self.window_layer.layer_name]  # type: ignore[index, call-overload]
+        cache = PagedCache(
+            kv_cache[:, 0, 0], self.window_layer.window_bytes(), attn_metadata.block_table, window_metadata.block_table
+        )
+        ops, layout = self.operations, self.layout
+        ops.quantize_pages(key, value, cache, attn_metadata.batch, layout)
+        for part in attn_metadata.parts:
+            view = cache._replace(
+                block_table=cache.block_table[part.requests],
+                window_block_table=cache.window_block_table[part.requests],
+            )
+            t = part.tokens
+            result, _ = ops.attention(query[t], key[t], value[t], view, part.batch, layout, self.scale)
+            output[t] = result
+        ops.update_window(key, value, cache, attn_metadata.batch, layout)
+        return output

@@ -1,0 +1,96 @@
+"""The vLLM functions that are wrapped: two methods of the platform class, in vLLM 0.32 and 0.33 alike.
+
+================================  ==============================================================================
+``get_attn_backend_cls``          vLLM picks an attention backend per platform and knows no plugin's dtype; the CPU
+                                  platform would silently take its own backend. With our dtype ours is the answer.
+``check_and_update_config``       the one call that every process makes with the finished configuration, before any
+                                  weight is loaded: the place to refuse what is not supported.
+================================  ==============================================================================
+
+Both act only if the KV cache dtype is ours, and both check first that the function still is what they expect.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
+
+BACKEND_PATH = "logquant_vllm.plugin.backend.LogQuantBackend"
+_MARK = "_logquant_original"
+
+
+def _expect_parameters(function: Callable[..., Any], expected: list[str]) -> None:
+    found = list(inspect.signature(function).parameters)
+    if found != expected:
+        raise RuntimeError(
+            f"logquant-vllm cannot patch {function.__qualname__}: its parameters are {found}, expected {expected}. "
+            "This vLLM has changed; please report its version"
+        )
+
+
+def _wrap(owner: type, name: str, parameters: list[str], wrapper: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
+        return
+    _expect_parameters(original, parameters)
+
+    def wrapped(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(wrapped, _MARK, original)
+    setattr(owner, name, classmethod(wrapped))
+
+
+def _get_attn_backend_cls(
+    original: Callable[..., str], selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+) -> str:
+    if attn_selector_config.kv_cache_dtype != KV_CACHE_DTYPE:
+        return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
+    from vllm.platforms import current_platform
+
+    from logquant_vllm.plugin.backend import LogQuantBackend
+
+    if selected_backend is not None:
+        raise ValueError(
+            f"--attention-backend {selected_backend.name} cannot read --kv-cache-dtype {KV_CACHE_DTYPE}: "
+            "leave --attention-backend out, the backend follows from the dtype"
+        )
+    reasons = LogQuantBackend.validate_configuration(
+        device_capability=current_platform.get_device_capability(), **attn_selector_config._asdict()
+    )
+    if reasons:
+        raise ValueError(
+            f"--kv-cache-dtype {KV_CACHE_DTYPE} does not support this model or configuration: {'; '.join(reasons)}. "
+            "Run it with --kv-cache-dtype auto"
+        )
+    return BACKEND_PATH
+
+
+def _check_and_update_config(original: Callable[..., None], vllm_config: Any) -> None:
+    if vllm_config.cache_config is None or vllm_config.cache_config.cache_dtype != KV_CACHE_DTYPE:
+        return original(vllm_config)
+    from logquant_vllm.plugin.validation import prepare_block_size, validate_config
+
+    validate_config(vllm_config)
+    prepare_block_size(vllm_config)
+    return original(vllm_config)
+
+
+def apply_patches() -> None:
+    """Register the backend's name and wrap the two platform methods; does nothing the second time."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+        register_backend(BACKEND_NAME, BACKEND_PATH)
+    platform = type(current_platform)
+    _wrap(
+        platform,
+        "get_attn_backend_cls",
+        ["selected_backend", "attn_selector_config", "num_heads"],
+        _get_attn_backend_cls,
+    )
+    _wrap(platform, "check_and_update_config", ["vllm_config"], _check_and_update_config)
