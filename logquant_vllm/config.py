@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 PAGE_SIZE = 128
 """Tokens of a page; vLLM's block size under this KV cache."""
 
+HEAD_SIZES = (64, 96, 128, 256)
+"""Channels of a head that the kernels are tested with."""
+
 CONFIG_KEY = "logquant"
 """Where the settings lie in vLLM's ``additional_config``."""
 
@@ -80,6 +83,8 @@ class LogQuantConfig(BaseModel):
         from logquant_vllm.core.hadamard import supports_rotation
         from logquant_vllm.core.page_format import PageFormat
 
+        if head_size not in HEAD_SIZES:
+            raise ValueError(f"head size {head_size} is not supported; supported are {', '.join(map(str, HEAD_SIZES))}")
         if self.rotation and not supports_rotation(head_size):
             raise ValueError(
                 f"no Hadamard rotation for head size {head_size} (known: 2**n, 12 * 2**n, 20 * 2**n): "

@@ -27,13 +27,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
+from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig
 from logquant_vllm.core.hadamard import hadamard_matrix, rotate
 from logquant_vllm.core.paged import Batch, PagedCache
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.window_layer import WindowLayer
 
-HEAD_SIZES = [64, 96, 128, 256]
 WINDOW_SUFFIX = ".logquant_window"
 
 
@@ -67,7 +66,7 @@ class LogQuantBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return HEAD_SIZES
+        return list(HEAD_SIZES)
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
@@ -186,7 +185,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
             **unsupported,
         }
-        given = sorted(name for name, value in refused.items() if value)
+        # tensors have no truth value; 0 and False mean "not used"
+        given = sorted(n for n, v in refused.items() if v is not None and not (isinstance(v, int | float) and v == 0))
         if given or attn_type != AttentionType.DECODER:
             what = ", ".join(given) or f"attention type {attn_type}"
             raise ValueError(

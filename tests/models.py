@@ -1,0 +1,52 @@
+"""Small random models on disk, with any attention geometry, for tests that need an engine but no answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "torch_dtype": "bfloat16",
+}
+
+
+def write_config(path: Path, **changes: Any) -> Path:
+    """A model directory with a ``config.json`` alone: enough for planning, and for errors that come before weights."""
+    path.mkdir(parents=True, exist_ok=True)
+    config = {**LLAMA, **changes}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def write_model(path: Path, seed: int = 0, **changes: Any) -> Path:
+    """A model directory with random weights, for engines that take token ids."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    write_config(path, **changes)
+    config = AutoConfig.from_pretrained(path)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # larger than the usual initialization, so that attention is far from uniform
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                weight.mul_(2.0)
+    model.save_pretrained(path)
+    return path
