@@ -1,0 +1,59 @@
+# Needs Python 3.11 or newer with pip, gcc/g++ and git; everything else is installed into $(VENV).
+#
+#   make serve                                    the demo model on the CPU, http://localhost:8000
+#   make serve MODEL=... DEVICE=cuda ARGS="..."   any model on a GPU, with any flag of `vllm serve`
+#   make test                                     the fast test suite
+
+DEVICE ?= cpu
+MODEL ?= demo
+ARGS ?=
+PYTHON ?= python3
+# vLLM's CPU and CUDA wheels hold the same module, so each device has an environment of its own
+VENV ?= $(if $(filter cuda,$(DEVICE)),.venv-cuda,.venv)
+PYTEST_ARGS ?= -m "not slow"
+
+BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-all lint fmt clean
+.DELETE_ON_ERROR:
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# a stamp file marks each finished step, so that a second `make` does nothing
+$(VENV)/.engine-$(DEVICE): scripts/install_engine.py | $(BIN)/python
+	$(BIN)/python scripts/install_engine.py $(DEVICE)
+	@touch $@
+
+$(VENV)/.project: pyproject.toml $(VENV)/.engine-$(DEVICE)
+	$(BIN)/python -m pip install --quiet 'setuptools>=65' wheel
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.project  ## create the environment and install everything
+
+serve: setup  ## serve MODEL (the demo model) with the LogQuant KV cache
+	$(BIN)/logquant-vllm serve $(MODEL) $(ARGS)
+
+test: setup  ## run the fast test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: PYTEST_ARGS =
+test-all: test  ## run the whole test suite, slow tests included
+
+lint: setup  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: setup  ## format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

