@@ -52,16 +52,16 @@ class LogQuantConfig(BaseModel):
     prefix_replay_tokens: int | None = Field(
         None,
         ge=0,
-        description="tokens before the end of a prefix-cache hit that are computed again, so that the recent window is in "
-        "full precision after a hit; null: 2 * window_length",
+        description="tokens before the end of a prefix-cache hit that are computed again, so that the recent window is "
+        "in full precision after a hit; null: 2 * window_length",
     )
 
     @model_validator(mode="after")
     def _fits_together(self) -> LogQuantConfig:
         if self.window_length < self.key_group_size:
             raise ValueError(
-                f"window_length {self.window_length} is smaller than key_group_size {self.key_group_size}: a group of keys "
-                f"is quantized from the recent window. Use a window_length of at least {self.key_group_size}"
+                f"window_length {self.window_length} is smaller than key_group_size {self.key_group_size}: a group of "
+                f"keys is quantized from the recent window. Use a window_length of at least {self.key_group_size}"
                 + (f", or a key_group_size of {self._largest_group()}" if self.window_length >= 32 else "")
             )
         return self

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
@@ -180,6 +181,9 @@ def model_shape(model: str, dtype: str = "auto") -> ModelShape:
     """
     from transformers import AutoConfig
 
+    local = model.startswith(("/", ".", "~")) or Path(model).is_dir()
+    if local and not (Path(model) / "config.json").is_file():
+        raise ValueError(f"no config.json in {model}: name the model's directory, or its name on the hub")
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:

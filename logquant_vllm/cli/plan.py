@@ -1,0 +1,150 @@
+"""``logquant-vllm plan``: how many tokens and requests fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from logquant_vllm.cli.errors import user_errors
+from logquant_vllm.cli.serve import DEMO, DEMO_MODEL
+from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.planning import DEFAULT_BLOCK_SIZE, Capacity, ModelShape, model_shape
+from logquant_vllm.planning import plan as plan_capacity
+
+UNITS = (
+    {"": 1, "b": 1}
+    | {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)}
+    | {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", start=1)}
+)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as ``16GiB``, ``2GB`` or ``17179869184``. A bare ``16G`` is refused: it can mean either.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].lower() not in UNITS:
+        raise ValueError(f"--memory must be a size such as 16GiB, 512MiB, 16GB or 17179869184 (bytes), got {text!r}")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(help=f'Model directory or hub name, or "{DEMO}"; only its config.json is read.')
+    ],
+    memory: Annotated[str, typer.Option(help="KV memory of one device, for example 16GiB.")],
+    max_model_len: Annotated[int, typer.Option(help="Longest request in tokens.")],
+    tensor_parallel_size: Annotated[int, typer.Option(help="Devices that share the KV heads.")] = 1,
+    dtype: Annotated[str, typer.Option(help="The model's dtype: auto, bfloat16, float16 or float32.")] = "auto",
+    block_size: Annotated[
+        int, typer.Option(help="Block size of vLLM's own formats (its default: 16 on CUDA, 128 on CPU).")
+    ] = DEFAULT_BLOCK_SIZE["cuda"],
+    window_length: Annotated[int | None, typer.Option(help="LogQuant's window_length.")] = None,
+    key_bits: Annotated[int | None, typer.Option(help="LogQuant's key_bits.")] = None,
+    value_bits: Annotated[int | None, typer.Option(help="LogQuant's value_bits.")] = None,
+    key_group_size: Annotated[int | None, typer.Option(help="LogQuant's key_group_size.")] = None,
+    value_group_size: Annotated[int | None, typer.Option(help="LogQuant's value_group_size.")] = None,
+    scale_bits: Annotated[int | None, typer.Option(help="LogQuant's scale_bits.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show how many tokens and requests fit in a given KV memory, beside the model's own dtype and fp8.
+
+    The figures are those that vLLM prints when it starts with --kv-cache-memory-bytes set to the same amount.
+    """
+    options = {
+        "window_length": window_length,
+        "key_bits": key_bits,
+        "value_bits": value_bits,
+        "key_group_size": key_group_size,
+        "value_group_size": value_group_size,
+        "scale_bits": scale_bits,
+    }
+    with user_errors():
+        config = LogQuantConfig.from_options({name: value for name, value in options.items() if value is not None})
+        available = parse_memory(memory)
+        try:
+            shape = model_shape(str(DEMO_MODEL) if model == DEMO else model, dtype)
+            capacities = plan_capacity(
+                shape,
+                available,
+                max_model_len,
+                config,
+                tensor_parallel_size=tensor_parallel_size,
+                block_size=block_size,
+            )
+        except ModuleNotFoundError as error:
+            raise ValueError(f"plan needs the Python package {error.name}: install vLLM, which brings it") from None
+    if as_json:
+        typer.echo(json.dumps(_as_json(model, shape, available, config, capacities), indent=2))
+    else:
+        _print_table(model, shape, available, capacities)
+
+
+def _ratio(capacity: Capacity, baseline: Capacity) -> float | None:
+    return capacity.tokens / baseline.tokens if baseline.tokens else None
+
+
+def _as_json(
+    model: str, shape: ModelShape, memory: int, config: LogQuantConfig, capacities: list[Capacity]
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "num_layers": shape.num_layers,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_size": shape.head_size,
+        "dtype": shape.dtype,
+        "memory_bytes": memory,
+        "max_model_len": capacities[0].max_model_len,
+        "logquant": config.model_dump(),
+        "formats": [
+            {
+                "kv_cache_dtype": c.name,
+                "bytes_per_token": round(c.bytes_per_token, 2),
+                "num_blocks": c.num_blocks,
+                "blocks_per_request": c.blocks_per_request,
+                "tokens": c.tokens,
+                "max_concurrency": c.concurrency,
+                "tokens_ratio": _ratio(c, capacities[0]),
+                "fits": c.fits,
+            }
+            for c in capacities
+        ],
+    }
+
+
+def _print_table(model: str, shape: ModelShape, memory: int, capacities: list[Capacity]) -> None:
+    console = Console()
+    length = capacities[0].max_model_len
+    table = Table(
+        title=f"{model}: {shape.num_layers} layers, {shape.num_kv_heads} KV heads of {shape.head_size}; "
+        f"{memory / 2**30:,.2f} GiB of KV memory",
+        title_justify="left",
+    )
+    table.add_column("KV cache")
+    for heading in ("bytes per token", "tokens", f"requests of {length:,}", f"vs {capacities[0].name}"):
+        table.add_column(heading, justify="right")
+    for c in capacities:
+        ratio = _ratio(c, capacities[0])
+        table.add_row(
+            c.name,
+            f"{c.bytes_per_token:,.0f}",
+            f"{c.tokens:,}",
+            f"{c.concurrency:,.2f}",
+            "-" if ratio is None else f"{ratio:.2f}x",
+            style="bold" if c.name == "logquant" else None,
+        )
+    console.print(table)
+    for c in capacities:
+        if not c.fits:
+            console.print(
+                f"{c.name}: a request of {length:,} tokens needs {c.bytes_needed / 2**30:,.2f} GiB; "
+                "vLLM would not start",
+                style="yellow",
+            )
