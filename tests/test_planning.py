@@ -1,0 +1,151 @@
+"""The planner: the capacities that are promised, and equality with vLLM's own arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.planning import ModelShape, model_shape, plan
+from tests.models import write_config
+
+LLAMA_8B = ModelShape(num_layers=32, num_kv_heads=8, head_size=128)
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(("max_model_len", "ratio"), [(4096, 5.2), (8192, 6.0), (16384, 6.5), (32768, 6.8)])
+def test_promised_capacity(max_model_len: int, ratio: float) -> None:
+    bf16, fp8, logquant = plan(LLAMA_8B, 2 * GIB, max_model_len)
+    assert bf16.tokens == 16384
+    assert fp8.tokens == 2 * bf16.tokens
+    assert logquant.tokens >= ratio * bf16.tokens
+
+
+def test_a_short_request_does_not_pay_for_the_whole_window() -> None:
+    short, long = (plan(LLAMA_8B, GIB, length)[2].blocks_per_request for length in (32, 128))
+    assert short < long
+
+
+def test_tensor_parallel_divides_the_heads() -> None:
+    one = plan(LLAMA_8B, GIB, 4096)[2]
+    two = plan(LLAMA_8B, GIB, 4096, tensor_parallel_size=2)[2]
+    assert two.block_bytes * 2 == one.block_bytes
+    assert LLAMA_8B.kv_heads_per_rank(16) == 1  # copies
+    with pytest.raises(ValueError, match=r"tensor_parallel_size 3 does not divide 8 KV heads.*1, 2, 4, 8"):
+        LLAMA_8B.kv_heads_per_rank(3)
+
+
+def test_too_little_memory() -> None:
+    capacity = plan(LLAMA_8B, GIB // 8, 8192)[2]
+    assert not capacity.fits
+    assert plan(LLAMA_8B, capacity.bytes_needed, 8192)[2].fits
+    assert not plan(LLAMA_8B, capacity.bytes_needed - 1, 8192)[2].fits
+
+
+@pytest.mark.parametrize("wrong", [{"memory": 0}, {"max_model_len": 0}, {"block_size": -1}])
+def test_wrong_arguments(wrong: dict[str, int]) -> None:
+    arguments: dict[str, Any] = {"memory": GIB, "max_model_len": 100, **wrong}
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least 1"):
+        plan(LLAMA_8B, **arguments)
+
+
+def test_shape_of_a_model_directory(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    path = write_config(tmp_path / "model", num_hidden_layers=3, num_key_value_heads=2, head_dim=96)
+    assert model_shape(str(path)) == ModelShape(3, 2, 96, "bfloat16")
+    path = write_config(tmp_path / "float32", torch_dtype="float32", head_dim=None)
+    assert model_shape(str(path)) == ModelShape(2, 2, 64, "bfloat16")
+    assert model_shape(str(path), "float32").dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral", "sliding_window": 1024}, "sliding_attention"),
+        ({"model_type": "gemma2", "sliding_window": 1024}, "sliding_attention"),
+        ({"model_type": "deepseek_v2", "kv_lora_rank": 128}, "MLA"),
+    ],
+)
+def test_unsupported_models(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=message):
+        model_shape(str(write_config(tmp_path / "model", **changes)))
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=r"no config.json in"):
+        model_shape(str(tmp_path))
+
+
+def _vllm_capacity(specs: dict[str, Any], memory: int, max_model_len: int) -> tuple[int, float]:
+    """Tokens and concurrency as vLLM computes them for its start-up line."""
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+    def names(spec: Any) -> list[str]:
+        return [name for name, other in specs.items() if other == spec]
+
+    groups = [KVCacheGroupSpec(names(spec), spec) for spec in dict.fromkeys(specs.values())]
+    per_block = max(sum(specs[name].page_size_bytes for name in group.layer_names) for group in groups)
+    vllm_config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=max_model_len),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+    )
+    config = KVCacheConfig(num_blocks=memory // per_block, kv_cache_tensors=[], kv_cache_groups=groups)
+    return kv_cache_utils.get_kv_cache_capacity(vllm_config, config)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    layers=st.integers(1, 64),
+    heads=st.sampled_from([1, 2, 4, 8]),
+    head_size=st.sampled_from([64, 96, 128, 256]),
+    window=st.sampled_from([64, 85, 128]),
+    memory=st.integers(1 << 28, 1 << 36),
+    max_model_len=st.integers(1, 200_000),
+    block_size=st.sampled_from([16, 128]),
+)
+def test_equals_vllm(
+    layers: int, heads: int, head_size: int, window: int, memory: int, max_model_len: int, block_size: int
+) -> None:
+    pytest.importorskip("vllm")
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from logquant_vllm.plugin.specs import WindowSpec
+
+    config = LogQuantConfig(window_length=window)
+    shape = ModelShape(layers, heads, head_size)
+    bf16, fp8, logquant = plan(shape, memory, max_model_len, config, block_size=block_size)
+
+    for capacity, dtype in ((bf16, torch.bfloat16), (fp8, torch.uint8)):
+        spec = FullAttentionSpec(block_size=block_size, num_kv_heads=heads, head_size=head_size, dtype=dtype)
+        expected = _vllm_capacity({f"layers.{i}": spec for i in range(layers)}, memory, max_model_len)
+        assert (capacity.tokens, capacity.concurrency) == expected
+
+    fmt = config.page_format(head_size)
+    common: dict[str, Any] = {
+        "block_size": 128,
+        "num_kv_heads": heads,
+        "head_size": head_size,
+        "num_head_slots": 1,
+        "tokens_per_state": 128,
+        "state_content_bytes": fmt.page_bytes(heads),
+    }
+    pages = FullAttentionSpec(dtype=torch.uint8, **common)
+    window_blocks = WindowSpec(
+        dtype=torch.bfloat16,
+        window_length=window,
+        slots_per_block=fmt.slots_per_block(heads, torch.bfloat16),
+        replay_tokens=0,
+        **common,
+    )
+    specs: dict[str, Any] = {f"layers.{i}": pages for i in range(layers)}
+    specs |= {f"windows.{i}": window_blocks for i in range(layers)}
+    assert (logquant.tokens, logquant.concurrency) == _vllm_capacity(specs, memory, max_model_len)
