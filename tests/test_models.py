@@ -19,7 +19,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 WINDOW = 64
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
-PHI3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "head_dim": None, "pad_token_id": 2}
+PHI3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "head_dim": 96, "pad_token_id": 2}
 
 # architecture, query heads, KV heads, head size
 MODELS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,218 @@
+"""End to end: the real server on the demo model, the real OpenAI client. Runs on CPU and on GPU hosts alike."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Sequence
+
+import openai
+import pytest
+
+from logquant_vllm.demo import tasks
+from logquant_vllm.demo.tasks import Case
+from tests.serving import Server, stream_lines
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.server
+
+MAX_LEN = 4096
+FLAGS = ("--max-model-len", str(MAX_LEN), "--num-gpu-blocks-override", "2500", "--gpu-memory-utilization", "0.4")
+Z_95 = 1.96
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server("demo", *FLAGS) as running:
+        yield running
+
+
+def answers(server: Server, cases: Sequence[Case], concurrency: int = 32, max_tokens: int = 8) -> list[str]:
+    """Greedy continuations of all prompts, ``concurrency`` at a time."""
+
+    async def run() -> list[str]:
+        client, gate = server.async_client, asyncio.Semaphore(concurrency)
+
+        async def one(case: Case) -> str:
+            async with gate:
+                result = await client.completions.create(
+                    model=server.model, prompt=case.prompt, max_tokens=max_tokens, temperature=0, stop="\n"
+                )
+            return result.choices[0].text
+
+        return await asyncio.gather(*map(one, cases))
+
+    return asyncio.run(run())
+
+
+def accuracy(cases: Sequence[Case], texts: Sequence[str]) -> float:
+    return sum(tasks.score(c, t) for c, t in zip(cases, texts, strict=True)) / len(cases)
+
+
+def assert_as_good(a: Sequence[bool], b: Sequence[bool], what: str) -> None:
+    """Paired comparison: ``b`` is not worse than ``a`` beyond the 95% interval of their difference."""
+    n = len(a)
+    differences = [int(y) - int(x) for x, y in zip(a, b, strict=True)]
+    mean = sum(differences) / n
+    deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / max(n - 1, 1) / n)
+    assert mean >= -max(Z_95 * deviation, 1 / n), f"{what}: {sum(b)}/{n} instead of {sum(a)}/{n}"
+
+
+def right(cases: Sequence[Case], texts: Sequence[str]) -> list[bool]:
+    return [tasks.score(c, t) for c, t in zip(cases, texts, strict=True)]
+
+
+def lookups(count: int, seed: int, tokens: int, **options: object) -> list[Case]:
+    return list(tasks.cases("lookup", count, seed=seed, tokens=tokens, **options))
+
+
+def test_completion_and_stream(server: Server) -> None:
+    case = lookups(1, 1, 100)[0]
+    whole = server.client.completions.create(model=server.model, prompt=case.prompt, max_tokens=8, temperature=0)
+    streamed = stream_lines(
+        server.client.completions.create(
+            model=server.model, prompt=case.prompt, max_tokens=8, temperature=0, stream=True
+        )
+    )
+    assert whole.choices[0].text == streamed
+    assert tasks.score(case, streamed)
+    assert whole.usage is not None and whole.usage.completion_tokens == 8
+
+
+def test_chat(server: Server) -> None:
+    case = lookups(1, 2, 120)[0]
+    reply = server.client.chat.completions.create(
+        model=server.model, messages=tasks.chat_messages(case), max_tokens=12, temperature=0
+    )
+    assert tasks.score(case, reply.choices[0].message.content or "")
+
+
+def test_several_choices(server: Server) -> None:
+    """``n > 1`` forks a prompt's pages, and every choice has a window of its own."""
+    case = lookups(1, 3, 700)[0]
+    result = server.client.completions.create(
+        model=server.model, prompt=case.prompt, max_tokens=6, n=4, temperature=0.01, seed=1, stop="\n"
+    )
+    texts = [choice.text for choice in result.choices]
+    assert len(texts) == 4 and sum(tasks.score(case, t) for t in texts) >= 3, (case.answer, texts)
+
+
+def test_many_at_once(server: Server) -> None:
+    """32 concurrent requests of mixed lengths are answered as well as one at a time."""
+    cases = [c for i, n in enumerate((60, 130, 260, 400, 700, 1000, 1500, 2500)) for c in lookups(4, 40 + i, n)]
+    together = right(cases, answers(server, cases, concurrency=32))
+    server.client  # a second run finds prompts cached; the cache is part of what is tested
+    alone = right(cases, answers(server, cases, concurrency=1))
+    assert_as_good(alone, together, "32 at once against one by one")
+    assert sum(together) >= 24, f"{sum(together)} of 32"
+
+
+def test_prefix_cache(server: Server) -> None:
+    """100 look-ups served from the prefix cache are answered as well as cold ones."""
+    cases = lookups(100, 5, 800)
+    before = server.metric("vllm:prefix_cache_hits_total")
+    cold = right(cases, answers(server, cases))
+    hits_cold = server.metric("vllm:prefix_cache_hits_total") - before
+    warm = right(cases, answers(server, cases))
+    hits_warm = server.metric("vllm:prefix_cache_hits_total") - before - hits_cold
+    assert hits_warm > hits_cold + 100 * 384, (hits_cold, hits_warm)
+    assert_as_good(cold, warm, "after a prefix hit against cold")
+    assert sum(cold) >= 70, f"{sum(cold)} of 100 cold"
+
+
+def test_shared_prefix_in_one_step(server: Server) -> None:
+    """Requests that arrive together with the same new prefix: the second reads pages that the first writes in that step."""
+    pairs = []
+    for seed in range(10):
+        first = lookups(1, 600 + seed, 600)[0]
+        pairs.append([first, first, first, first])
+    texts = [answers(server, group, concurrency=4) for group in pairs]
+    firsts = [tasks.score(g[0], t[0]) for g, t in zip(pairs, texts, strict=True)]
+    others = [tasks.score(g[-1], t[-1]) for g, t in zip(pairs, texts, strict=True)]
+    assert_as_good(firsts, others, "shared prefix in one step")
+    assert sum(firsts) >= 6
+
+
+def test_multi_turn_chat(server: Server) -> None:
+    """Each turn of a chat continues from the cache and still finds what stood in the first one."""
+    good = total = 0
+    for case in lookups(6, 7, 500):
+        messages = tasks.chat_messages(case)
+        for _ in range(2):
+            reply = server.client.chat.completions.create(
+                model=server.model, messages=messages, max_tokens=12, temperature=0
+            )
+            text = reply.choices[0].message.content or ""
+            good, total = good + tasks.score(case, text), total + 1
+            question = case.question.rsplit("\n", 1)[-1]
+            messages = [*messages, {"role": "assistant", "content": case.completion.strip()}, {"role": "user", "content": question}]
+        cached = reply.usage.prompt_tokens_details.cached_tokens if reply.usage else 0
+        assert cached >= 256, f"the second turn found only {cached} tokens in the cache"
+    assert good >= 0.7 * total, f"{good} of {total}"
+
+
+def test_abort_leaks_nothing(server: Server) -> None:
+    """Clients that leave in mid-stream: their blocks come back, and a request that needs most of the cache still runs."""
+
+    async def leave() -> None:
+        client = server.async_client
+
+        async def one(i: int) -> None:
+            prompt = lookups(1, 800 + i, 300 + 60 * i)[0].prompt
+            stream = await client.completions.create(
+                model=server.model, prompt=prompt, max_tokens=500, stream=True, extra_body={"ignore_eos": True}
+            )
+            async for _ in stream:
+                break
+            await stream.close()
+
+        await asyncio.gather(*(one(i) for i in range(12)))
+
+    asyncio.run(leave())
+    server.wait_idle()
+
+
+def test_too_long_request(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="(?i)context length|maximum"):
+        server.client.completions.create(model=server.model, prompt="x " * 3 * MAX_LEN, max_tokens=5)
+    case = lookups(1, 9, 100)[0]
+    assert accuracy([case], answers(server, [case])) == 1
+
+
+def test_in_window_answers_equal_bf16(server: Server) -> None:
+    """Greedy answers whose target is in the full-precision window are those of vLLM's own bf16 cache."""
+    near = [
+        *lookups(16, 10, 150),  # everything in full precision
+        *(c for c in lookups(16, 11, 700, depth=0.999) if 0 < c.distance < 60),  # the newest record of a long table
+    ]
+    assert len(near) > 24
+    ours = answers(server, near)
+    with Server("logquant_vllm/demo/model", *FLAGS, baseline=True) as bf16:
+        theirs = answers(bf16, near)
+    assert accuracy(near, theirs) >= 0.8
+    assert ours == theirs
+
+
+def test_preemption() -> None:
+    """A cache far too small for the requests: vLLM preempts and recomputes, and answers stay as good."""
+    cases = lookups(24, 12, 900)
+    with Server("demo", "--max-model-len", "2048", "--num-gpu-blocks-override", "64", *FLAGS[4:]) as small:
+        long = right(cases, answers(small, cases, concurrency=24, max_tokens=200))
+        assert small.metric("vllm:num_preemptions_total") > 0
+        alone = right(cases, answers(small, cases, concurrency=1))
+        small.wait_idle()
+    assert_as_good(alone, long, "with preemption against without")
+    assert sum(alone) >= 16
+
+
+def test_restart() -> None:
+    """SIGTERM ends the server, and a second one on the same model gives the same answers."""
+    cases = lookups(4, 13, 300)
+    texts = []
+    for _ in range(2):
+        server = Server("demo", *FLAGS)
+        with server:
+            texts.append(answers(server, cases, concurrency=1))
+            code = server.stop()
+        assert code in (0, -15), server.tail()
+    assert texts[0] == texts[1]
