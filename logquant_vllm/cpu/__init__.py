@@ -1,0 +1,1 @@
+"""The operations in C++, for machines without a GPU."""

@@ -1,0 +1,152 @@
+// From tensors to the views in cache.h: one call per operation, and one for a whole step.
+#include <ATen/ATen.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstring>
+
+#include "cache.h"
+
+namespace logquant {
+namespace {
+
+using at::Tensor;
+
+struct Args {
+    Cache cache;
+    Layout layout;
+    Quantizer quantizer;
+};
+
+Args read_args(const Tensor& key, const Tensor& value, const Tensor& pages, const Tensor& window, const Tensor& block_table,
+               const Tensor& window_table, const Tensor& query_start_loc, const Tensor& seq_lens, const Tensor& constants,
+               const Tensor& factors) {
+    TORCH_CHECK(constants.numel() == kNumConstants && constants.scalar_type() == at::kLong, "logquant: bad constants");
+    TORCH_CHECK(factors.numel() == kNumFactors && factors.scalar_type() == at::kDouble, "logquant: bad factors");
+    for (const Tensor& t : {block_table, window_table, query_start_loc, seq_lens})
+        TORCH_CHECK(t.scalar_type() == at::kInt && (t.numel() == 0 || t.stride(-1) == 1) && t.device().is_cpu(),
+                    "logquant: block tables and lengths must be int32 tensors on the CPU with contiguous rows");
+    for (const Tensor& t : {pages, window})
+        TORCH_CHECK(t.scalar_type() == at::kByte && t.dim() == 2 && t.stride(1) == 1 && t.device().is_cpu(),
+                    "logquant: cache memory must be uint8 [num_blocks, page_bytes] on the CPU");
+    Args a;
+    std::memcpy(&a.layout, constants.const_data_ptr(), sizeof(Layout));
+    std::memcpy(&a.quantizer, factors.const_data_ptr(), sizeof(Quantizer));
+    const int64_t num_reqs = seq_lens.size(0), heads = key.size(1), size = a.layout.head_size;
+    TORCH_CHECK(key.size(2) == size && value.sizes() == key.sizes(), "logquant: keys and values must be [tokens, ", heads,
+                ", ", size, "], got ", key.sizes(), " and ", value.sizes());
+    TORCH_CHECK(query_start_loc.size(0) > num_reqs && block_table.size(0) >= num_reqs && window_table.size(0) >= num_reqs,
+                "logquant: block tables and query_start_loc do not cover ", num_reqs, " requests");
+    TORCH_CHECK(pages.size(1) == heads * a.layout.head_bytes, "logquant: pages of ", pages.size(1), " bytes, expected ",
+                heads * a.layout.head_bytes);
+    Cache& c = a.cache;
+    c.pages = pages.mutable_data_ptr<uint8_t>();
+    c.page_stride = pages.stride(0);
+    c.window = window.mutable_data_ptr<uint8_t>();
+    c.window_stride = window.stride(0);
+    c.slots_per_block = window.size(1) / (heads * 2 * size * key.element_size());
+    c.block_table = block_table.const_data_ptr<int32_t>();
+    c.block_table_stride = block_table.stride(0);
+    c.window_table = window_table.const_data_ptr<int32_t>();
+    c.window_table_stride = window_table.stride(0);
+    c.window_columns = window_table.size(1);
+    c.num_kv_heads = heads;
+    const int32_t* start = query_start_loc.const_data_ptr<int32_t>();
+    const int32_t* lens = seq_lens.const_data_ptr<int32_t>();
+    c.requests.resize(num_reqs);
+    for (int64_t i = 0; i < num_reqs; ++i) {
+        Request& r = c.requests[i];
+        r.first_row = start[i];
+        r.query_len = start[i + 1] - start[i];
+        r.seq_len = lens[i];
+        r.computed = r.seq_len - r.query_len;
+        r.live = c.window_table[i * c.window_table_stride] > 0 && r.query_len > 0;
+        const int32_t header = r.live ? *c.header(i) : 0;
+        r.window_start = header > 0 ? header - 1 : r.computed;  // 0: the request's first step, nothing was copied yet
+        r.compactions = num_compactions(r.computed, a.layout.window_length);
+        TORCH_CHECK(r.first_row + r.query_len <= key.size(0), "logquant: request ", i, " has rows past the ", key.size(0),
+                    " tokens of this step");
+    }
+    return a;
+}
+
+template <typename T>
+Rows<T> rows_of(const Tensor& t) {
+    TORCH_CHECK(t.dim() == 3 && t.stride(2) == 1, "logquant: channels must be contiguous");
+    return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
+}
+
+template <typename F>
+void dispatch(const Tensor& key, F&& f) {
+    switch (key.scalar_type()) {
+        case at::kFloat: return f(float{});
+        case at::kHalf: return f(c10::Half{});
+        case at::kBFloat16: return f(c10::BFloat16{});
+        default: TORCH_CHECK(false, "logquant: dtype ", key.scalar_type(), " is not supported on the CPU");
+    }
+}
+
+#define LOGQUANT_CACHE                                                                                                 \
+    const Tensor &pages, const Tensor &window, const Tensor &block_table, const Tensor &window_table,                  \
+        const Tensor &query_start_loc, const Tensor &seq_lens, const Tensor &constants, const Tensor &factors
+#define LOGQUANT_ARGS \
+    read_args(key, value, pages, window, block_table, window_table, query_start_loc, seq_lens, constants, factors)
+
+void quantize_pages_op(const Tensor& key, const Tensor& value, LOGQUANT_CACHE) {
+    const Args a = LOGQUANT_ARGS;
+    dispatch(key, [&](auto zero) {
+        using T = decltype(zero);
+        quantize_pages<T>(rows_of<T>(key), rows_of<T>(value), a.cache, a.layout, a.quantizer);
+    });
+}
+
+void update_window_op(const Tensor& key, const Tensor& value, LOGQUANT_CACHE) {
+    const Args a = LOGQUANT_ARGS;
+    dispatch(key, [&](auto zero) {
+        using T = decltype(zero);
+        update_window<T>(rows_of<T>(key), rows_of<T>(value), a.cache, a.layout);
+    });
+}
+
+std::pair<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value, const Args& a, double scale) {
+    TORCH_CHECK(query.size(0) >= 0 && query.size(2) == a.layout.head_size && query.size(1) % key.size(1) == 0 &&
+                    query.scalar_type() == key.scalar_type() && key.scalar_type() == value.scalar_type(),
+                "logquant: queries ", query.sizes(), " do not fit keys ", key.sizes());
+    // rows of no request stay as they are here
+    Tensor output = at::zeros(query.sizes(), query.options());
+    Tensor lse = at::full({query.size(0), query.size(1)}, -std::numeric_limits<float>::infinity(),
+                          query.options().dtype(at::kFloat));
+    dispatch(key, [&](auto zero) {
+        using T = decltype(zero);
+        attention<T>(rows_of<T>(query), rows_of<T>(key), rows_of<T>(value), a.cache, a.layout, query.size(1), scale,
+                     output.mutable_data_ptr<T>(), lse.mutable_data_ptr<float>());
+    });
+    return {output, lse};
+}
+
+std::pair<Tensor, Tensor> attention_op(const Tensor& query, const Tensor& key, const Tensor& value, LOGQUANT_CACHE,
+                                       double scale) {
+    return attend(query, key, value, LOGQUANT_ARGS, scale);
+}
+
+Tensor step_op(const Tensor& query, const Tensor& key, const Tensor& value, LOGQUANT_CACHE, double scale) {
+    const Args a = LOGQUANT_ARGS;
+    Tensor output;
+    dispatch(key, [&](auto zero) {
+        using T = decltype(zero);
+        quantize_pages<T>(rows_of<T>(key), rows_of<T>(value), a.cache, a.layout, a.quantizer);
+        output = attend(query, key, value, a, scale).first;
+        update_window<T>(rows_of<T>(key), rows_of<T>(value), a.cache, a.layout);
+    });
+    return output;
+}
+
+}  // namespace
+}  // namespace logquant
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+    m.def("quantize_pages", &logquant::quantize_pages_op, release());
+    m.def("update_window", &logquant::update_window_op, release());
+    m.def("attention", &logquant::attention_op, release());
+    m.def("step", &logquant::step_op, release());
+}

@@ -1,0 +1,133 @@
+// What the operations share: constants of the format, views of the cache, and where a position's copy lies.
+// The arithmetic of positions is that of core/log_selection.py and core/paged.py; byte offsets come from Python.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace logquant {
+
+// Integer constants in the order in which operations.py passes them.
+struct Layout {
+    int64_t head_size, page_size, group_size, value_group_size, key_bits, value_bits, scale_bits;
+    int64_t key_words, value_words, value_words_per_group, groups_per_page, value_groups, head_bytes;
+    int64_t key_codes, value_codes, key_scale, key_zero, value_scale, value_zero;  // byte offsets in a slab
+    int64_t header_slots, window_length, replay_tokens;
+};
+constexpr int64_t kNumConstants = sizeof(Layout) / sizeof(int64_t);
+
+// float32 constants of the quantizer, likewise
+struct Quantizer {
+    double key_spread, value_spread;  // range_shrink / levels
+    double key_floor, value_floor;    // least 8-bit scale per unit of |middle|
+    double scale_min, scale_max;      // smallest and largest stored scale
+};
+constexpr int64_t kNumFactors = sizeof(Quantizer) / sizeof(double);
+
+// [tokens, heads, head_size] with contiguous channels; strides in elements
+template <typename T>
+struct Rows {
+    const T* data;
+    int64_t token_stride, head_stride;
+    const T* at(int64_t token, int64_t head) const { return data + token * token_stride + head * head_stride; }
+};
+
+struct Request {
+    int64_t first_row, query_len, computed, seq_len;
+    int64_t window_start;  // first position with a full-precision copy
+    int64_t compactions;   // before this step
+    bool live;             // owns window blocks and has tokens in this step
+};
+
+struct Cache {
+    uint8_t* pages;
+    int64_t page_stride;
+    uint8_t* window;
+    int64_t window_stride, slots_per_block;
+    const int32_t* block_table;
+    int64_t block_table_stride;
+    const int32_t* window_table;
+    int64_t window_table_stride, window_columns;
+    int64_t num_kv_heads;
+    std::vector<Request> requests;
+
+    uint8_t* slab(int64_t request, int64_t page, int64_t head, const Layout& f) const {
+        const int64_t block = block_table[request * block_table_stride + page];
+        return pages + block * page_stride + head * f.head_bytes;
+    }
+
+    // key of a window slot (header not counted); the value follows it
+    template <typename T>
+    T* slot(int64_t request, int64_t index, int64_t head, const Layout& f) const {
+        index += f.header_slots;
+        const int64_t column = std::min(index / slots_per_block, window_columns - 1);
+        const int64_t block = window_table[request * window_table_stride + column];
+        const int64_t row = (index % slots_per_block) * num_kv_heads + head;
+        return reinterpret_cast<T*>(window + block * window_stride) + row * 2 * f.head_size;
+    }
+
+    int32_t* header(int64_t request) const {
+        const int64_t block = window_table[request * window_table_stride];
+        return reinterpret_cast<int32_t*>(window + block * window_stride);
+    }
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t num_compactions(int64_t seq_len, int64_t w) { return std::max<int64_t>(seq_len / w - 2, 0); }
+
+inline int64_t log_slot_position(int64_t slot, int64_t compactions, int64_t w) {
+    if (slot == 0) return 0;
+    int64_t steps = 0;
+    while (slot << steps < w) ++steps;
+    if (steps <= compactions) return (compactions - steps) * w + (slot << steps);
+    return slot << compactions;
+}
+
+inline bool is_log_selected(int64_t position, int64_t compactions, int64_t w) {
+    const int64_t chunk = position / w;
+    if (chunk > compactions) return false;
+    const int64_t index = chunk == 0 ? position : position - (chunk - 1) * w;
+    const int64_t halvings = std::min<int64_t>(chunk == 0 ? compactions : compactions - chunk + 1, 30);
+    return (index & ((int64_t{1} << halvings) - 1)) == 0;
+}
+
+inline int64_t slot_of_position(int64_t position, int64_t compactions, int64_t w) {
+    if (position < w && compactions == 0) return position;
+    return w + ((position - w) % (2 * w) + 2 * w) % (2 * w);
+}
+
+// Key of a position that is new in this step or lies in the window, and its value.
+template <typename T>
+struct Token {
+    const T *key, *value;
+};
+
+template <typename T>
+Token<T> find_token(int64_t position, int64_t request, int64_t head, const Rows<T>& key, const Rows<T>& value,
+                    const Cache& cache, const Layout& f) {
+    const Request& r = cache.requests[request];
+    if (position >= r.computed) {
+        const int64_t row = r.first_row + position - r.computed;
+        return {key.at(row, head), value.at(row, head)};
+    }
+    const int64_t slot = slot_of_position(position, r.compactions, f.window_length);
+    const T* copy = cache.slot<T>(request, slot, head, f);
+    return {copy, copy + f.head_size};
+}
+
+// -- the three operations ----------------------------------------------------------------------------------------------
+
+template <typename T>
+void quantize_pages(const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f, const Quantizer& q);
+
+// output [num_tokens, num_heads, head_size] and lse [num_tokens, num_heads], contiguous; rows of no request are left alone
+template <typename T>
+void attention(const Rows<T>& query, const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f,
+               int64_t num_heads, double scale, T* output, float* lse);
+
+template <typename T>
+void update_window(const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f);
+
+}  // namespace logquant

@@ -1,0 +1,59 @@
+"""The three operations of :mod:`logquant_vllm.core.operations` in C++, for the CPU: same names, signatures and meaning.
+
+Each is one call into the compiled module. :func:`step` is all three in one, for the many short steps of decoding.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from logquant_vllm.core.page_format import HEADER_SLOTS
+from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
+from logquant_vllm.core.quantizer import E4M3_MAX, E4M3_TINY, FP16_MAX, FP16_TINY, scale_floor_divisor
+from logquant_vllm.cpu.build import load
+
+
+@lru_cache(maxsize=None)
+def _constants(layout: CacheLayout) -> tuple[Tensor, Tensor]:
+    """The structs ``Layout`` (int64) and ``Quantizer`` (float64) of ``cache.h``, in the order of their fields."""
+    f = layout.fmt
+    integers = [
+        *(f.head_size, f.page_size, f.key_group_size, f.value_group_size, f.key_bits, f.value_bits, f.scale_bits),
+        *(f.key_words, f.value_words, f.value_words_per_group, f.groups_per_page, f.value_groups, f.head_bytes),
+        *(f.key_codes_offset, f.value_codes_offset, f.key_scale_offset, f.key_zero_offset),
+        *(f.value_scale_offset, f.value_zero_offset),
+        *(HEADER_SLOTS, layout.window_length, layout.prefix_replay_tokens),
+    ]
+    spread = [f.range_shrink / ((1 << bits) - 1) for bits in (f.key_bits, f.value_bits)]
+    floor = [1.0 / scale_floor_divisor(bits) for bits in (f.key_bits, f.value_bits)]
+    limits = (E4M3_TINY, E4M3_MAX) if f.scale_bits == 8 else (FP16_TINY, FP16_MAX)
+    return torch.tensor(integers), torch.tensor([*spread, *floor, *limits], dtype=torch.float64)
+
+
+def quantize_pages(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
+    """See :func:`logquant_vllm.core.operations.quantize_pages`; the bytes are the same."""
+    load().quantize_pages(key, value, *cache, batch.query_start_loc, batch.seq_lens, *_constants(layout))
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See :func:`logquant_vllm.core.operations.attention`; float32 sums for bfloat16, float16 and float32."""
+    return load().attention(
+        query, key, value, *cache, batch.query_start_loc, batch.seq_lens, *_constants(layout), scale
+    )
+
+
+def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
+    """See :func:`logquant_vllm.core.operations.update_window`; the bytes are the same."""
+    load().update_window(key, value, *cache, batch.query_start_loc, batch.seq_lens, *_constants(layout))
+
+
+def step(
+    query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, scale: float
+) -> Tensor:
+    """:func:`quantize_pages`, :func:`attention` and :func:`update_window` in this order; the output of the second."""
+    return load().step(query, key, value, *cache, batch.query_start_loc, batch.seq_lens, *_constants(layout), scale)

@@ -1,0 +1,206 @@
+// Writing the cache: groups of tokens into pages, new tokens into the window.
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Float8_e4m3fn.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "cache.h"
+
+namespace logquant {
+namespace {
+
+constexpr uint8_t kNanE4m3 = 0x7F;
+constexpr uint16_t kNanHalf = 0x7E00;
+
+// One group of core/quantizer.py, operation by operation: no fused multiply-add, round half to even, IEEE division.
+struct GroupQuantizer {
+    int64_t bits, scale_bits;
+    float spread_factor, floor_factor, scale_min, scale_max;
+
+    // count values, stride apart, become codes, stride apart; scale and zero are stored
+    void operator()(const float* x, uint8_t* codes, int64_t count, int64_t stride, uint8_t* scale_out,
+                    uint8_t* zero_out) const {
+        const float levels = static_cast<float>((1 << bits) - 1);
+        float low = x[0], high = x[0];
+        bool finite = true;
+        for (int64_t i = 0; i < count; ++i) {
+            const float v = x[i * stride];
+            finite &= std::isfinite(v);
+            low = v < low ? v : low;
+            high = v > high ? v : high;
+        }
+        const float spread = finite ? (high - low) * spread_factor : 0.0f;
+        const float middle = finite ? (high + low) * 0.5f : 0.0f;
+        float scale, zero;
+        if (scale_bits == 8) {
+            const float wanted = std::max(spread, std::fabs(middle) * floor_factor);
+            const c10::Float8_e4m3fn stored(std::min(std::max(wanted, scale_min), scale_max));
+            scale = static_cast<float>(stored);
+            const float quarters = std::nearbyint(middle * 4.0f / scale - 2.0f * levels);
+            const auto stored_zero = static_cast<int8_t>(std::min(std::max(quarters, -128.0f), 127.0f));
+            zero = scale * (static_cast<float>(stored_zero) * 0.25f);
+            *scale_out = finite ? stored.x : kNanE4m3;
+            std::memcpy(zero_out, &stored_zero, 1);
+        } else {
+            const c10::Half stored(std::min(std::max(spread, scale_min), scale_max));
+            scale = static_cast<float>(stored);
+            const float wanted = middle - scale * (0.5f * levels);
+            const c10::Half stored_zero(std::min(std::max(wanted, -scale_max), scale_max));
+            zero = static_cast<float>(stored_zero);
+            const uint16_t scale_word = finite ? stored.x : kNanHalf;
+            std::memcpy(scale_out, &scale_word, 2);
+            std::memcpy(zero_out, &stored_zero.x, 2);
+        }
+        const float inverse = 1.0f / scale;
+        for (int64_t i = 0; i < count; ++i) {
+            const float code = std::nearbyint((x[i * stride] - zero) * inverse);
+            codes[i * stride] = finite ? static_cast<uint8_t>(std::min(std::max(code, 0.0f), levels)) : 0;
+        }
+    }
+};
+
+// Word w of a row holds codes w, w + words, w + 2 * words, ... of the row.
+void pack_row(const uint8_t* codes, int64_t stride, int64_t words, int64_t bits, uint8_t* out) {
+    for (int64_t w = 0; w < words; ++w) {
+        unsigned word = 0;
+        for (int64_t j = 0; j < 16 / bits; ++j) word |= unsigned{codes[(j * words + w) * stride]} << (bits * j);
+        const auto stored = static_cast<uint16_t>(word);
+        std::memcpy(out + 2 * w, &stored, 2);
+    }
+}
+
+struct Scratch {
+    std::vector<float> x;
+    std::vector<uint8_t> codes;
+};
+
+template <typename T>
+void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>& key, const Rows<T>& value,
+                    const Cache& cache, const Layout& f, const Quantizer& q, Scratch& scratch) {
+    const int64_t tokens = f.group_size, channels = f.head_size, scale_bytes = f.scale_bits / 8;
+    const int64_t in_page = group % f.groups_per_page, first = in_page * tokens;
+    uint8_t* slab = cache.slab(request, group / f.groups_per_page, head, f);
+    const auto lowest = static_cast<float>(q.scale_min), highest = static_cast<float>(q.scale_max);
+    const GroupQuantizer keys{f.key_bits, f.scale_bits, float(q.key_spread), float(q.key_floor), lowest, highest};
+    const GroupQuantizer values{f.value_bits, f.scale_bits, float(q.value_spread), float(q.value_floor), lowest, highest};
+    scratch.x.resize(tokens * channels);
+    scratch.codes.resize(tokens * channels);
+    float* x = scratch.x.data();
+    uint8_t* codes = scratch.codes.data();
+
+    auto read = [&](bool want_value) {
+        for (int64_t t = 0; t < tokens; ++t) {
+            const Token<T> token = find_token(group * tokens + t, request, head, key, value, cache, f);
+            const T* row = want_value ? token.value : token.key;
+            for (int64_t c = 0; c < channels; ++c) x[t * channels + c] = static_cast<float>(row[c]);
+        }
+    };
+
+    read(false);
+    for (int64_t c = 0; c < channels; ++c) {
+        const int64_t at = (in_page * channels + c) * scale_bytes;
+        keys(x + c, codes + c, tokens, channels, slab + f.key_scale + at, slab + f.key_zero + at);
+    }
+    for (int64_t t = 0; t < tokens; ++t)
+        pack_row(codes + t * channels, 1, f.key_words, f.key_bits, slab + f.key_codes + (first + t) * f.key_words * 2);
+
+    read(true);
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t g = 0; g < f.value_groups; ++g) {
+            const int64_t start = g * f.value_group_size, count = std::min(f.value_group_size, channels - start);
+            const int64_t at = (g * f.page_size + first + t) * scale_bytes, from = t * channels + start;
+            values(x + from, codes + from, count, 1, slab + f.value_scale + at, slab + f.value_zero + at);
+        }
+    for (int64_t c = 0; c < channels; ++c)
+        pack_row(codes + c, channels, f.value_words_per_group, f.value_bits,
+                 slab + f.value_codes + (c * f.value_words + in_page * f.value_words_per_group) * 2);
+}
+
+template <typename T>
+void update_head(int64_t request, int64_t head, const Rows<T>& key, const Rows<T>& value, const Cache& cache,
+                 const Layout& f, std::vector<T>& kept) {
+    const Request& r = cache.requests[request];
+    const int64_t w = f.window_length, size = f.head_size, before = r.compactions;
+    const int64_t after = num_compactions(r.seq_len, w);
+    if (after > before) {
+        // a slot that survives all compactions of this step moves down, others are filled from the recent window and
+        // from new tokens; all are read before any is written
+        kept.resize(w * 2 * size);
+        const int64_t shift = std::min<int64_t>(after - before, 20);
+        for (int64_t slot = 0; slot < w; ++slot) {
+            const int64_t position = log_slot_position(slot, after, w), source = slot << shift;
+            if (position < r.window_start) continue;
+            Token<T> token;
+            if (source < w && position < r.computed) {
+                const T* copy = cache.slot<T>(request, source, head, f);
+                token = {copy, copy + size};
+            } else {
+                token = find_token(position, request, head, key, value, cache, f);
+            }
+            std::memcpy(&kept[slot * 2 * size], token.key, size * sizeof(T));
+            std::memcpy(&kept[(slot * 2 + 1) * size], token.value, size * sizeof(T));
+        }
+        for (int64_t slot = 0; slot < w; ++slot)
+            if (log_slot_position(slot, after, w) >= r.window_start)
+                std::memcpy(cache.slot<T>(request, slot, head, f), &kept[slot * 2 * size], 2 * size * sizeof(T));
+    }
+    const int64_t begin = std::max(r.computed, after > 0 ? (after + 1) * w : 0);
+    for (int64_t position = begin; position < r.seq_len; ++position) {
+        const int64_t row = r.first_row + position - r.computed;
+        T* slot = cache.slot<T>(request, slot_of_position(position, after, w), head, f);
+        std::memcpy(slot, key.at(row, head), size * sizeof(T));
+        std::memcpy(slot + size, value.at(row, head), size * sizeof(T));
+    }
+}
+
+}  // namespace
+
+template <typename T>
+void quantize_pages(const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f, const Quantizer& q) {
+    struct Group {
+        int64_t request, index;
+    };
+    std::vector<Group> groups;
+    for (int64_t i = 0; i < static_cast<int64_t>(cache.requests.size()); ++i) {
+        const Request& r = cache.requests[i];
+        if (!r.live) continue;
+        // pages below the end of the prefix hit belong to whoever computed them first
+        const int64_t shared = r.window_start > 0 ? r.window_start + f.replay_tokens : 0;
+        const int64_t first = std::max(r.computed / f.group_size, ceil_div(shared, f.group_size));
+        for (int64_t g = first; g < r.seq_len / f.group_size; ++g) groups.push_back({i, g});
+    }
+    const int64_t heads = cache.num_kv_heads, tasks = static_cast<int64_t>(groups.size()) * heads;
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+        static thread_local Scratch scratch;
+        for (int64_t task = begin; task < end; ++task) {
+            const Group& g = groups[task / heads];
+            quantize_group(g.request, g.index, task % heads, key, value, cache, f, q, scratch);
+        }
+    });
+}
+
+template <typename T>
+void update_window(const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f) {
+    const int64_t heads = cache.num_kv_heads, num_reqs = static_cast<int64_t>(cache.requests.size());
+    constexpr int64_t kHeadsPerThread = 32;  // a decode step copies one token per head: not worth waking threads for less
+    at::parallel_for(0, num_reqs * heads, kHeadsPerThread, [&](int64_t begin, int64_t end) {
+        static thread_local std::vector<T> kept;
+        for (int64_t task = begin; task < end; ++task)
+            if (cache.requests[task / heads].live)
+                update_head(task / heads, task % heads, key, value, cache, f, kept);
+    });
+    for (int64_t i = 0; i < num_reqs; ++i)
+        if (cache.requests[i].live) *cache.header(i) = static_cast<int32_t>(cache.requests[i].window_start + 1);
+}
+
+#define LOGQUANT_INSTANTIATE(T)                                                                                    \
+    template void quantize_pages<T>(const Rows<T>&, const Rows<T>&, const Cache&, const Layout&, const Quantizer&); \
+    template void update_window<T>(const Rows<T>&, const Rows<T>&, const Cache&, const Layout&);
+LOGQUANT_INSTANTIATE(float)
+LOGQUANT_INSTANTIATE(c10::Half)
+LOGQUANT_INSTANTIATE(c10::BFloat16)
+
+}  // namespace logquant
