@@ -64,9 +64,28 @@ def score(case: Case, generated: str) -> bool:
 
 def chat_messages(case: Case, with_answer: bool = False) -> list[dict[str, str]]:
     """The case as chat messages, to be rendered by the model's chat template."""
-    messages = [{"role": "user", "content": case.question}]
-    if with_answer:
-        messages.append({"role": "assistant", "content": case.completion.strip()})
+    return as_messages("", [(case.question, case.completion.strip() if with_answer else "")])
+
+
+Turn = tuple[str, str]
+"""A question and its worked answer."""
+
+
+def as_text(body: str, turns: list[Turn]) -> str:
+    """Plain text: the body, then question after question.  An empty answer leaves the text open behind ``Answer:``."""
+    blocks = [body] if body else []
+    blocks += [f"Question: {question}\nAnswer:{' ' + answer if answer else ''}" for question, answer in turns]
+    return "\n\n".join(blocks)
+
+
+def as_messages(body: str, turns: list[Turn]) -> list[dict[str, str]]:
+    """A chat: the body in front of the first question, each further question a turn of its own."""
+    messages: list[dict[str, str]] = []
+    for i, (question, answer) in enumerate(turns):
+        content = f"{body}\n\n{question}" if body and i == 0 else question
+        messages.append({"role": "user", "content": content})
+        if answer:
+            messages.append({"role": "assistant", "content": answer})
     return messages
 
 
@@ -157,23 +176,32 @@ def _journey(rng: random.Random) -> tuple[str, str, int]:
     return text, steps, way - done
 
 
-_PROBLEMS: tuple[Callable[[random.Random], tuple[str, str, int]], ...] = (_how_many, _how_many, _change, _compare, _journey)
+_PROBLEMS: tuple[Callable[[random.Random], tuple[str, str, int]], ...] = (
+    _how_many,
+    _how_many,
+    _change,
+    _compare,
+    _journey,
+)
+
+
+def arithmetic_turn(rng: random.Random) -> tuple[Turn, int]:
+    """One word problem with its worked answer ending in ``#### number``, and the number."""
+    text, steps, result = rng.choice(_PROBLEMS)(rng)
+    return (text, f"{steps} {MARK} {result}"), result
 
 
 def arithmetic(rng: random.Random, shots: int = 4) -> Case:
-    """A word problem after ``shots`` worked examples; the answer is worked out and ends in ``#### number``."""
-    parts = []
-    for _ in range(shots):
-        text, steps, result = rng.choice(_PROBLEMS)(rng)
-        parts.append(f"Question: {text}\nAnswer: {steps} {MARK} {result}\n\n")
-    text, steps, result = rng.choice(_PROBLEMS)(rng)
-    parts.append(f"Question: {text}\nAnswer:")
-    return Case("arithmetic", "".join(parts), f" {steps} {MARK} {result}", str(result), text)
+    """A word problem after ``shots`` worked examples."""
+    examples = [arithmetic_turn(rng)[0] for _ in range(shots)]
+    (question, worked), result = arithmetic_turn(rng)
+    prompt = as_text("", [*examples, (question, "")])
+    return Case("arithmetic", prompt, f" {worked}", str(result), question)
 
 
 # ------------------------------------------------------------------------------------------------ look-up
 
-_HEADER = "Read the records, then answer from them.\n"
+LOOKUP_HEADER = "Read the records, then answer from them."
 
 
 def table(rng: random.Random, tokens: int) -> tuple[list[str], list[tuple[int, str, str]]]:
@@ -209,35 +237,42 @@ def lookup_question(key: str) -> str:
     return f"What is the code of the {key}?"
 
 
+def _line_start(header: str, lines: list[str], line_number: int) -> int:
+    """Offset, in characters, of a line in the text ``header``, newline, ``lines``."""
+    return len(header) + 1 + sum(len(line) + 1 for line in lines[:line_number])
+
+
 def lookup(rng: random.Random, tokens: int = 500, depth: float | None = None) -> Case:
     """A question on one record of a table, the whole prompt being about ``tokens`` tokens long.
 
     ``depth`` places the target: 0 is the first record (farthest from the question), 1 the last; None draws it.
     """
-    frame = approx_tokens(_HEADER) + 22  # 22: the question below the table
+    frame = approx_tokens(LOOKUP_HEADER) + 22  # 22: the question below the table
     lines, records = table(rng, max(1, tokens - frame))
     where = rng.random() if depth is None else depth
     line_number, key, value = records[min(int(where * len(records)), len(records) - 1)]
-    body = _HEADER + "\n".join(lines)
-    target = len(_HEADER) + sum(len(line) + 1 for line in lines[:line_number])
+    body = "\n".join([LOOKUP_HEADER, *lines])
     question = lookup_question(key)
-    prompt = f"{body}\n\nQuestion: {question}\nAnswer:"
+    prompt = as_text(body, [(question, "")])
+    target = _line_start(LOOKUP_HEADER, lines, line_number)
     return Case("lookup", prompt, f" {value}", value, f"{body}\n\n{question}", target)
 
 
 # ---------------------------------------------------------------------------------------- variable tracing
 
-_PROGRAM = "Follow the program, then answer.\n"
+TRACE_HEADER = "Follow the program, then answer."
+
+Variable = tuple[int, str, int, int]
+"""Line number, source variable or "", constant, value."""
 
 
-def program(rng: random.Random, tokens: int) -> tuple[list[str], dict[str, tuple[int, str, int, int]]]:
+def program(rng: random.Random, tokens: int) -> tuple[list[str], dict[str, Variable]]:
     """Lines of a program of about ``tokens`` tokens; every variable is assigned once.
 
-    The second value maps each variable to (line number, its source or "", the constant, its value): a variable is
-    a constant, or another variable plus or minus a small constant.
+    A variable is a constant, or another variable plus or minus a small constant.
     """
     lines: list[str] = []
-    variables: dict[str, tuple[int, str, int, int]] = {}
+    variables: dict[str, Variable] = {}
     order: list[str] = []
     used = 0
     while used < tokens or not order:
@@ -261,7 +296,7 @@ def program(rng: random.Random, tokens: int) -> tuple[list[str], dict[str, tuple
     return lines, variables
 
 
-def trace_steps(name: str, lines: list[str], variables: dict[str, tuple[int, str, int, int]]) -> str:
+def trace_steps(name: str, lines: list[str], variables: dict[str, Variable]) -> str:
     """The worked trace of ``name``: definitions back to a constant, then values forward again."""
     chain = [name]
     while variables[chain[-1]][1]:
@@ -271,12 +306,17 @@ def trace_steps(name: str, lines: list[str], variables: dict[str, tuple[int, str
     return f"{back}. So {values}. {MARK} {variables[name][3]}"
 
 
+def trace_question(name: str) -> str:
+    """The question for one variable of a `program`."""
+    return f"What is the value of {name}?"
+
+
 def trace(rng: random.Random, tokens: int = 1000, hops: int | None = None) -> Case:
     """The value of one variable in a long program; ``hops`` is how many assignments lie behind its own (0 to 4).
 
     The exact number is taken where the program has such a variable, else the largest smaller one.
     """
-    frame = approx_tokens(_PROGRAM) + 20
+    frame = approx_tokens(TRACE_HEADER) + 20  # 20: the question below the program
     lines, variables = program(rng, max(1, tokens - frame))
     depth: dict[str, int] = {}
     for name, (_, source, _, _) in variables.items():  # insertion order: sources come first
@@ -284,11 +324,11 @@ def trace(rng: random.Random, tokens: int = 1000, hops: int | None = None) -> Ca
     wanted = rng.randint(1, 4) if hops is None else hops
     reachable = max(d for d in depth.values() if d <= wanted)
     name = rng.choice([v for v, d in depth.items() if d == reachable])
-    body = _PROGRAM + "\n".join(lines)
-    target = len(_PROGRAM) + sum(len(line) + 1 for line in lines[: variables[name][0]])
-    question = f"What is the value of {name}?"
+    body = "\n".join([TRACE_HEADER, *lines])
+    question = trace_question(name)
+    prompt = as_text(body, [(question, "")])
+    target = _line_start(TRACE_HEADER, lines, variables[name][0])
     steps = trace_steps(name, lines, variables)
-    prompt = f"{body}\n\nQuestion: {question}\nAnswer:"
     return Case("trace", prompt, f" {steps}", str(variables[name][3]), f"{body}\n\n{question}", target)
 
 
