@@ -1,0 +1,178 @@
+"""Device helpers shared by the kernels: where things lie, which tokens have copies, codes and scales.
+
+``FMT`` is the :class:`PageFormat` and ``LAYOUT`` the :class:`CacheLayout` themselves, passed as constants: no byte
+offset and no constant of the algorithm is written down a second time. The log selection follows ``core.log_selection``
+line by line.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from logquant_vllm.core import log_selection, page_format, quantizer
+
+HEADER_SLOTS = tl.constexpr(page_format.HEADER_SLOTS)
+MAX_SHIFT = tl.constexpr(log_selection._MAX_SHIFT)
+E4M3_NAN = tl.constexpr(0x7F)
+E4M3_MAX = tl.constexpr(quantizer.E4M3_MAX)
+E4M3_TINY = tl.constexpr(quantizer.E4M3_TINY)
+# adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to the nearest integer, ties to even
+ROUNDING = tl.constexpr(12582912.0)
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+@triton.jit
+def find_request(query_start_loc, index, num_reqs, BLOCK: tl.constexpr):
+    """The request that owns chunk ``index`` when request ``r`` owns chunks from ``query_start_loc[r] // BLOCK + r`` on.
+
+    Every request so has at least ``ceil(query_len / BLOCK)`` chunks, and all of them together at most
+    ``num_tokens // BLOCK + num_reqs``: a grid that the host knows without reading any length.
+
+    Returns:
+        The request and the chunk's index within it.
+    """
+    low, high = index * 0, index * 0 + num_reqs  # tensors from the start, for the interpreter too
+    while high - low > 1:
+        middle = (low + high) // 2
+        first = tl.load(query_start_loc + middle) // BLOCK + middle
+        if first <= index:
+            low = middle
+        else:
+            high = middle
+    return low, index - (tl.load(query_start_loc + low) // BLOCK + low)
+
+
+@triton.jit
+def read_request(query_start_loc, seq_lens, window_bytes, window_byte_stride, window_table, request, table_stride):
+    """What a request brings into the step.
+
+    Returns:
+        start: row of its first new token.
+        query_len: number of new tokens.
+        computed: tokens computed before this step.
+        window_start: first position with a full-precision copy (see ``core.paged.read_window_start``).
+        live: whether it has a window at all; a row of padding has the null block.
+    """
+    start = tl.load(query_start_loc + request)
+    query_len = tl.load(query_start_loc + request + 1) - start
+    computed = tl.load(seq_lens + request) - query_len
+    block = tl.load(window_table + request.to(tl.int64) * table_stride)
+    live = block > 0
+    header_address = (window_bytes + block.to(tl.int64) * window_byte_stride).to(tl.pointer_type(tl.int32))
+    header = tl.load(header_address, mask=live, other=0)
+    window_start = tl.where(header > 0, header - 1, computed)
+    return start, query_len, computed, window_start, live
+
+
+# -- the window -------------------------------------------------------------------------------------------------------
+@triton.jit
+def count_compactions(length, WINDOW: tl.constexpr):
+    """``core.log_selection.num_compactions`` of a length on the device."""
+    return tl.maximum(length // WINDOW - 2, 0)
+
+
+@triton.jit
+def log_slot_position(slot, compactions, WINDOW: tl.constexpr):
+    """``core.log_selection.log_slot_position``: position held by a log-selected slot."""
+    steps = tl.zeros_like(slot)
+    for _ in tl.static_range(WINDOW.bit_length()):
+        steps += ((slot << steps) < WINDOW).to(tl.int32)
+    shift = tl.minimum(tl.minimum(steps, compactions), MAX_SHIFT)
+    from_chunk = (slot > 0) & (steps <= compactions)
+    return tl.where(from_chunk, (compactions - steps) * WINDOW + (slot << shift), slot << shift)
+
+
+@triton.jit
+def is_log_selected(position, compactions, WINDOW: tl.constexpr):
+    """``core.log_selection.is_log_selected`` for positions ``>= 0``."""
+    chunk = position // WINDOW
+    index = tl.where(chunk == 0, position, position - (chunk - 1) * WINDOW)
+    halvings = tl.where(chunk == 0, compactions, compactions - chunk + 1)
+    mask = (1 << tl.minimum(tl.maximum(halvings, 0), MAX_SHIFT)) - 1
+    return (chunk <= compactions) & ((index & mask) == 0)
+
+
+@triton.jit
+def slot_of_position(position, compactions, WINDOW: tl.constexpr):
+    """``core.paged.slot_of_position``."""
+    # the sum keeps the dividend positive: the remainder of a negative one differs between languages
+    ring = WINDOW + (position + WINDOW) % (2 * WINDOW)
+    return tl.where((position < WINDOW) & (compactions == 0), position, ring)
+
+
+@triton.jit
+def slot_position(slot, computed, WINDOW: tl.constexpr):
+    """Position that slot ``slot`` of a request holds after ``computed`` tokens (``core.paged.slot_positions``).
+
+    It holds a token only if the result is below ``computed``. The slot whose result *equals* ``computed`` is where the
+    next token will go; there is exactly one as long as ``computed >= 0``.
+    """
+    compactions = count_compactions(computed, WINDOW)
+    recent = (compactions + 1) * WINDOW
+    ring = recent + (slot + 2 * WINDOW - recent % (2 * WINDOW)) % (2 * WINDOW)
+    return tl.where(slot < WINDOW, log_slot_position(tl.minimum(slot, WINDOW - 1), compactions, WINDOW), ring)
+
+
+@triton.jit
+def slot_offset(slot, table_row, table_width, block_stride, slot_stride, SLOTS_PER_BLOCK: tl.constexpr):
+    """Offset of a window slot in elements of the model's dtype (int64, shape of ``slot``)."""
+    index = slot + HEADER_SLOTS
+    column = tl.minimum(index // SLOTS_PER_BLOCK, table_width - 1)
+    block = tl.load(table_row + column).to(tl.int64)
+    return block * block_stride + (index % SLOTS_PER_BLOCK).to(tl.int64) * slot_stride
+
+
+@triton.jit
+def pages_end(computed, window_start, WINDOW: tl.constexpr):
+    """Positions below this are read from pages, but for those with a copy (``core.operations.attention``)."""
+    recent = (count_compactions(computed, WINDOW) + 1) * WINDOW
+    return tl.minimum(tl.maximum(recent, window_start), computed)
+
+
+@triton.jit
+def read_from_page(position, end, computed, window_start, WINDOW: tl.constexpr):
+    """Whether a cached position is attended to in its 2-bit form."""
+    copied = is_log_selected(position, count_compactions(computed, WINDOW), WINDOW) & (position >= window_start)
+    return (position < end) & ~copied
+
+
+# -- rounding and 8-bit scales ----------------------------------------------------------------------------------------
+@triton.jit
+def round_half_even(x):
+    """Nearest integer of a float32 below 2**22 in magnitude, ties to even."""
+    return (x + ROUNDING) - ROUNDING
+
+
+@triton.jit
+def encode_e4m3(x):
+    """e4m3 bits (int32) of float32 ``x`` with ``E4M3_TINY <= x <= E4M3_MAX``, rounded to nearest even.
+
+    In integers, so that the interpreter, every GPU and torch agree on each byte.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    # below 2**-6 the step is 2**-9; eight steps are the smallest normal number, whose bits are 8
+    subnormal = round_half_even(x * 512.0).to(tl.int32)
+    return tl.where(x < 0.015625, subnormal, normal)
+
+
+@triton.jit
+def decode_e4m3(bits):
+    """float32 value of non-negative e4m3 ``bits`` (any integer type), NaN included."""
+    wide = (bits.to(tl.uint16) << 7).to(tl.float16, bitcast=True)  # the same exponent field, biased by 8 more
+    return tl.where(bits == E4M3_NAN, float("nan"), wide.to(tl.float32) * 256.0)
+
+
+@triton.jit
+def load_scale_zero(slab, scale_offset, zero_offset, index, mask, FMT: tl.constexpr):
+    """float32 scales and zeros at ``index`` of one of a slab's metadata arrays; 0 where masked."""
+    if FMT.scale_bits == 8:
+        scale = decode_e4m3(tl.load(slab + scale_offset + index, mask=mask, other=0))
+        quarters = tl.load((slab + zero_offset).to(tl.pointer_type(tl.int8)) + index, mask=mask, other=0)
+        zero = scale * (quarters.to(tl.float32) * 0.25)
+    else:
+        half = tl.pointer_type(tl.float16)
+        scale = tl.load((slab + scale_offset).to(half) + index, mask=mask, other=0).to(tl.float32)
+        zero = tl.load((slab + zero_offset).to(half) + index, mask=mask, other=0).to(tl.float32)
+    return scale, zero

@@ -1,0 +1,266 @@
+"""The Triton kernels against ``core``: stored bytes exactly, attention within the tests' one tolerance.
+
+With a GPU they run compiled. Without one they run in Triton's interpreter, which must be chosen before Triton is first
+imported: this file then runs itself again in a process of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from logquant_vllm.core import operations as reference
+from logquant_vllm.core.page_format import PageFormat
+from logquant_vllm.core.paged import CacheLayout
+from tests.paging import PagedBatch, assert_close, random_qkv
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNS_HERE = ON_GPU or INTERPRETED
+
+if RUNS_HERE:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from logquant_vllm.kernels import operations as kernels
+
+    if not ON_GPU:
+        kernels.DECODE_PROGRAMS = 8  # the interpreter runs programs one after another: a few splits are enough
+
+here = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_in_interpreter's process")
+gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+
+
+@pytest.mark.skipif(RUNS_HERE, reason="the tests of this file run in this process")
+def test_in_interpreter() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+class Pair:
+    """The same requests twice, in a cache for the reference (CPU) and in one for the kernels, compared at every step."""
+
+    def __init__(self, layout: CacheLayout, gqa: int, num_kv_heads: int, num_reqs: int, max_len: int, dtype, **kwargs):
+        self.layout, self.gqa, self.num_kv_heads, self.dtype = layout, gqa, num_kv_heads, dtype
+        self.scale = layout.fmt.head_size**-0.5
+        self.expected = PagedBatch(layout, num_kv_heads, num_reqs, max_len, dtype, **kwargs)
+        self.actual = PagedBatch(layout, num_kv_heads, num_reqs, max_len, dtype, DEVICE, **kwargs)
+
+    def qkv(self, tokens: int, seed: int):
+        return random_qkv(
+            tokens, self.gqa * self.num_kv_heads, self.num_kv_heads, self.layout.fmt.head_size, self.dtype, seed=seed
+        )
+
+    def step(self, new: list[int], seed: int = 0, qkv=None, nan_rows=None, max_seq_len: int | None = None):
+        """One step of both; returns the outputs and LSEs of the reference and of the kernels."""
+        q, k, v = qkv or self.qkv(sum(new), seed)
+        a, b = self.expected.batch(new), self.actual.batch(new)
+        if max_seq_len is not None:
+            a, b = a._replace(max_seq_len=max_seq_len), b._replace(max_seq_len=max_seq_len)
+        on_device = [x.to(DEVICE) for x in (q, k, v)]
+        reference.quantize_pages(k, v, self.expected.cache, a, self.layout)
+        kernels.quantize_pages(*on_device[1:], self.actual.cache, b, self.layout)
+        self.same_bytes(f"pages after {new}")
+        expected = reference.attention(q, k, v, self.expected.cache, a, self.layout, self.scale)
+        actual = kernels.attention(*on_device, self.actual.cache, b, self.layout, self.scale)
+        self.same_bytes(f"attention of {new} wrote to the cache")
+        finite = torch.ones(sum(new), dtype=torch.bool) if nan_rows is None else ~nan_rows
+        assert_close(actual[0].cpu()[finite], expected[0][finite], what=f"output of {new}")
+        error = (actual[1].cpu()[finite] - expected[1][finite]).abs().max().item() if finite.any() else 0.0
+        assert error < 2e-2, f"lse of {new} is off by {error}"
+        reference.update_window(k, v, self.expected.cache, a, self.layout)
+        kernels.update_window(*on_device[1:], self.actual.cache, b, self.layout)
+        self.same_bytes(f"window after {new}")
+        return expected, actual
+
+    def same_bytes(self, what: str) -> None:
+        expected, actual = self.expected.cache.pages, self.actual.cache.pages.cpu()
+        wrong = (expected != actual).nonzero()
+        assert len(wrong) == 0, f"{what}: {len(wrong)} bytes differ, first at block, byte {wrong[0].tolist()}"
+
+
+def edge_steps(layout: CacheLayout) -> list[list[int]]:
+    """Two requests: lengths next to every boundary, single tokens, idle requests, several compactions in one chunk."""
+    w, group, page = layout.window_length, layout.fmt.key_group_size, layout.fmt.page_size
+    short = [[1, w - 1], [group - 1, 2], [1, 1], [0, 1], [w + 1, page + 1]]
+    return [*short, [1, 0], [4 * w - 1, 1], [1, 1], [1, 3 * w], [1, 1]]
+
+
+SMALL = [
+    # head_size, page, key_bits, value_bits, key group, value group, scale bits, window, gqa, dtype
+    (16, 64, 2, 2, 32, 32, 8, 32, 2, torch.float16),
+    (32, 64, 4, 2, 32, 64, 16, 42, 1, torch.bfloat16),
+    (48, 64, 2, 4, 64, 32, 8, 64, 3, torch.float16),
+    (64, 128, 2, 2, 64, 64, 8, 85, 4, torch.bfloat16),
+    (96, 32, 2, 2, 32, 64, 8, 42, 1, torch.float32),
+    (32, 128, 4, 4, 128, 32, 16, 128, 4, torch.float16),
+]
+
+
+def small_layout(case) -> CacheLayout:
+    head_size, page, key_bits, value_bits, key_group, value_group, scale_bits, window = case[:8]
+    return CacheLayout(PageFormat(head_size, page, key_bits, value_bits, key_group, value_group, scale_bits), window)
+
+
+@here
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_edges(case) -> None:
+    layout = small_layout(case)
+    steps = edge_steps(layout)
+    pair = Pair(layout, case[8], 1, 2, max(sum(column) for column in zip(*steps, strict=True)), case[9])
+    for i, new in enumerate(steps):
+        pair.step(new, seed=i)
+
+
+@here
+@pytest.mark.parametrize("seed", range(3))
+def test_random_chunks(seed: int) -> None:
+    """Random mixes of prefill, decode and idle requests, two KV heads."""
+    rng = random.Random(seed)
+    layout = small_layout(SMALL[seed])
+    pair = Pair(layout, SMALL[seed][8], 2, 3, 600, SMALL[seed][9], seed=seed)
+    for i in range(6):
+        room = [600 - n for n in pair.expected.seq_lens]
+        new = [min(r, rng.choice([0, 1, 1, rng.randrange(120), layout.window_length])) for r in room]
+        if any(new):
+            pair.step(new, seed=100 * seed + i)
+
+
+@here
+def test_prefix_hit() -> None:
+    """A request that starts behind pages of another one: no copies below its start, replayed pages stay as they are."""
+    fmt = PageFormat(32, 64, key_group_size=32, value_group_size=32)
+    replay = 40
+    layout = CacheLayout(fmt, 32, prefix_replay_tokens=replay)
+    donor = Pair(layout, 2, 1, 1, 400, torch.float16)
+    q, k, v = donor.qkv(300, 1)
+    donor.step([300], qkv=(q, k, v))
+    hit = 4 * 64
+    pair = Pair(layout, 2, 1, 1, 400, torch.float16, seed=1, seq_lens=[hit - replay])
+    for own, other in ((pair.expected, donor.expected), (pair.actual, donor.actual)):
+        own.cache.pages[own.cache.block_table[0, :4].long()] = other.cache.pages[other.cache.block_table[0, :4].long()]
+    first = slice(hit - replay, 300)
+    pair.step([300 - hit + replay], qkv=(q[first], k[first], v[first]))
+    for i, tokens in enumerate((1, 1, 70, 1)):
+        pair.step([tokens], seed=10 + i)
+
+
+@here
+def test_null_rows_and_long_bounds() -> None:
+    """Rows of padding: null blocks, no tokens; the bounds are the model's maximum, as in a captured graph."""
+    layout = small_layout(SMALL[0])
+    pair = Pair(layout, 2, 1, 3, 256, torch.float16)
+    for side in (pair.expected, pair.actual):
+        side.cache.block_table[1:] = 0
+        side.cache.window_block_table[1:] = 0
+    for i, new in enumerate(([130, 0, 0], [1, 0, 0], [1, 0, 0])):
+        pair.step(new, seed=i, max_seq_len=256)
+    assert (pair.actual.cache.pages[0] == 0xFF).all(), "the null block was written"
+
+    # more tokens than requests own, a padded row with a token, and seq_len 0: finite, and nothing is written
+    batch = pair.actual.batch([0, 0, 0])
+    starts = torch.tensor([0, 0, 1, 1], dtype=torch.int32, device=DEVICE)
+    batch = batch._replace(query_start_loc=starts, max_query_len=1, max_seq_len=256)
+    q, k, v = (x.to(DEVICE) for x in pair.qkv(4, 9))
+    before = pair.actual.cache.pages.clone()
+    kernels.quantize_pages(k, v, pair.actual.cache, batch, layout)
+    out, _ = kernels.attention(q, k, v, pair.actual.cache, batch, layout, 1.0)
+    kernels.update_window(k, v, pair.actual.cache, batch, layout)
+    assert out.isfinite().all() and (out[1:] == 0).all()
+    assert torch.equal(before, pair.actual.cache.pages)
+    out, _ = kernels.attention(q, k, v, pair.actual.cache, batch._replace(max_query_len=2), layout, 1.0)
+    assert out.isfinite().all() and (out[1:] == 0).all()
+
+
+@here
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_nan_stays_in_its_request(scale_bits: int) -> None:
+    fmt = PageFormat(16, 64, key_group_size=32, value_group_size=32, scale_bits=scale_bits)
+    layout = CacheLayout(fmt, 32)
+    pair = Pair(layout, 2, 1, 2, 256, torch.float16)
+    steps = [[120, 150], [1, 1], [3, 40], [1, 1]]
+    for i, new in enumerate(steps):
+        q, k, v = pair.qkv(sum(new), i)
+        if i == 0:
+            k[5, 0, 3], v[7, 0, 1], k[40, 0, 0], v[100] = math.nan, math.inf, -math.inf, math.nan
+        ill = torch.arange(sum(new)) < new[0]
+        _, actual = pair.step(new, qkv=(q, k, v), nan_rows=ill)
+        assert actual[0][new[0] :].isfinite().all()
+        assert actual[0][new[0] - 1].isnan().any(), "NaN must not be hidden"
+
+
+@here
+def test_flat_and_extreme_groups() -> None:
+    """Groups without spread, far from zero, tiny, or at float16's limits: the same bytes as the reference."""
+    for scale_bits in (8, 16):
+        fmt = PageFormat(16, 64, key_group_size=32, value_group_size=32, scale_bits=scale_bits)
+        pair = Pair(CacheLayout(fmt, 32), 1, 1, 1, 128, torch.float16)
+        q, k, v = pair.qkv(128, 3)
+        sizes = torch.tensor([0, 1e-7, 1e-4, 1e-2, 1, 30, 1000, 2e4] * 2).half()
+        k = k * sizes * 0.2 + sizes.flip(0) * torch.tensor([1, -1] * 8)
+        v = (v * sizes[torch.arange(128) % 8][:, None, None] * 0.2).half()
+        batches = [(side.batch([128]), side.cache) for side in (pair.expected, pair.actual)]
+        reference.quantize_pages(k, v, batches[0][1], batches[0][0], pair.layout)
+        kernels.quantize_pages(k.to(DEVICE), v.to(DEVICE), batches[1][1], batches[1][0], pair.layout)
+        pair.same_bytes(f"extreme groups, {scale_bits}-bit scales")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("window", [42, 64, 85, 128])
+@pytest.mark.parametrize("head_size, gqa", [(64, 8), (96, 1), (128, 4), (128, 16), (256, 2)])
+def test_real_sizes(head_size: int, gqa: int, window: int, dtype: torch.dtype) -> None:
+    """Real head sizes, page of 128 tokens; bits, groups and scales vary with the window."""
+    key_bits, group, scale_bits = {42: (2, 32, 8), 64: (2, 64, 8), 85: (4, 64, 16), 128: (2, 128, 8)}[window]
+    layout = CacheLayout(PageFormat(head_size, 128, key_bits, 2, group, 64, scale_bits), window)
+    pair = Pair(layout, gqa, 2, 4, 1300, dtype)
+    one = [1, 1, 1, 1]
+    for i, new in enumerate([[700, 3 * window, 7, 300], one, [200, 1, 130, 0], [1, 1, 0, 1], [300] * 4, one]):
+        pair.step(new, seed=i)
+
+
+@gpu
+def test_cuda_graph() -> None:
+    """A captured decode step, replayed as the sequences grow over groups and compactions."""
+    layout = CacheLayout(PageFormat(128), 64)
+    pair = Pair(layout, 4, 2, 3, 1024, torch.bfloat16)
+    pair.step([500, 180, 64], seed=0)
+    k, v = (torch.zeros(3, 2, 128, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    q = torch.zeros(3, 8, 128, dtype=torch.bfloat16, device=DEVICE)
+    batch = pair.actual.batch([0, 0, 0])._replace(max_query_len=1, max_seq_len=1024)
+    batch = batch._replace(query_start_loc=torch.arange(4, dtype=torch.int32, device=DEVICE))
+    lengths, cache = batch.seq_lens, pair.actual.cache
+
+    def step():
+        kernels.quantize_pages(k, v, cache, batch, layout)
+        result = kernels.attention(q, k, v, cache, batch, layout, pair.scale)
+        kernels.update_window(k, v, cache, batch, layout)
+        return result
+
+    # warm-up and capture run on rows of padding, as the server's do
+    tables = [x.clone() for x in (cache.block_table, cache.window_block_table)]
+    cache.block_table.zero_(), cache.window_block_table.zero_(), lengths.zero_()
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = step()
+    cache.block_table.copy_(tables[0]), cache.window_block_table.copy_(tables[1])
+    for i in range(150):
+        fresh = pair.qkv(3, 50 + i)
+        for static, x in zip((q, k, v), fresh, strict=True):
+            static.copy_(x)
+        expected, _ = pair.expected.step(*fresh, [1, 1, 1], pair.scale)
+        lengths.copy_(torch.tensor(pair.expected.seq_lens, dtype=torch.int32))
+        graph.replay()
+        assert_close(out, expected, what=f"replay {i}")
+        pair.same_bytes(f"replay {i}")
