@@ -244,15 +244,17 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         cache = PagedCache(
             kv_cache[:, 0, 0], self.window_layer.window_bytes(), attn_metadata.block_table, window_metadata.block_table
         )
-        ops, layout = self.operations, self.layout
-        ops.quantize_pages(key, value, cache, attn_metadata.batch, layout)
+        ops, layout, batch = self.operations, self.layout, attn_metadata.batch
+        if current_platform.is_cpu():  # one call: a decode step is short enough for Python to show
+            output[:tokens] = ops.step(query, key, value, cache, batch, layout, self.scale)
+            return output
+        ops.quantize_pages(key, value, cache, batch, layout)
         for part in attn_metadata.parts:
             view = cache._replace(
                 block_table=cache.block_table[part.requests],
                 window_block_table=cache.window_block_table[part.requests],
             )
             t = part.tokens
-            result, _ = ops.attention(query[t], key[t], value[t], view, part.batch, layout, self.scale)
-            output[t] = result
-        ops.update_window(key, value, cache, attn_metadata.batch, layout)
+            output[t], _ = ops.attention(query[t], key[t], value[t], view, part.batch, layout, self.scale)
+        ops.update_window(key, value, cache, batch, layout)
         return output
