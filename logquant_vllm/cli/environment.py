@@ -140,8 +140,8 @@ def _vector_extension() -> str:
 
 def _cpu_tools() -> Iterator[Check]:
     """The CPU operations are C++, compiled on first use."""
-    wanted = os.environ.get("CXX", "c++")
-    compiler = shutil.which(wanted) or shutil.which("g++")
+    wanted = os.environ.get("CXX", "g++").split()[0]
+    compiler = shutil.which(wanted)
     yield (
         Check("C++ compiler", "ok", compiler)
         if compiler
