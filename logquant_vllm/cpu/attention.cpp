@@ -1,13 +1,14 @@
 // Attention with an online softmax over three sources in turn: groups of pages, window slots, and this step's tokens.
 //
 // A tile is a run of query rows (query tokens x the heads that share a KV head) of one request. Its context is cut into
-// units of up to kBlock tokens; a unit is brought to floats once, keys as [token][channel] and values as
+// units of kBlock tokens; a unit is brought to floats once, keys as [token][channel] and values as
 // [channel][token], and both products are then sums along contiguous rows. Where there are fewer tiles than threads can
 // use, the units of a tile are split, and whoever finishes the last split merges them.
 #include <ATen/Parallel.h>
 
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 
@@ -19,9 +20,9 @@ namespace logquant {
 namespace {
 
 constexpr int64_t kTileRows = 128;    // rows of a tile: enough to pay for bringing a unit to floats
-constexpr int64_t kUnitTokens = 64;   // window slots or new tokens of a unit
-constexpr int64_t kSplitUnits = 3;    // a smaller split would not pay for its merge
+constexpr int64_t kSplitUnits = 2;    // a smaller split would not pay for its merge
 constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kAlignment = 64;    // bytes of a cache line
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLn2 = 0.69314718056f;
 constexpr double kLog2e = 1.4426950408889634;
@@ -34,9 +35,13 @@ void dot_rows(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t 
         v8 acc[8] = {};
         for (int64_t i = 0; i < l; i += kLanes) {
             v8 y[NR];
-            for (int q = 0; q < NR; ++q) y[q] = load(b + (j + q) * ldb + i);
+            for (int q = 0; q < NR; ++q) {
+                y[q] = load(b + (j + q) * ldb + i);
+                if (MR > 1) pin(y[q]);
+            }
             for (int p = 0; p < MR; ++p) {
-                const v8 x = load(a + p * lda + i);
+                v8 x = load(a + p * lda + i);
+                if (NR > 1) pin(x);
                 for (int q = 0; q < NR; ++q) acc[p * NR + q] = fma(x, y[q], acc[p * NR + q]);
             }
         }
@@ -74,9 +79,28 @@ struct Task {
     int64_t tile, split;
 };
 
+// Uninitialized floats that start on a cache line
+class AlignedFloats {
+  public:
+    void grow(int64_t size) {
+        if (size <= size_) return;
+        memory_.reset(static_cast<float*>(std::aligned_alloc(kAlignment, ceil_div(size * 4, kAlignment) * kAlignment)));
+        if (!memory_) throw std::bad_alloc();
+        size_ = size;
+    }
+    float* data() const { return memory_.get(); }
+
+  private:
+    struct Free {
+        void operator()(float* p) const { std::free(p); }
+    };
+    std::unique_ptr<float, Free> memory_;
+    int64_t size_ = 0;
+};
+
 // A thread's memory, kept between calls: fresh pages from the system would cost more than a decode step.
 struct Buffers {
-    std::vector<float> query, scores, keys, values, state;
+    AlignedFloats query, scores, keys, values, state;
     alignas(32) int32_t wanted[kBlock];
     static Buffers& mine() {
         static thread_local Buffers b;
@@ -87,8 +111,11 @@ struct Buffers {
 // Running maximum (in powers of two), sum and weighted values of the rows of a tile, in one piece of memory.
 struct State {
     float *maximum, *total, *output;
-    State(float* memory, int64_t rows) : maximum(memory), total(memory + rows), output(memory + 2 * rows) {}
-    static int64_t size(int64_t rows, int64_t head_size) { return rows * (head_size + 2); }
+    State(float* memory, int64_t rows, int64_t head_size)
+        : maximum(memory + rows * head_size), total(maximum + rows), output(memory) {}
+    static int64_t size(int64_t rows, int64_t head_size) {  // whole cache lines
+        return ceil_div(rows * (head_size + 2) * 4, kAlignment) * (kAlignment / 4);
+    }
 };
 
 template <typename T>
@@ -127,9 +154,9 @@ class Attention {
             for (int64_t head = 0; head < cache_.num_kv_heads; ++head)
                 for (int64_t first = 0; first < rows; first += kTileRows) {
                     Tile t{i, head, first, std::min(kTileRows, rows - first), 0, 0, 0, 1, 0};
-                    t.page_units = ceil_div(pages_end(r), f_.group_size);
-                    t.slot_units = r.computed > 0 ? ceil_div(3 * f_.window_length, kUnitTokens) : 0;
-                    t.new_units = ceil_div((t.first_row + t.rows - 1) / group_heads_ + 1, kUnitTokens);
+                    t.page_units = ceil_div(pages_end(r), kBlock);
+                    t.slot_units = r.computed > 0 ? ceil_div(3 * f_.window_length, kBlock) : 0;
+                    t.new_units = ceil_div((t.first_row + t.rows - 1) / group_heads_ + 1, kBlock);
                     total += t.units();
                     tiles_.push_back(t);
                 }
@@ -146,32 +173,29 @@ class Attention {
             ++partials;
         }
         if (partials == 0) return;
-        partial_.reset(new float[partial_size]);  // not zeroed
+        partial_.grow(partial_size);
         pending_.reset(new std::atomic<int64_t>[tiles_.size()]);
         for (size_t i = 0; i < tiles_.size(); ++i) pending_[i].store(tiles_[i].splits, std::memory_order_relaxed);
     }
 
     void run_task(const Task& task) {
         const Tile& t = tiles_[task.tile];
-        const int64_t rows = padded(t.rows), size = State::size(rows, f_.head_size);
+        const int64_t rows = padded(t.rows);
         Buffers& b = Buffers::mine();
-        grow(b.query, rows * f_.head_size);
-        grow(b.scores, rows * kBlock);
-        grow(b.keys, kBlock * f_.head_size);
-        grow(b.values, f_.head_size * kBlock);
-        grow(b.state, size);
-        State state(t.splits == 1 ? b.state.data() : partial_.get() + t.partial + task.split * size, rows);
+        b.query.grow(rows * f_.head_size);
+        b.scores.grow(rows * kBlock);
+        b.keys.grow(kBlock * f_.head_size);
+        b.values.grow(f_.head_size * kBlock);
+        b.state.grow(State::size(rows, f_.head_size));
+        State state = t.splits == 1 ? State(b.state.data(), rows, f_.head_size) : split_state(t, task.split, rows);
         std::fill(state.maximum, state.maximum + rows, -kInfinity);
-        std::fill(state.total, state.output + rows * f_.head_size, 0.0f);
+        std::fill(state.total, state.total + rows, 0.0f);
+        std::fill(state.output, state.output + rows * f_.head_size, 0.0f);
         read_query(t, rows, b);
         const int64_t units = t.units(), last = units * (task.split + 1) / t.splits;
         for (int64_t unit = units * task.split / t.splits; unit < last; ++unit) run_unit(t, unit, rows, b, state);
         if (t.splits == 1) return finish(t, state);
         if (pending_[task.tile].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(t, rows, b);
-    }
-
-    static void grow(std::vector<float>& x, int64_t size) {
-        if (static_cast<int64_t>(x.size()) < size) x.resize(size);
     }
 
     int64_t query_of(const Tile& t, int64_t row) const { return (t.first_row + row) / group_heads_; }
@@ -194,11 +218,11 @@ class Attention {
     void run_unit(const Tile& t, int64_t unit, int64_t rows, Buffers& b, State& state) const {
         int64_t count = 0, first_new = -1;
         if (unit < t.page_units) {
-            count = read_page(t, unit, b);
+            count = read_pages(t, unit, b);
         } else if ((unit -= t.page_units) < t.slot_units) {
             count = read_slots(t, unit, b);
         } else {
-            first_new = (unit - t.slot_units) * kUnitTokens;
+            first_new = (unit - t.slot_units) * kBlock;
             count = read_new(t, first_new, b);
         }
         if (count == 0) return;
@@ -243,39 +267,54 @@ class Attention {
         state.total[m] += sum(total);
     }
 
-    int64_t read_page(const Tile& t, int64_t group, Buffers& b) const {
+    int64_t read_pages(const Tile& t, int64_t unit, Buffers& b) const {
+        const Request& r = cache_.requests[t.request];
+        const int64_t first = unit * kBlock / f_.group_size, end = ceil_div(pages_end(r), f_.group_size);
+        const int64_t groups = std::min(kBlock / f_.group_size, end - first);
+        bool any = false;
+        for (int64_t i = 0; i < groups; ++i) any |= read_group(t, first + i, i * f_.group_size, b);
+        return any ? groups * f_.group_size : 0;
+    }
+
+    // One group of tokens to the buffers' tokens from to on; false if none of them is to be read from the page.
+    bool read_group(const Tile& t, int64_t group, int64_t to, Buffers& b) const {
         const Request& r = cache_.requests[t.request];
         const int64_t first = group * f_.group_size, end = pages_end(r) - first;
         // an old chunk has no copy left once every index below 2W is halved away (token 0 is in no such chunk)
         const int64_t halvings = r.compactions - (first + f_.group_size - 1) / f_.window_length + 1;
-        const bool old = first >= f_.window_length && (halvings > 30 || 1 << std::max<int64_t>(halvings, 0) > 2 * f_.window_length);
+        const bool old = first >= f_.window_length &&
+                         (halvings > 30 || int64_t{1} << std::max<int64_t>(halvings, 0) > 2 * f_.window_length);
+        int32_t* wanted = b.wanted + to;
         bool any = false;
         for (int64_t i = 0; i < f_.group_size; ++i) {
             const bool copied = !old && first + i >= r.window_start &&
                                 is_log_selected(first + i, r.compactions, f_.window_length);
-            b.wanted[i] = i < end && !copied;
-            any |= b.wanted[i] != 0;
+            wanted[i] = i < end && !copied;
+            any |= wanted[i] != 0;
         }
-        if (!any) return 0;
+        float *keys = b.keys.data() + to * f_.head_size, *values = b.values.data() + to;
+        if (!any) {  // its weights will be 0, which must not meet a NaN
+            for (int64_t c = 0; c < f_.head_size; ++c) std::fill_n(values + c * kBlock, f_.group_size, 0.0f);
+            return false;
+        }
         const uint8_t* slab = cache_.slab(t.request, group / f_.groups_per_page, t.head, f_);
         const int64_t in_page = group % f_.groups_per_page;
-        auto keys = f_.key_bits == 2 ? dequantize_keys<2> : dequantize_keys<4>;
-        auto values = f_.value_bits == 2 ? dequantize_values<2> : dequantize_values<4>;
-        keys(slab, in_page, b.wanted, f_, b.keys.data());
-        values(slab, in_page, b.wanted, f_, b.values.data());
-        return f_.group_size;
+        (f_.key_bits == 2 ? dequantize_keys<2> : dequantize_keys<4>)(slab, in_page, wanted, f_, keys);
+        (f_.value_bits == 2 ? dequantize_values<2> : dequantize_values<4>)(slab, in_page, wanted, f_, values);
+        return true;
     }
 
     int64_t read_slots(const Tile& t, int64_t unit, Buffers& b) const {
         const Request& r = cache_.requests[t.request];
         const int64_t w = f_.window_length, recent = (r.compactions + 1) * w;
-        const int64_t last = std::min((unit + 1) * kUnitTokens, 3 * w);
-        Token<T> tokens[kUnitTokens];
+        const int64_t begin = slot_of_position(recent, 1, w);  // the slot of position recent
+        const int64_t last = std::min((unit + 1) * kBlock, 3 * w);
+        Token<T> tokens[kBlock];
         int64_t count = 0;
-        for (int64_t slot = unit * kUnitTokens; slot < last; ++slot) {
-            const int64_t ring = slot - w;  // of positions recent .. recent + 2W - 1
+        for (int64_t slot = unit * kBlock; slot < last; ++slot) {
+            // the ring holds the positions recent .. recent + 2W - 1
             const int64_t position = slot < w ? log_slot_position(slot, r.compactions, w)
-                                              : recent + ((ring - (recent - w)) % (2 * w) + 2 * w) % (2 * w);
+                                              : recent + slot - begin + (slot < begin ? 2 * w : 0);
             if (position >= r.computed || position < r.window_start) continue;
             const T* copy = cache_.slot<T>(t.request, slot, t.head, f_);
             tokens[count++] = {copy, copy + f_.head_size};
@@ -285,8 +324,8 @@ class Attention {
 
     int64_t read_new(const Tile& t, int64_t first, Buffers& b) const {
         const Request& r = cache_.requests[t.request];
-        const int64_t count = std::min(kUnitTokens, query_of(t, t.rows - 1) + 1 - first);
-        Token<T> tokens[kUnitTokens];
+        const int64_t count = std::min(kBlock, query_of(t, t.rows - 1) + 1 - first);
+        Token<T> tokens[kBlock];
         for (int64_t i = 0; i < count; ++i)
             tokens[i] = {key_.at(r.first_row + first + i, t.head), value_.at(r.first_row + first + i, t.head)};
         return read_tokens(tokens, count, b);
@@ -294,7 +333,7 @@ class Attention {
 
     int64_t read_tokens(const Token<T>* tokens, int64_t count, Buffers& b) const {
         const int64_t size = f_.head_size;
-        std::fill(b.wanted, b.wanted + kUnitTokens, 1);
+        std::fill(b.wanted, b.wanted + kBlock, 1);
         for (int64_t i = 0; i < count; ++i)
             for (int64_t c = 0; c < size; c += kLanes) store(b.keys.data() + i * size + c, load(tokens[i].key + c));
         for (int64_t i = 0; i < count; i += kLanes)
@@ -307,18 +346,21 @@ class Attention {
         return count;
     }
 
+    State split_state(const Tile& t, int64_t split, int64_t rows) const {
+        return {partial_.data() + t.partial + split * State::size(rows, f_.head_size), rows, f_.head_size};
+    }
+
     void merge(const Tile& t, int64_t rows, Buffers& b) const {
-        const int64_t size = State::size(rows, f_.head_size);
-        State all(b.state.data(), rows);
+        State all(b.state.data(), rows, f_.head_size);
         for (int64_t m = 0; m < t.rows; ++m) {
             float maximum = -kInfinity;
             for (int64_t s = 0; s < t.splits; ++s)
-                maximum = std::max(maximum, State(partial_.get() + t.partial + s * size, rows).maximum[m]);
+                maximum = std::max(maximum, split_state(t, s, rows).maximum[m]);
             float* out = all.output + m * f_.head_size;
             std::fill(out, out + f_.head_size, 0.0f);
             all.maximum[m] = maximum, all.total[m] = 0.0f;
             for (int64_t s = 0; s < t.splits; ++s) {
-                const State part(partial_.get() + t.partial + s * size, rows);
+                const State part = split_state(t, s, rows);
                 const float factor = std::exp2(part.maximum[m] - (maximum == -kInfinity ? 0.0f : maximum));
                 all.total[m] += part.total[m] * factor;
                 const float* in = part.output + m * f_.head_size;
@@ -349,7 +391,7 @@ class Attention {
     float* lse_;
     std::vector<Tile> tiles_;
     std::vector<Task> tasks_;
-    std::unique_ptr<float[]> partial_;
+    AlignedFloats partial_;
     std::unique_ptr<std::atomic<int64_t>[]> pending_;
 };
 
@@ -362,8 +404,8 @@ void attention(const Rows<T>& query, const Rows<T>& key, const Rows<T>& value, c
 }
 
 #define LOGQUANT_INSTANTIATE(T)                                                                                   \
-    template void attention<T>(const Rows<T>&, const Rows<T>&, const Rows<T>&, const Cache&, const Layout&, int64_t, \
-                               double, T*, float*);
+    template void attention<T>(const Rows<T>&, const Rows<T>&, const Rows<T>&, const Cache&, const Layout&,      \
+                               int64_t, double, T*, float*);
 LOGQUANT_INSTANTIATE(float)
 LOGQUANT_INSTANTIATE(c10::Half)
 LOGQUANT_INSTANTIATE(c10::BFloat16)

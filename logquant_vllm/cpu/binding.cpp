@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstring>
+#include <limits>
 
 #include "cache.h"
 
@@ -17,9 +18,9 @@ struct Args {
     Quantizer quantizer;
 };
 
-Args read_args(const Tensor& key, const Tensor& value, const Tensor& pages, const Tensor& window, const Tensor& block_table,
-               const Tensor& window_table, const Tensor& query_start_loc, const Tensor& seq_lens, const Tensor& constants,
-               const Tensor& factors) {
+Args read_args(const Tensor& key, const Tensor& value, const Tensor& pages, const Tensor& window,
+               const Tensor& block_table, const Tensor& window_table, const Tensor& query_start_loc,
+               const Tensor& seq_lens, const Tensor& constants, const Tensor& factors) {
     TORCH_CHECK(constants.numel() == kNumConstants && constants.scalar_type() == at::kLong, "logquant: bad constants");
     TORCH_CHECK(factors.numel() == kNumFactors && factors.scalar_type() == at::kDouble, "logquant: bad factors");
     for (const Tensor& t : {block_table, window_table, query_start_loc, seq_lens})
@@ -32,9 +33,11 @@ Args read_args(const Tensor& key, const Tensor& value, const Tensor& pages, cons
     std::memcpy(&a.layout, constants.const_data_ptr(), sizeof(Layout));
     std::memcpy(&a.quantizer, factors.const_data_ptr(), sizeof(Quantizer));
     const int64_t num_reqs = seq_lens.size(0), heads = key.size(1), size = a.layout.head_size;
-    TORCH_CHECK(key.size(2) == size && value.sizes() == key.sizes(), "logquant: keys and values must be [tokens, ", heads,
-                ", ", size, "], got ", key.sizes(), " and ", value.sizes());
-    TORCH_CHECK(query_start_loc.size(0) > num_reqs && block_table.size(0) >= num_reqs && window_table.size(0) >= num_reqs,
+    TORCH_CHECK(key.size(2) == size && value.sizes() == key.sizes() && key.scalar_type() == value.scalar_type(),
+                "logquant: keys and values must be [tokens, ", heads, ", ", size, "] of one dtype, got ", key.sizes(),
+                " and ", value.sizes());
+    TORCH_CHECK(query_start_loc.size(0) > num_reqs && block_table.size(0) >= num_reqs &&
+                    window_table.size(0) >= num_reqs,
                 "logquant: block tables and query_start_loc do not cover ", num_reqs, " requests");
     TORCH_CHECK(pages.size(1) == heads * a.layout.head_bytes, "logquant: pages of ", pages.size(1), " bytes, expected ",
                 heads * a.layout.head_bytes);
@@ -63,8 +66,8 @@ Args read_args(const Tensor& key, const Tensor& value, const Tensor& pages, cons
         const int32_t header = r.live ? *c.header(i) : 0;
         r.window_start = header > 0 ? header - 1 : r.computed;  // 0: the request's first step, nothing was copied yet
         r.compactions = num_compactions(r.computed, a.layout.window_length);
-        TORCH_CHECK(r.first_row + r.query_len <= key.size(0), "logquant: request ", i, " has rows past the ", key.size(0),
-                    " tokens of this step");
+        TORCH_CHECK(r.first_row + r.query_len <= key.size(0), "logquant: request ", i, " has rows past the ",
+                    key.size(0), " tokens of this step");
     }
     return a;
 }
@@ -107,9 +110,10 @@ void update_window_op(const Tensor& key, const Tensor& value, LOGQUANT_CACHE) {
     });
 }
 
-std::pair<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value, const Args& a, double scale) {
-    TORCH_CHECK(query.size(0) >= 0 && query.size(2) == a.layout.head_size && query.size(1) % key.size(1) == 0 &&
-                    query.scalar_type() == key.scalar_type() && key.scalar_type() == value.scalar_type(),
+std::pair<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value, const Args& a,
+                                 double scale) {
+    TORCH_CHECK(query.size(0) == key.size(0) && query.size(2) == a.layout.head_size &&
+                    query.size(1) % key.size(1) == 0 && query.scalar_type() == key.scalar_type(),
                 "logquant: queries ", query.sizes(), " do not fit keys ", key.sizes());
     // rows of no request stay as they are here
     Tensor output = at::zeros(query.sizes(), query.options());

@@ -1,7 +1,7 @@
 """Compile the C++ operations at first use and load them.
 
 The library lies in torch's extensions directory under a name that changes with the sources, torch, Python and the
-processor: a home directory shared by different machines stays safe, and a later start loads the file without a compiler.
+processor: a home directory shared by different machines stays safe, and a later start needs no compiler.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -60,12 +60,13 @@ def _compile(name: str, directory: Path) -> None:
     missing = [tool for tool in (compiler, "ninja") if shutil.which(tool) is None]
     if missing:
         raise RuntimeError(
-            f"the CPU operations of logquant-vllm are compiled at first use, and {' and '.join(missing)} cannot be found: "
-            "install a C++17 compiler (Debian, Ubuntu: apt-get install g++) and ninja (pip install ninja)"
+            f"the CPU operations of logquant-vllm are compiled at first use, and {' and '.join(missing)} "
+            "cannot be found: install a C++17 compiler (Debian, Ubuntu: apt-get install g++) and ninja "
+            "(pip install ninja)"
         )
     from torch.utils import cpp_extension
 
-    # we hold the lock, so torch's own can only be left over from a build that was killed; it would be waited for for ever
+    # we hold the lock, so a lock of torch is left over from a build that was killed: it would wait for ever
     (directory / "lock").unlink(missing_ok=True)
     cpp_extension.load(
         name,
@@ -77,7 +78,7 @@ def _compile(name: str, directory: Path) -> None:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def load() -> ModuleType:
     """The compiled module.
 

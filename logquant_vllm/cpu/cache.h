@@ -60,10 +60,12 @@ struct Cache {
     // key of a window slot (header not counted); the value follows it
     template <typename T>
     T* slot(int64_t request, int64_t index, int64_t head, const Layout& f) const {
-        index += f.header_slots;
-        const int64_t column = std::min(index / slots_per_block, window_columns - 1);
+        // 32-bit divisions: several per slot and head, and 64-bit ones take longer than the copy
+        const auto i = static_cast<uint32_t>(index + f.header_slots);
+        const auto per_block = static_cast<uint32_t>(slots_per_block);
+        const int64_t column = std::min<int64_t>(i / per_block, window_columns - 1);
         const int64_t block = window_table[request * window_table_stride + column];
-        const int64_t row = (index % slots_per_block) * num_kv_heads + head;
+        const int64_t row = (i % per_block) * num_kv_heads + head;
         return reinterpret_cast<T*>(window + block * window_stride) + row * 2 * f.head_size;
     }
 
@@ -86,7 +88,7 @@ inline int64_t log_slot_position(int64_t slot, int64_t compactions, int64_t w) {
 }
 
 inline bool is_log_selected(int64_t position, int64_t compactions, int64_t w) {
-    const int64_t chunk = position / w;
+    const int64_t chunk = static_cast<uint32_t>(position) / static_cast<uint32_t>(w);
     if (chunk > compactions) return false;
     const int64_t index = chunk == 0 ? position : position - (chunk - 1) * w;
     const int64_t halvings = std::min<int64_t>(chunk == 0 ? compactions : compactions - chunk + 1, 30);
@@ -95,7 +97,8 @@ inline bool is_log_selected(int64_t position, int64_t compactions, int64_t w) {
 
 inline int64_t slot_of_position(int64_t position, int64_t compactions, int64_t w) {
     if (position < w && compactions == 0) return position;
-    return w + ((position - w) % (2 * w) + 2 * w) % (2 * w);
+    // the ring's first slot is position w's, and w and -w are the same modulo 2w
+    return w + static_cast<uint32_t>(position + w) % static_cast<uint32_t>(2 * w);
 }
 
 // Key of a position that is new in this step or lies in the window, and its value.
@@ -117,12 +120,13 @@ Token<T> find_token(int64_t position, int64_t request, int64_t head, const Rows<
     return {copy, copy + f.head_size};
 }
 
-// -- the three operations ----------------------------------------------------------------------------------------------
+// -- the three operations ------------------------------------------------------------------------------------------
 
 template <typename T>
 void quantize_pages(const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f, const Quantizer& q);
 
-// output [num_tokens, num_heads, head_size] and lse [num_tokens, num_heads], contiguous; rows of no request are left alone
+// output [num_tokens, num_heads, head_size] and lse [num_tokens, num_heads], contiguous; rows of no request are left
+// alone
 template <typename T>
 void attention(const Rows<T>& query, const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f,
                int64_t num_heads, double scale, T* output, float* lse);

@@ -10,7 +10,7 @@
 
 namespace logquant {
 
-constexpr int64_t kBlock = 128;  // most tokens handled at a time: the largest group
+constexpr int64_t kBlock = 128;  // tokens handled at a time; a multiple of every group size
 
 inline const float* e4m3_table() {
     static const std::array<float, 256> table = [] {
@@ -23,7 +23,8 @@ inline const float* e4m3_table() {
 }
 
 // float scales and zeros of count stored ones
-inline void read_scales(const uint8_t* scale, const uint8_t* zero, int64_t count, int64_t scale_bits, float* s, float* z) {
+inline void read_scales(const uint8_t* scale, const uint8_t* zero, int64_t count, int64_t scale_bits, float* s,
+                        float* z) {
     if (scale_bits == 8) {
         const float* table = e4m3_table();
         for (int64_t i = 0; i < count; ++i) {
@@ -38,26 +39,42 @@ inline void read_scales(const uint8_t* scale, const uint8_t* zero, int64_t count
     }
 }
 
-// out[j * words + w] = scale * code + zero for the codes of one row of words. Codes are masked in place, so the scale of
-// slot j has to carry a factor of 2**(-bits * j): see fold_slots.
-template <int bits>
-inline void unpack_row(const uint16_t* row, int64_t words, const float* scale, const float* zero, float* out) {
+// out[j * words + w] = scale * code + zero for the codes of count rows of words. Codes are masked in place, so the
+// scale of slot j has to carry a factor of 2**(-bits * j): see fold_slots. fixed_words is words where known, else 0.
+template <int bits, int fixed_words>
+inline void unpack_rows(const uint16_t* rows, int64_t row_stride, int64_t some_words, int64_t count,
+                        const int32_t* wanted, const float* scale, const float* zero, float* out, int64_t out_stride) {
     constexpr int slots = 16 / bits;
     constexpr int32_t mask = (1 << bits) - 1;
-    int64_t w = 0;
-    for (; w + kLanes <= words; w += kLanes) {
-        const v8i word = __builtin_convertvector(load(row + w), v8i);
-        for (int j = 0; j < slots; ++j) {
-            const int64_t i = j * words + w;
-            const v8 code = __builtin_convertvector(word & (mask << (bits * j)), v8);
-            store(out + i, fma(code, load(scale + i), load(zero + i)));
+    const int64_t words = fixed_words ? fixed_words : some_words;
+    for (int64_t r = 0; r < count; ++r, rows += row_stride, out += out_stride) {
+        if (wanted && !wanted[r]) continue;
+        int64_t w = 0;
+        for (; w + kLanes <= words; w += kLanes) {
+            const v8i word = __builtin_convertvector(load(rows + w), v8i);
+            for (int j = 0; j < slots; ++j) {
+                const int64_t i = j * words + w;
+                const v8 code = __builtin_convertvector(word & (mask << (bits * j)), v8);
+                store(out + i, fma(code, load(scale + i), load(zero + i)));
+            }
         }
+        for (; w < words; ++w)
+            for (int j = 0; j < slots; ++j) {
+                const int64_t i = j * words + w;
+                out[i] = static_cast<float>(rows[w] & (mask << (bits * j))) * scale[i] + zero[i];
+            }
     }
-    for (; w < words; ++w)
-        for (int j = 0; j < slots; ++j) {
-            const int64_t i = j * words + w;
-            out[i] = static_cast<float>(row[w] & (mask << (bits * j))) * scale[i] + zero[i];
-        }
+}
+
+// The right unpack_rows: widths of common formats are worth a copy of the code.
+template <int bits>
+auto unpacker(int64_t words) {
+    switch (words) {
+        case 8: return unpack_rows<bits, 8>;
+        case 16: return unpack_rows<bits, 16>;
+        case 32: return unpack_rows<bits, 32>;
+        default: return unpack_rows<bits, 0>;
+    }
 }
 
 inline void fold_slots(float* scale, int64_t words, int64_t bits) {
@@ -67,7 +84,7 @@ inline void fold_slots(float* scale, int64_t words, int64_t bits) {
     }
 }
 
-// Keys of the wanted tokens, [group_size][head_size]; the rows of the others are left alone.
+// Keys of the wanted tokens of a group, [group_size][head_size]; the rows of the others are left alone.
 template <int bits>
 void dequantize_keys(const uint8_t* slab, int64_t in_page, const int32_t* wanted, const Layout& f, float* keys) {
     alignas(32) float scale[512], zero[512];
@@ -75,11 +92,10 @@ void dequantize_keys(const uint8_t* slab, int64_t in_page, const int32_t* wanted
     read_scales(slab + f.key_scale + at, slab + f.key_zero + at, f.head_size, f.scale_bits, scale, zero);
     fold_slots(scale, f.key_words, bits);
     const auto* words = reinterpret_cast<const uint16_t*>(slab + f.key_codes) + first * f.key_words;
-    for (int64_t t = 0; t < f.group_size; ++t)
-        if (wanted[t]) unpack_row<bits>(words + t * f.key_words, f.key_words, scale, zero, keys + t * f.head_size);
+    unpacker<bits>(f.key_words)(words, f.key_words, f.key_words, f.group_size, wanted, scale, zero, keys, f.head_size);
 }
 
-// Values [head_size][kBlock tokens]; those of unwanted tokens are 0.
+// Values of a group, rows of group_size tokens kBlock apart, [head_size]; those of unwanted tokens are 0.
 template <int bits>
 void dequantize_values(const uint8_t* slab, int64_t in_page, const int32_t* wanted, const Layout& f, float* values) {
     alignas(32) float scale[kBlock], zero[kBlock];
@@ -92,8 +108,8 @@ void dequantize_values(const uint8_t* slab, int64_t in_page, const int32_t* want
         for (int64_t t = 0; t < f.group_size; ++t)
             if (!wanted[t]) scale[t] = zero[t] = 0.0f;
         const int64_t begin = g * f.value_group_size, end = std::min(begin + f.value_group_size, f.head_size);
-        for (int64_t c = begin; c < end; ++c)
-            unpack_row<bits>(words + c * f.value_words, n, scale, zero, values + c * kBlock);
+        unpacker<bits>(n)(words + begin * f.value_words, f.value_words, n, end - begin, nullptr, scale, zero,
+                          values + begin * kBlock, kBlock);
     }
 }
 

@@ -16,7 +16,7 @@ from logquant_vllm.core.quantizer import E4M3_MAX, E4M3_TINY, FP16_MAX, FP16_TIN
 from logquant_vllm.cpu.build import load
 
 
-@lru_cache(maxsize=None)
+@lru_cache
 def _constants(layout: CacheLayout) -> tuple[Tensor, Tensor]:
     """The structs ``Layout`` (int64) and ``Quantizer`` (float64) of ``cache.h``, in the order of their fields."""
     f = layout.fmt

@@ -85,7 +85,8 @@ void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>&
     uint8_t* slab = cache.slab(request, group / f.groups_per_page, head, f);
     const auto lowest = static_cast<float>(q.scale_min), highest = static_cast<float>(q.scale_max);
     const GroupQuantizer keys{f.key_bits, f.scale_bits, float(q.key_spread), float(q.key_floor), lowest, highest};
-    const GroupQuantizer values{f.value_bits, f.scale_bits, float(q.value_spread), float(q.value_floor), lowest, highest};
+    const GroupQuantizer values{f.value_bits,        f.scale_bits, float(q.value_spread),
+                                float(q.value_floor), lowest,       highest};
     scratch.x.resize(tokens * channels);
     scratch.codes.resize(tokens * channels);
     float* x = scratch.x.data();
@@ -185,7 +186,7 @@ void quantize_pages(const Rows<T>& key, const Rows<T>& value, const Cache& cache
 template <typename T>
 void update_window(const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f) {
     const int64_t heads = cache.num_kv_heads, num_reqs = static_cast<int64_t>(cache.requests.size());
-    constexpr int64_t kHeadsPerThread = 32;  // a decode step copies one token per head: not worth waking threads for less
+    constexpr int64_t kHeadsPerThread = 32;  // a decode step copies one token per head: fewer are not worth a thread
     at::parallel_for(0, num_reqs * heads, kHeadsPerThread, [&](int64_t begin, int64_t end) {
         static thread_local std::vector<T> kept;
         for (int64_t task = begin; task < end; ++task)

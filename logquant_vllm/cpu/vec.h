@@ -80,6 +80,13 @@ inline v8 exp2(v8 x) {
     return small ? splat(0.0f) : y * reinterpret_cast<const v8&>(power);
 }
 
+// Keeps x in a register: compilers like to fold a load into each of its uses, and here loads are what is scarce.
+inline void pin(v8& x) {
+#if defined(__x86_64__)
+    asm("" : "+x"(x));
+#endif
+}
+
 inline float sum(v8 x) {
     float s = 0;
     for (int i = 0; i < kLanes; ++i) s += x[i];
