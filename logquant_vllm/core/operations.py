@@ -127,17 +127,22 @@ def attention(
     slots = window_slots_view(cache.window, num_kv_heads, head_size, key.dtype)
     request = torch.arange(len(computed), device=query.device)[:, None].expand_as(slot_position)
     block, offset = slot_address(
-        torch.arange(layout.num_slots, device=query.device)[None].expand_as(slot_position), request, cache, slots.shape[1]
+        torch.arange(layout.num_slots, device=query.device)[None].expand_as(slot_position),
+        request,
+        cache,
+        slots.shape[1],
     )
     copies = slots[block, offset]
 
     # this step's tokens, padded to the longest query
     local = torch.arange(max(int(lengths.max()), 1), device=query.device)[None]
-    present = local < lengths[:, None]
+    present = (local < lengths[:, None]) & live
     row = torch.where(present, batch.query_start_loc[:-1, None] + local, 0).long()
 
     keys = torch.cat([page_keys.flatten(1, 2).to(compute), copies[..., 0, :].to(compute), key[row].to(compute)], 1)
-    values = torch.cat([page_values.flatten(1, 2).to(compute), copies[..., 1, :].to(compute), value[row].to(compute)], 1)
+    values = torch.cat(
+        [page_values.flatten(1, 2).to(compute), copies[..., 1, :].to(compute), value[row].to(compute)], 1
+    )
     cached_valid = torch.cat([page_valid, slot_valid], 1)
     # masked tokens may be stale bytes, even NaN, which a zero weight would not silence
     exists = torch.cat([cached_valid, present], 1)[..., None, None]
