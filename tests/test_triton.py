@@ -34,21 +34,33 @@ if RUNS_HERE:
         kernels.DECODE_PROGRAMS = 8  # the interpreter runs programs one after another: a few splits are enough
 
 here = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_in_interpreter's process")
-gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the tests of this file run in this process")
-def test_in_interpreter() -> None:
+@pytest.mark.parametrize("selection", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_interpreter(selection: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        selection,
+        str(Path(__file__)),
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 class Pair:
-    """The same requests twice, in a cache for the reference (CPU) and in one for the kernels, compared at every step."""
+    """The same requests twice, once for the reference (CPU) and once for the kernels, compared at every step."""
 
     def __init__(self, layout: CacheLayout, gqa: int, num_kv_heads: int, num_reqs: int, max_len: int, dtype, **kwargs):
         self.layout, self.gqa, self.num_kv_heads, self.dtype = layout, gqa, num_kv_heads, dtype
@@ -113,7 +125,7 @@ def small_layout(case) -> CacheLayout:
 
 
 @here
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", [SMALL[0], *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:])], ids=str)
 def test_edges(case) -> None:
     layout = small_layout(case)
     steps = edge_steps(layout)
@@ -123,6 +135,7 @@ def test_edges(case) -> None:
 
 
 @here
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_random_chunks(seed: int) -> None:
     """Random mixes of prefill, decode and idle requests, two KV heads."""
@@ -205,7 +218,7 @@ def test_flat_and_extreme_groups() -> None:
     for scale_bits in (8, 16):
         fmt = PageFormat(16, 64, key_group_size=32, value_group_size=32, scale_bits=scale_bits)
         pair = Pair(CacheLayout(fmt, 32), 1, 1, 1, 128, torch.float16)
-        q, k, v = pair.qkv(128, 3)
+        _, k, v = pair.qkv(128, 3)
         sizes = torch.tensor([0, 1e-7, 1e-4, 1e-2, 1, 30, 1000, 2e4] * 2).half()
         k = k * sizes * 0.2 + sizes.flip(0) * torch.tensor([1, -1] * 8)
         v = (v * sizes[torch.arange(128) % 8][:, None, None] * 0.2).half()
@@ -215,10 +228,11 @@ def test_flat_and_extreme_groups() -> None:
         pair.same_bytes(f"extreme groups, {scale_bits}-bit scales")
 
 
-@gpu
+@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("window", [42, 64, 85, 128])
-@pytest.mark.parametrize("head_size, gqa", [(64, 8), (96, 1), (128, 4), (128, 16), (256, 2)])
+@pytest.mark.parametrize(("head_size", "gqa"), [(64, 8), (96, 1), (128, 4), (128, 16), (256, 2)])
 def test_real_sizes(head_size: int, gqa: int, window: int, dtype: torch.dtype) -> None:
     """Real head sizes, page of 128 tokens; bits, groups and scales vary with the window."""
     key_bits, group, scale_bits = {42: (2, 32, 8), 64: (2, 64, 8), 85: (4, 64, 16), 128: (2, 128, 8)}[window]
@@ -229,7 +243,8 @@ def test_real_sizes(head_size: int, gqa: int, window: int, dtype: torch.dtype) -
         pair.step(new, seed=i)
 
 
-@gpu
+@needs_gpu
+@pytest.mark.gpu
 def test_cuda_graph() -> None:
     """A captured decode step, replayed as the sequences grow over groups and compactions."""
     layout = CacheLayout(PageFormat(128), 64)
