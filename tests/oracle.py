@@ -48,40 +48,54 @@ def _two_bit(group: Tensor, bits: int, fmt: PageFormat) -> Tensor:
 
 
 class Sequence:
-    """One sequence with exact K/V and their 2-bit images, and attention over the mix that the paper prescribes."""
+    """One sequence with exact K/V and their 2-bit images, and attention over the mix that the paper prescribes.
+
+    ``first_copy`` is the first position that ever had a full-precision copy: the start of the sequence's own computing.
+    """
 
     def __init__(self, fmt: PageFormat, window_length: int, first_copy: int = 0) -> None:
         self.fmt, self.window, self.first_copy = fmt, LogWindow(window_length), first_copy
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.images: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def hit(self, key: Tensor, value: Tensor, replay: int) -> None:
+        """Begin at pages that another sequence made of ``[tokens, heads, head_size]``; ``replay`` tokens come again."""
+        for start in range(0, len(key), self.fmt.key_group_size):
+            self._image(start, list(key), list(value))
+        self.first_copy = len(key) - replay
+        self.keys, self.values = list(key[: self.first_copy]), list(value[: self.first_copy])
+        for position in range(self.first_copy):
+            self.window.append(position)
+
+    def _image(self, start: int, keys: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values of a group as they are read back; a group is quantized once."""
+        fmt, span = self.fmt, slice(start, start + self.fmt.key_group_size)
+        if start not in self.images:
+            assert len(keys[span]) == fmt.key_group_size, "a token outside the window lies in an incomplete group"
+            key, value = torch.stack(keys[span]), torch.stack(values[span]).double()  # [tokens, heads, channels]
+            key_image = torch.empty(key.shape, dtype=torch.float64)
+            for h in range(key.shape[1]):
+                for c in range(fmt.head_size):
+                    key_image[:, h, c] = _two_bit(key[:, h, c], fmt.key_bits, fmt)
+                for c in range(0, fmt.head_size, fmt.value_group_size):
+                    part = slice(c, c + fmt.value_group_size)
+                    for t in range(len(value)):
+                        value[t, h, part] = _two_bit(value[t, h, part], fmt.value_bits, fmt)
+            self.images[start] = key_image, value
+        return self.images[start]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """A chunk ``[tokens, heads, head_size]``: it sees the cache as it was before the chunk, and itself exactly."""
-        past, fmt, size = len(self.keys), self.fmt, self.fmt.key_group_size
+        past, size = len(self.keys), self.fmt.key_group_size
         copied = {p for p in self.window.selected + self.window.recent if p >= self.first_copy}
         keys, values = [*self.keys, *key], [*self.values, *value]
         mixed_keys = [k.double() for k in keys]
         mixed_values = [v.double() for v in values]
-        for start in range(0, past, size):
-            span = range(start, min(start + size, past))
-            if all(p in copied for p in span):
-                continue
-            group = torch.stack(keys[start : start + size])  # [tokens, heads, channels]
-            assert len(group) == size, "a token outside the window lies in an incomplete group"
-            for p in span:
-                if p in copied:
-                    continue
-                for h in range(group.shape[1]):
-                    for c in range(0, fmt.head_size, fmt.value_group_size):
-                        part = slice(c, c + fmt.value_group_size)
-                        mixed_values[p] = mixed_values[p].clone()
-                        mixed_values[p][h, part] = _two_bit(values[p][h, part], fmt.value_bits, fmt)
-            image = torch.stack(
-                [torch.stack([_two_bit(group[:, h, c], fmt.key_bits, fmt) for c in range(fmt.head_size)], -1)
-                 for h in range(group.shape[1])], 1)
-            for p in span:
-                if p not in copied:
-                    mixed_keys[p] = image[p - start]
+        for p in range(past):
+            if p not in copied:
+                key_image, value_image = self._image(p - p % size, keys, values)
+                mixed_keys[p], mixed_values[p] = key_image[p % size], value_image[p % size]
         k, v = torch.stack(mixed_keys), torch.stack(mixed_values)
         tokens, heads, _ = query.shape
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
