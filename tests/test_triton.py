@@ -189,10 +189,10 @@ def test_null_rows_and_long_bounds() -> None:
     kernels.quantize_pages(k, v, pair.actual.cache, batch, layout)
     out, _ = kernels.attention(q, k, v, pair.actual.cache, batch, layout, 1.0)
     kernels.update_window(k, v, pair.actual.cache, batch, layout)
-    assert out.isfinite().all() and (out[1:] == 0).all()
+    assert (out == 0).all()
     assert torch.equal(before, pair.actual.cache.pages)
     out, _ = kernels.attention(q, k, v, pair.actual.cache, batch._replace(max_query_len=2), layout, 1.0)
-    assert out.isfinite().all() and (out[1:] == 0).all()
+    assert (out == 0).all()
 
 
 @here

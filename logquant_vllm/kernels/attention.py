@@ -116,7 +116,7 @@ def attention_kernel(
     start, query_len, computed, window_start, live = read_request(
         query_start_loc, seq_lens, window_bytes, window_byte_stride, window_table, request, window_table_stride
     )
-    if tile * QUERY_TOKENS < query_len:
+    if live & (tile * QUERY_TOKENS < query_len):
         row = tl.arange(0, ROWS)
         local = tile * QUERY_TOKENS + row // GQA_PAD
         head = kv_head * GQA + row % GQA_PAD

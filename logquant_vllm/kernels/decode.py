@@ -218,12 +218,13 @@ def decode_kernel(
                 mask=in_head[:, None] & head_mask[None, :],
                 other=0.0,
             ).to(COPY_OPERAND)
-            cached = tl.where(live, computed, 0)
+            # a row of padding attends to nothing, not even to itself
+            cached, next_position = tl.where(live, computed, 0), tl.where(live, computed, -1)
             acc = tl.zeros((HEAD_PAD, GQA_PAD), tl.float32)
             for first in range(split * WINDOW_TOKENS, NUM_SLOTS, WINDOW_SPLITS * WINDOW_TOKENS):
                 slot = first + tl.arange(0, WINDOW_TOKENS)
                 position = slot_position(slot, computed, WINDOW)
-                new = (slot < NUM_SLOTS) & (position == computed)
+                new = (slot < NUM_SLOTS) & (position == next_position)
                 held = (slot < NUM_SLOTS) & (position < cached) & (position >= window_start)
                 offset = slot_offset(
                     slot, table_row, window_table_width, window_stride, window_slot_stride, SLOTS_PER_BLOCK
