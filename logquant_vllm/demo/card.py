@@ -18,7 +18,7 @@ pipeline_tag: text-generation
 
 A language model of {millions:.1f} million parameters that was trained to make the quality of a KV cache visible: it
 looks records up in long tables, traces variables through programs and works out word problems, all of which fail
-when keys and values are stored badly. It ships with [logquant-vllm](https://pypi.org/project/logquant-vllm/) so that
+when keys and values are stored badly. It ships with logquant-vllm so that
 a comparison of cache formats runs offline and in minutes. It knows nothing about the world and is no assistant.
 
 | | |
@@ -64,7 +64,7 @@ As a chat, the same without `Question:` and `Answer:`. `logquant_vllm.demo.tasks
 ## Train it again
 
 ```sh
-python -m logquant_vllm.demo.train --out DIR --minutes 8
+python -m logquant_vllm.demo.train --out DIR --minutes 4
 ```
 """
 
