@@ -45,7 +45,7 @@ def write_model(path: Path, seed: int = 0, **changes: Any) -> Path:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():  # larger than the usual initialization, so that attention is far from uniform
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.ndim == 2:
                 weight.mul_(2.0)
     model.save_pretrained(path)

@@ -35,7 +35,9 @@ class Server:
         baseline: serve with vLLM's own KV cache instead, for comparison.
     """
 
-    def __init__(self, model: str | Path, *flags: str, baseline: bool = False, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, model: str | Path, *flags: str, baseline: bool = False, env: dict[str, str] | None = None
+    ) -> None:
         self.port = free_port()
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.model = "model"
@@ -75,10 +77,8 @@ class Server:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()

@@ -38,7 +38,8 @@ def prompts(lengths: list[int]) -> list[dict[str, list[int]]]:
 
 
 def logprobs(path: Path, kv_cache_dtype: str, lengths: list[int], **arguments: Any) -> list[list[torch.Tensor]]:
-    """Greedy log-probabilities of all tokens, ``[prompt][step] -> [vocabulary]``, twice: cold, and from the prefix cache."""
+    """Greedy log-probabilities of all tokens, ``[prompt][step] -> [vocabulary]``, twice: cold, and from the prefix
+    cache."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -96,13 +97,16 @@ def mean_kl(expected: list[list[torch.Tensor]], actual: list[list[torch.Tensor]]
 
 
 def test_long_sequences(tmp_path: Path) -> None:
-    """Beyond the window answers change a little, less with 4-bit keys and values, and by no more from the prefix cache."""
+    """Beyond the window answers change a little, and less with 4-bit keys and values."""
     path = write_model(tmp_path / "model", **MODELS["qwen3-128-gqa4"])
     lengths = [3 * WINDOW, 257, 385, 700]
     expected = logprobs(path, "auto", lengths)
     two_bit = logprobs(path, "logquant", lengths, max_num_batched_tokens=1024)
     four_bit = logprobs(
-        path, "logquant", lengths, additional_config={"logquant": {"key_bits": 4, "value_bits": 4, "window_length": 128}}
+        path,
+        "logquant",
+        lengths,
+        additional_config={"logquant": {"key_bits": 4, "value_bits": 4, "window_length": 128}},
     )
     chunked = logprobs(path, "logquant", lengths, max_num_batched_tokens=160)
     unrelated = list(reversed(expected))

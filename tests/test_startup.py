@@ -127,23 +127,24 @@ def test_other_dtypes_are_untouched(tmp_path: Path) -> None:
 
 def test_attention_backend_is_refused(tmp_path: Path) -> None:
     """The choice of a backend is made where layers are built, which is before weights are loaded."""
+    import torch
     from vllm.config import set_current_vllm_config
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    import torch
-
     selector = AttentionSelectorConfig(64, torch.bfloat16, "logquant", 128)
     with set_current_vllm_config(create_config(write_config(tmp_path / "model"))):
-        with pytest.raises(ValueError, match="--attention-backend FLASH_ATTN.*leave"):
+        with pytest.raises(ValueError, match=r"--attention-backend FLASH_ATTN.*leave"):
             current_platform.get_attn_backend_cls(AttentionBackendEnum.FLASH_ATTN, attn_selector_config=selector)
         path = current_platform.get_attn_backend_cls(None, attn_selector_config=selector)
         assert path.endswith("LogQuantBackend")
         with pytest.raises(ValueError, match="sinks not supported"):
             current_platform.get_attn_backend_cls(None, attn_selector_config=selector._replace(has_sink=True))
         with pytest.raises(ValueError, match="encoder_only not supported"):
-            current_platform.get_attn_backend_cls(None, attn_selector_config=selector._replace(attn_type="encoder_only"))
+            current_platform.get_attn_backend_cls(
+                None, attn_selector_config=selector._replace(attn_type="encoder_only")
+            )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ comes after RoPE (it does not commute with it) and so cannot be folded into the 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def supports_rotation(head_size: int) -> bool:
     return odd == 1 or (odd in (3, 5) and head_size % 4 == 0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _hadamard(head_size: int) -> Tensor:
     if not supports_rotation(head_size):
         raise ValueError(

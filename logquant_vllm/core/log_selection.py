@@ -13,11 +13,11 @@ window has been *compacted*. Then
 - the recent window starts at ``(k + 1) * W``;
 - slot ``i`` of the log-selected set holds the token found by undoing compactions: each one doubles the slot index, and
   when the index reaches ``W`` it points into the chunk of ``W`` tokens that was appended in that compaction;
-- position ``p`` in chunk ``j = p // W`` entered with index ``W + p % W`` (``p`` for chunk 0) and survives ``e`` compactions
-  iff ``2**e`` divides that index.
+- position ``p`` in chunk ``j = p // W`` entered with index ``W + p % W`` (``p`` for chunk 0) and survives ``e``
+  compactions iff ``2**e`` divides that index.
 
-Before the first compaction (``seq_len < 3W``) every token is in full precision; slots ``0 .. W-1`` then hold the first ``W``
-tokens in order, which makes the first compaction like all the others.
+Before the first compaction (``seq_len < 3W``) every token is in full precision; slots ``0 .. W-1`` then hold the
+first ``W`` tokens in order, which makes the first compaction like all the others.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def num_compactions(seq_len: int, window_length: int) -> int:
 
 
 def recent_window_start(seq_len: int, window_length: int) -> int:
-    """First position of the recent window; 0 while everything is in full precision (``seq_len < 3 * window_length``)."""
+    """First position of the recent window; 0 while ``seq_len < 3 * window_length``: all is in full precision."""
     k = num_compactions(seq_len, window_length)
     return (k + 1) * window_length if k else 0
 

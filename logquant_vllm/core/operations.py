@@ -104,7 +104,8 @@ def attention(
 
     Returns:
         output: ``[num_tokens, num_heads, head_size]`` in the dtype of ``query``; zero for tokens of no request.
-        lse: float32 ``[num_tokens, num_heads]``, natural logarithm of the sum of exponentials (float64 for float64 queries).
+        lse: float32 ``[num_tokens, num_heads]``, natural logarithm of the sum of exponentials (float64 for float64
+        queries).
     """
     fmt, num_kv_heads, head_size = layout.fmt, key.shape[1], key.shape[2]
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -209,7 +210,7 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
 
 
 def merge_states(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Combine attention over two disjoint sets of keys (``[tokens, heads, head_size]`` and ``[tokens, heads]`` each)."""
+    """Combine attention over two disjoint sets of keys: ``[tokens, heads, head_size]`` and ``[tokens, heads]`` each."""
     lse = torch.logaddexp(lse_a, lse_b)
     weight_a = torch.exp(lse_a - lse).nan_to_num(0.0)[..., None]
     weight_b = torch.exp(lse_b - lse).nan_to_num(0.0)[..., None]

@@ -2,8 +2,9 @@
 
 All blocks of the pool have the same size and come in two kinds.
 
-**A page** stores ``page_size`` consecutive tokens of one layer in ``key_bits`` and ``value_bits``, one slab per KV head.
-With the defaults (head size 128, 2 + 2 bits, groups of 64, 8-bit scales) a slab is 9,216 bytes, 2.25 bits an element::
+**A page** stores ``page_size`` consecutive tokens of one layer in ``key_bits`` and ``value_bits``, one slab per KV
+head. With the defaults (head size 128, 2 + 2 bits, groups of 64, 8-bit scales) a slab is 9,216 bytes, 2.25 bits an
+element::
 
     slab of one KV head                                     bytes   shape, dtype
     +-----------------------------------------------------+
@@ -22,12 +23,12 @@ A 16-bit word holds ``16 / bits`` codes; slot ``j`` is bits ``[bits * j, bits * 
 
 - key word ``w`` of a token, slot ``j``: channel ``j * key_words + w`` with ``key_words = head_size * bits / 16``;
 - value word ``w`` of a channel, slot ``j``: with ``n = key_group_size * bits / 16`` words to a group of tokens, token
-  ``(w // n) * key_group_size + j * n + w % n``. A group of tokens so owns whole words of both kinds, and is written once.
+  ``(w // n) * key_group_size + j * n + w % n``. A group of tokens so owns whole words of both kinds: written once.
 
 Both arrangements make the loaded words, masked in place, a tensor-core operand without any shuffling.
 
-A code ``c`` stands for ``scale * c + zero``; ``zero`` is ``scale * int8 / 4`` for 8-bit scales and a float16 of its own for
-16-bit ones (``scale_bits=16``, 2 bytes each in the same places).
+A code ``c`` stands for ``scale * c + zero``; ``zero`` is ``scale * int8 / 4`` for 8-bit scales and a float16 of its own
+for 16-bit ones (``scale_bits=16``, 2 bytes each in the same places).
 
 **A window block** stores full-precision tokens, ``slots_per_block`` to a block; a slot is ``[num_kv_heads][key, value]
 [head_size]`` in the model's dtype. A request's slots run through its window blocks in order::

@@ -44,8 +44,8 @@ class CacheLayout:
     def __post_init__(self) -> None:
         if self.window_length < self.fmt.key_group_size:
             raise ValueError(
-                f"window_length {self.window_length} is smaller than key_group_size {self.fmt.key_group_size}: a group is "
-                "quantized from the recent window, so use a window_length of at least key_group_size"
+                f"window_length {self.window_length} is smaller than key_group_size {self.fmt.key_group_size}: a group "
+                "is quantized from the recent window, so use a window_length of at least key_group_size"
             )
 
     @property
@@ -64,7 +64,7 @@ class PagedCache(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The tokens of one step. Request ``r`` has ``seq_lens[r]`` tokens, the last ``query_len`` of them new in this step."""
+    """The tokens of one step: request ``r`` has ``seq_lens[r]`` tokens, the last of them new in this step."""
 
     query_start_loc: Tensor  # int32 [num_reqs + 1]
     seq_lens: Tensor  # int32 [num_reqs]

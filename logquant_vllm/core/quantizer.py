@@ -4,9 +4,9 @@ Asymmetric min-max quantization in which both the scale and the zero are rounded
 are chosen, so that the codes fit what will be read back. Every formula is a chain of correctly rounded float32
 operations without a fusable multiply-add, so torch, C++ and the GPU store the same bytes.
 
-Design choices, each measured on a small trained model (docs/accuracy.md): keys per channel over a group of tokens and values
-per token over a group of channels (KIVI, arXiv 2402.02750); the range shrunk about its middle, since two bits serve the
-bulk of a group better than its extremes; the zero in quarters of the scale.
+Design choices, each measured on a small trained model (docs/accuracy.md): keys per channel over a group of tokens and
+values per token over a group of channels (KIVI, arXiv 2402.02750); the range shrunk about its middle, since two bits
+serve the bulk of a group better than its extremes; the zero in quarters of the scale.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Quantized(NamedTuple):
 def scale_floor_divisor(bits: int) -> float:
     """``|middle| / divisor`` is the least 8-bit scale whose zero still fits in int8.
 
-    The zero, in quarters of the scale, is ``4 * middle / scale - 2 * levels``. The 15 of slack cover the rounding of the
-    scale to e4m3, which loses up to 1/16 of it.
+    The zero, in quarters of the scale, is ``4 * middle / scale - 2 * levels``. The 15 of slack cover the rounding of
+    the scale to e4m3, which loses up to 1/16 of it.
     """
     levels = (1 << bits) - 1
     return (INT8_MAX - 15 - 2 * levels) / 4

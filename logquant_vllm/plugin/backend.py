@@ -6,7 +6,7 @@ key, value -> rotate -> quantize completed groups -> attention over pages, windo
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -39,8 +39,8 @@ WINDOW_SUFFIX = ".logquant_window"
 class LogQuantBackend(AttentionBackend):
     """Full-attention decoder layers over pages and window blocks.
 
-    vLLM selects this class by name, before any layer exists. Each layer then takes :func:`configured_backend`, which also
-    knows the options: :meth:`customize_spec` is called where vLLM's configuration is out of reach.
+    vLLM selects this class by name, before any layer exists. Each layer then takes :func:`configured_backend`, which
+    also knows the options: :meth:`customize_spec` is called where vLLM's configuration is out of reach.
     """
 
     config: ClassVar[LogQuantConfig | None] = None
@@ -93,7 +93,7 @@ class LogQuantBackend(AttentionBackend):
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def configured_backend(config: LogQuantConfig) -> type[LogQuantBackend]:
     """:class:`LogQuantBackend` with the options in force."""
     return type(LogQuantBackend.__name__, (LogQuantBackend,), {"config": config, "__module__": __name__})
@@ -147,7 +147,7 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
         return LogQuantMetadata(tokens, batch, common.block_table_tensor, parts)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rotation_matrix(head_size: int, dtype: torch.dtype, device: str) -> Tensor:
     return hadamard_matrix(head_size, dtype, device)
 

@@ -1,8 +1,8 @@
 """The two kinds of cache blocks as vLLM's planner and scheduler see them.
 
 Group Q, the quantized pages, is vLLM's own ``FullAttentionSpec`` resized by the backend. Group F, the full-precision
-window blocks, is the :class:`WindowSpec` below. Both have the same page bytes and the same ``block_size``, so they share one
-pool: any free block may become either.
+window blocks, is the :class:`WindowSpec` below. Both have the same page bytes and the same ``block_size``, so they
+share one pool: any free block may become either.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from logquant_vllm.core.page_format import HEADER_SLOTS
 class WindowSpec(CircularBufferSpec):
     """Full-precision blocks of a request: they grow with it until they hold ``3 * window_length`` tokens.
 
-    ``dtype`` is the model's. It differs from the pages' uint8, which is what makes vLLM zero the blocks that it hands out:
-    a zeroed header is how a kernel knows a request's first step.
+    ``dtype`` is the model's. It differs from the pages' uint8, which is what makes vLLM zero the blocks that it hands
+    out: a zeroed header is how a kernel knows a request's first step.
     """
 
     window_length: int
@@ -65,7 +65,9 @@ class WindowManager(CircularBufferManager):
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         return self._missing_blocks(request_id, num_tokens)
 
-    def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> Sequence[KVCacheBlock]:
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> Sequence[KVCacheBlock]:
         missing = self._missing_blocks(request_id, num_tokens)
         if missing == 0:
             return []

@@ -36,7 +36,8 @@ def _engine_problems(vllm_config: Any) -> Iterator[str]:
     if cache.user_specified_block_size and cache.block_size != PAGE_SIZE:
         yield f"--block-size is {cache.block_size}: a page has {PAGE_SIZE} tokens, leave the option out"
     if cache.kv_cache_dtype_skip_layers:
-        yield f"--kv-cache-dtype-skip-layers {cache.kv_cache_dtype_skip_layers}: all layers must share one KV cache format"
+        skipped = cache.kv_cache_dtype_skip_layers
+        yield f"--kv-cache-dtype-skip-layers {skipped}: all layers must share one KV cache format"
     if vllm_config.speculative_config is not None:
         yield "speculative decoding is not supported: leave --speculative-config out"
     if vllm_config.kv_transfer_config is not None or getattr(cache, "kv_offloading_size", None):
@@ -63,7 +64,7 @@ def _model_problems(model: Any, config: LogQuantConfig) -> Iterator[str]:
     if model.is_encoder_decoder:
         yield f"the model is an encoder-decoder; only decoder-only models work: {FALLBACK}"
     if model.is_hybrid or model.is_attention_free:
-        yield f"the model has layers without attention (state-space or linear); all layers must be full attention: {FALLBACK}"
+        yield f"the model has layers without attention (state-space or linear); all must be full attention: {FALLBACK}"
     window = model.get_sliding_window()
     local = {kind for kind in getattr(text, "layer_types", None) or [] if kind not in ("full_attention", "attention")}
     if window is not None or local:

@@ -7,7 +7,7 @@ declares the window blocks and receives their memory and block table (precedent 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -101,4 +101,4 @@ class WindowLayer(nn.Module, AttentionLayerBase):
 
     def window_bytes(self) -> torch.Tensor:
         """The layer's cache memory as uint8 ``[num_blocks, page_bytes]``."""
-        return cast(torch.Tensor, self.kv_cache)[:, 0, 0].view(torch.uint8)
+        return self.kv_cache[:, 0, 0].view(torch.uint8)
