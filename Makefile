@@ -26,8 +26,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # a stamp file marks each finished step, so that a second `make` does nothing
-$(VENV)/.engine-$(DEVICE): scripts/install_engine.py | $(BIN)/python
-	$(BIN)/python scripts/install_engine.py $(DEVICE)
+$(VENV)/.engine-$(DEVICE): .ci/install_engine.py | $(BIN)/python
+	$(BIN)/python .ci/install_engine.py $(DEVICE)
 	@touch $@
 
 $(VENV)/.project: pyproject.toml $(VENV)/.engine-$(DEVICE)

@@ -4,8 +4,8 @@
 package index are made for CUDA: next to the CPU build of torch importing them fails, and then so does importing
 ``transformers``. vLLM does without them, so they are left out rather than downloaded and removed::
 
-    python scripts/install_engine.py cpu
-    python scripts/install_engine.py cuda
+    python .ci/install_engine.py cpu
+    python .ci/install_engine.py cuda
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
     elif device == "cuda":
         pip(CUDA_ENGINE)
     else:
-        raise SystemExit("usage: python scripts/install_engine.py cpu|cuda")
+        raise SystemExit("usage: python .ci/install_engine.py cpu|cuda")
 
 
 if __name__ == "__main__":
