@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from logquant_vllm.planning import Capacity, ModelShape, plan
 
@@ -77,7 +77,7 @@ def updated_file(file: ConfigFile) -> str:
         f"logquant-vllm plan {file.flags['model']} \\",
         f"  --memory {file.kv_gib}GiB --max-model-len {file.flags['max-model-len']}{ranks}",
         f"logquant {logquant.tokens:,} tokens, {logquant.concurrency:,.2f} requests of {logquant.max_model_len:,}",
-        f"bfloat16 {bf16.tokens:,} tokens, {bf16.concurrency:,.2f} requests; "
+        f"bfloat16 {bf16.tokens:,} tokens, {bf16.concurrency:,.2f} requests",
         f"logquant holds {logquant.tokens / bf16.tokens:.2f} times as many",
     ]
     text = "".join(f"# plan: {line}\n" for line in lines)
