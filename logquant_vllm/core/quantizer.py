@@ -4,7 +4,7 @@ Asymmetric min-max quantization in which both the scale and the zero are rounded
 are chosen, so that the codes fit what will be read back. Every formula is a chain of correctly rounded float32
 operations without a fusable multiply-add, so torch, C++ and the GPU store the same bytes.
 
-Design choices, each measured on a small trained model (docs/accuracy.md): keys per channel over a group of tokens and
+Design choices, each measured on a small trained model: keys per channel over a group of tokens and
 values per token over a group of channels (KIVI, arXiv 2402.02750); the range shrunk about its middle, since two bits
 serve the bulk of a group better than its extremes; the zero in quarters of the scale.
 """

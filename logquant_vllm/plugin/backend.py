@@ -201,6 +201,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         self.operations = _operations()
         self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._window_layer: WindowLayer | None = None
+        self._rotation: Tensor | None = None
 
     @property
     def window_layer(self) -> WindowLayer:
@@ -210,6 +211,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Configure the layer and create its companion: the first call that comes when vLLM has named the layer."""
+        if self.config.rotation:
+            self._rotation = _rotation_matrix(self.head_size, act_dtype, current_platform.device_type)
         if self._window_layer is None:
             name, layer = next((n, m) for n, m in self._layers.items() if getattr(m, "impl", None) is self)
             layer.attn_backend = configured_backend(self.config)
@@ -217,9 +220,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             self._layers[name + WINDOW_SUFFIX] = self._window_layer
 
     def _rotated(self, x: Tensor) -> Tensor:
-        if not self.config.rotation:
-            return x
-        return rotate(x, _rotation_matrix(self.head_size, x.dtype, str(x.device)))
+        return x if self._rotation is None else rotate(x, self._rotation)
 
     def forward(
         self,
