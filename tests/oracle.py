@@ -85,8 +85,8 @@ class Sequence:
             self.images[start] = key_image, value
         return self.images[start]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """A chunk ``[tokens, heads, head_size]``: it sees the cache as it was before the chunk, and itself exactly."""
+    def mixture(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that a chunk ``[tokens, heads, head_size]`` sees: the cache as it was, and itself exactly."""
         past, size = len(self.keys), self.fmt.key_group_size
         copied = {p for p in self.window.selected + self.window.recent if p >= self.first_copy}
         keys, values = [*self.keys, *key], [*self.values, *value]
@@ -96,15 +96,24 @@ class Sequence:
             if p not in copied:
                 key_image, value_image = self._image(p - p % size, keys, values)
                 mixed_keys[p], mixed_values[p] = key_image[p % size], value_image[p % size]
-        k, v = torch.stack(mixed_keys), torch.stack(mixed_values)
+        return torch.stack(mixed_keys), torch.stack(mixed_values)
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Take in a chunk after it was attended to."""
+        for i in range(len(key)):
+            self.window.append(len(self.keys) + i)
+        self.keys, self.values = [*self.keys, *key], [*self.values, *value]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Attention of a chunk over its :meth:`mixture`, after which the chunk is part of the sequence."""
+        past = len(self.keys)
+        k, v = self.mixture(key, value)
         tokens, heads, _ = query.shape
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
         scores = torch.einsum("qhd,thd->hqt", query.double(), k) * scale
-        future = torch.arange(len(keys))[None] > past + torch.arange(tokens)[:, None]
+        future = torch.arange(len(k))[None] > past + torch.arange(tokens)[:, None]
         scores = scores.masked_fill(future, -math.inf)
         out = torch.einsum("hqt,thd->qhd", torch.softmax(scores, -1), v)
         lse = torch.logsumexp(scores, -1).T
-        for i in range(tokens):
-            self.window.append(past + i)
-        self.keys, self.values = keys, values
+        self.append(key, value)
         return out, lse

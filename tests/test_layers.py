@@ -19,6 +19,7 @@ LAYERS = {
     "core": ({"core"}, {"torch"}),
     "kernels": ({"core", "kernels"}, {"torch", "triton"}),
     "cpu": ({"core", "cpu"}, {"torch"}),
+    "hf": ({"core", "config", "hf"}, {"torch", "transformers"}),
 }
 
 

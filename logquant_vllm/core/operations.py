@@ -11,6 +11,8 @@ Kernels have the same names and signatures. All tensors are on one device; keys 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,50 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int8 if x.dtype.itemsize == 1 else torch.int16)
 
 
+class CachedTokens(NamedTuple):
+    """What a layer's cache holds of every request; a token is valid either in its page or as a copy, never in both."""
+
+    page_keys: Tensor  # float32 [num_reqs, tokens, num_kv_heads, head_size], in position order
+    page_values: Tensor
+    page_valid: Tensor  # bool [num_reqs, tokens]
+    copies: Tensor  # model's dtype [num_reqs, 3W, num_kv_heads, 2, head_size]
+    copy_position: Tensor  # int32 [num_reqs, 3W]
+    copy_valid: Tensor  # bool [num_reqs, 3W]
+
+
+def read_cached_tokens(
+    cache: PagedCache, num_computed: Tensor, layout: CacheLayout, num_kv_heads: int, dtype: torch.dtype
+) -> CachedTokens:
+    """The cache after ``num_computed`` tokens (int32 ``[num_reqs]``): pages dequantized, and full-precision slots.
+
+    What is not valid may be stale bytes, even NaN.
+    """
+    fmt, window_length, device = layout.fmt, layout.window_length, num_computed.device
+    window_start = read_window_start(cache, num_computed)
+    live = (cache.window_block_table[:, 0] > 0)[:, None]
+
+    num_pages = -(-max(int(num_computed.max()), 1) // fmt.page_size)
+    page_keys, page_values = dequantize_pages(cache.pages[cache.block_table[:, :num_pages].long()], num_kv_heads, fmt)
+    position = torch.arange(num_pages * fmt.page_size, device=device, dtype=torch.int32)[None]
+    compactions = num_compactions_tensor(num_computed, window_length)[:, None]
+    end = torch.minimum(torch.maximum((compactions + 1) * window_length, window_start[:, None]), num_computed[:, None])
+    copied = is_log_selected(position, compactions, window_length) & (position >= window_start[:, None])
+
+    slot_position, held = slot_positions(num_computed, window_length)
+    slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, dtype)
+    request = torch.arange(len(num_computed), device=device)[:, None].expand_as(slot_position)
+    slot = torch.arange(layout.num_slots, device=device)[None].expand_as(slot_position)
+    block, offset = slot_address(slot, request, cache, slots.shape[1])
+    return CachedTokens(
+        page_keys.flatten(1, 2),
+        page_values.flatten(1, 2),
+        (position < end) & ~copied & live,
+        slots[block, offset],
+        slot_position,
+        held & (slot_position >= window_start[:, None]) & live,
+    )
+
+
 def attention(
     query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -107,44 +153,23 @@ def attention(
         lse: float32 ``[num_tokens, num_heads]``, natural logarithm of the sum of exponentials (float64 for float64
         queries).
     """
-    fmt, num_kv_heads, head_size = layout.fmt, key.shape[1], key.shape[2]
+    num_kv_heads = key.shape[1]
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    computed, window_length = batch.num_computed, layout.window_length
+    computed = batch.num_computed
     lengths = batch.query_start_loc[1:] - batch.query_start_loc[:-1]
-    window_start = read_window_start(cache, computed)
     live = (cache.window_block_table[:, 0] > 0)[:, None]
 
-    # cached tokens: pages, then window slots; [num_reqs, tokens, num_kv_heads, head_size] and which of them count
-    num_pages = -(-max(int(computed.max()), 1) // fmt.page_size)
-    page_keys, page_values = dequantize_pages(cache.pages[cache.block_table[:, :num_pages].long()], num_kv_heads, fmt)
-    position = torch.arange(num_pages * fmt.page_size, device=query.device, dtype=torch.int32)[None]
-    compactions = num_compactions_tensor(computed, window_length)[:, None]
-    end = torch.minimum(torch.maximum((compactions + 1) * window_length, window_start[:, None]), computed[:, None])
-    copied = is_log_selected(position, compactions, window_length) & (position >= window_start[:, None])
-    page_valid = (position < end) & ~copied & live
-
-    slot_position, held = slot_positions(computed, window_length)
-    slot_valid = held & (slot_position >= window_start[:, None]) & live
-    slots = window_slots_view(cache.window, num_kv_heads, head_size, key.dtype)
-    request = torch.arange(len(computed), device=query.device)[:, None].expand_as(slot_position)
-    block, offset = slot_address(
-        torch.arange(layout.num_slots, device=query.device)[None].expand_as(slot_position),
-        request,
-        cache,
-        slots.shape[1],
-    )
-    copies = slots[block, offset]
+    cached = read_cached_tokens(cache, computed, layout, num_kv_heads, key.dtype)
 
     # this step's tokens, padded to the longest query
     local = torch.arange(max(int(lengths.max()), 1), device=query.device)[None]
     present = (local < lengths[:, None]) & live
     row = torch.where(present, batch.query_start_loc[:-1, None] + local, 0).long()
 
-    keys = torch.cat([page_keys.flatten(1, 2).to(compute), copies[..., 0, :].to(compute), key[row].to(compute)], 1)
-    values = torch.cat(
-        [page_values.flatten(1, 2).to(compute), copies[..., 1, :].to(compute), value[row].to(compute)], 1
-    )
-    cached_valid = torch.cat([page_valid, slot_valid], 1)
+    copies = cached.copies.to(compute)
+    keys = torch.cat([cached.page_keys.to(compute), copies[..., 0, :], key[row].to(compute)], 1)
+    values = torch.cat([cached.page_values.to(compute), copies[..., 1, :], value[row].to(compute)], 1)
+    cached_valid = torch.cat([cached.page_valid, cached.copy_valid], 1)
     # masked tokens may be stale bytes, even NaN, which a zero weight would not silence
     exists = torch.cat([cached_valid, present], 1)[..., None, None]
     keys, values = keys.where(exists, 0), values.where(exists, 0)
