@@ -11,6 +11,7 @@ PYTHON ?= python3
 # vLLM's CPU and CUDA wheels hold the same module, so each device has an environment of its own
 VENV ?= $(if $(filter cuda,$(DEVICE)),.venv-cuda,.venv)
 PYTEST_ARGS ?= -m "not slow"
+EXTRAS ?= dev
 
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -32,7 +33,7 @@ $(VENV)/.engine-$(DEVICE): .ci/install_engine.py | $(BIN)/python
 
 $(VENV)/.project: pyproject.toml $(VENV)/.engine-$(DEVICE)
 	$(BIN)/python -m pip install --quiet 'setuptools>=65' wheel
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
 setup: $(VENV)/.project  ## create the environment and install everything
