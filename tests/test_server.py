@@ -205,6 +205,26 @@ def test_in_window_answers_equal_bf16(server: Server) -> None:
     assert ours == theirs
 
 
+@pytest.mark.skipif(DTYPE != "float32", reason="equal tokens need equal rounding")
+def test_same_tokens_as_transformers(server: Server) -> None:
+    """``LogQuantCache`` in transformers and the server share the algorithm: greedy text is the same, token by token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from logquant_vllm.config import LogQuantConfig
+    from logquant_vllm.hf import LogQuantCache
+
+    cases = [*lookups(1, 14, 300), *lookups(1, 15, 700), *tasks.cases("trace", 1, seed=16, tokens=500)]
+    model = AutoModelForCausalLM.from_pretrained("logquant_vllm/demo/model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained("logquant_vllm/demo/model")
+    model.generation_config.eos_token_id = None
+    for case, served in zip(cases, answers(server, cases, concurrency=1, go_on_for=16), strict=True):
+        inputs = tokenizer(case.prompt, return_tensors="pt")
+        cache = LogQuantCache(LogQuantConfig())
+        tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=16, do_sample=False)
+        local = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert local == served
+
+
 def test_preemption() -> None:
     """A cache that two or three requests fill: as they grow vLLM preempts and recomputes, and answers stay as good."""
     cases = lookups(12, 12, 850)
