@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -36,14 +35,7 @@ LAYOUTS = {
     "w64-ragged": CacheLayout(PageFormat(80, key_bits=4, value_bits=4, key_group_size=32), 64),
 }
 
-
-@pytest.fixture(autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The tensors are small: on a busy machine, threads wait for each other for most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.node.callspec.params.get("threads", 1) if hasattr(request.node, "callspec") else 1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("few_threads")
 
 
 def chunkings(layout: CacheLayout, total: int, num_reqs: int, seed: int) -> list[list[int]]:
