@@ -54,7 +54,7 @@ def answers(server: Server, cases: Sequence[Case], concurrency: int = 32, go_on_
 
 
 def accuracy(cases: Sequence[Case], texts: Sequence[str]) -> float:
-    return sum(tasks.score(c, t) for c, t in zip(cases, texts, strict=True)) / len(cases)
+    return sum(right(cases, texts)) / len(cases)
 
 
 def assert_as_good(a: Sequence[bool], b: Sequence[bool], what: str) -> None:

@@ -47,6 +47,12 @@ import torch
 HEADER_SLOTS = 1
 
 
+def num_window_blocks(seq_len: int, window_length: int, slots_per_block: int) -> int:
+    """Window blocks that a request of ``seq_len`` tokens holds: they grow until it has ``3 * window_length``."""
+    slots = HEADER_SLOTS + min(seq_len, 3 * window_length)
+    return -(-slots // slots_per_block)
+
+
 @dataclass(frozen=True)
 class PageFormat:
     """Sizes and byte offsets of a page's per-head slab; see the module's docstring for the layout.
@@ -170,6 +176,5 @@ class PageFormat:
         return self.page_bytes(num_kv_heads) // (num_kv_heads * 2 * self.head_size * dtype.itemsize)
 
     def num_window_blocks(self, seq_len: int, window_length: int, num_kv_heads: int, dtype: torch.dtype) -> int:
-        """Window blocks that a request of ``seq_len`` tokens holds: they grow until it has ``3 * window_length``."""
-        slots = HEADER_SLOTS + min(seq_len, 3 * window_length)
-        return -(-slots // self.slots_per_block(num_kv_heads, dtype))
+        """:func:`num_window_blocks` for this format's blocks."""
+        return num_window_blocks(seq_len, window_length, self.slots_per_block(num_kv_heads, dtype))

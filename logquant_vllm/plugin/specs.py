@@ -16,7 +16,7 @@ from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
 from vllm.v1.kv_cache_interface import CircularBufferSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from logquant_vllm.core.page_format import HEADER_SLOTS
+from logquant_vllm.core.page_format import num_window_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,7 @@ class WindowSpec(CircularBufferSpec):
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that a request of ``num_tokens`` tokens holds."""
-        slots = HEADER_SLOTS + min(num_tokens, 3 * self.window_length)
-        return -(-slots // self.slots_per_block)
+        return num_window_blocks(num_tokens, self.window_length, self.slots_per_block)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         return self.num_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
