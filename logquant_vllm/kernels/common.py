@@ -75,7 +75,7 @@ def count_compactions(length, WINDOW: tl.constexpr):
 @triton.jit
 def log_slot_position(slot, compactions, WINDOW: tl.constexpr):
     """``core.log_selection.log_slot_position``: position held by a log-selected slot."""
-    steps = tl.zeros_like(slot)
+    steps = slot * 0  # and not zeros_like: Gluon calls this function too
     for _ in tl.static_range(WINDOW.bit_length()):
         steps += ((slot << steps) < WINDOW).to(tl.int32)
     shift = tl.minimum(tl.minimum(steps, compactions), MAX_SHIFT)

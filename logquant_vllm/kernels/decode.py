@@ -297,18 +297,21 @@ def combine_kernel(
     output_stride,
     output_head_stride,
     lse_stride,
+    num_reqs,
+    num_tokens,
     num_splits,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Weigh the splits of one request and query head; programs of requests without a token do nothing."""
-    request, head = tl.program_id(0), tl.program_id(1)
+    """Weigh the splits of one request and query head; rows of no request get zeros and an LSE of ``-inf``."""
+    index, head = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, HEAD_PAD)
+    in_head = channel < HEAD_SIZE
+    request = tl.minimum(index, num_reqs - 1)
     start = tl.load(query_start_loc + request)
-    if tl.load(query_start_loc + request + 1) > start:
-        channel = tl.arange(0, HEAD_PAD)
-        in_head = channel < HEAD_SIZE
+    if (index < num_reqs) & (tl.load(query_start_loc + request + 1) > start):
         first_row = (request.to(tl.int64) * tl.num_programs(1) + head) * num_splits
         every = tl.arange(0, SPLITS_PAD)
         all_lse = tl.load(partial_lse + first_row + every, mask=every < num_splits, other=float("-inf"))
@@ -328,3 +331,8 @@ def combine_kernel(
         address = output + start.to(tl.int64) * output_stride + head * output_head_stride + channel
         tl.store(address, (acc / positive_total).to(output.dtype.element_ty), mask=in_head)
         tl.store(lse + start.to(tl.int64) * lse_stride + head, (maximum + tl.log2(positive_total)) * LN2)
+    # requests lie one after another: rows from their end on belong to none
+    if (index >= tl.load(query_start_loc + num_reqs)) & (index < num_tokens):
+        address = output + index.to(tl.int64) * output_stride + head * output_head_stride + channel
+        tl.store(address, tl.zeros((HEAD_PAD,), output.dtype.element_ty), mask=in_head)
+        tl.store(lse + index.to(tl.int64) * lse_stride + head, float("-inf"))

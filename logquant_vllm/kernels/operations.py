@@ -6,7 +6,9 @@ Safe to capture in a CUDA graph: grids and constants depend on shapes and host i
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -29,6 +31,8 @@ DECODE_STAGES = 1
 WINDOW_SLOTS_PER_PROGRAM = 64
 WINDOW_SLOTS_PER_TILE = 16
 COMBINE_STEP = 8
+GLUON_WINDOW_SLOTS = 64
+GLUON_REGISTERS: int | None = 168
 
 _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -120,11 +124,15 @@ def attention(
     _check(key, value, cache)
     if query.dtype != key.dtype or query.stride(-1) != 1:
         raise ValueError(f"query must have the dtype of key and a contiguous last dimension, got {query.dtype}")
-    output = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
-    if batch.seq_lens.shape[0] and query.shape[0]:
-        run = _decode if batch.max_query_len == 1 else _prefill
-        run(output, lse, query, key, value, cache, batch, layout, scale * LOG2E)
+    if batch.seq_lens.shape[0] and query.shape[0] and batch.max_query_len == 1:
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        _decode(output, lse, query, key, value, cache, batch, layout, scale * LOG2E)
+    else:
+        output = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+        lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
+        if batch.seq_lens.shape[0] and query.shape[0]:
+            _prefill(output, lse, query, key, value, cache, batch, layout, scale * LOG2E)
     return output, lse
 
 
@@ -193,6 +201,16 @@ def _prefill(
     )
 
 
+@functools.cache
+def _gluon_decode_kernel(device: torch.device, dtype: torch.dtype, layout: CacheLayout, gqa: int) -> Any:
+    """The decode kernel whose registers are laid out by hand, or None where ``kernels.decode`` has to serve."""
+    if device.type != "cuda" or dtype == torch.float32 or torch.cuda.get_device_capability(device) < (8, 9):
+        return None
+    from logquant_vllm.kernels import decode_gluon  # needs the version of Triton that vLLM has on GPUs
+
+    return decode_gluon.decode_kernel if decode_gluon.supports(layout.fmt, gqa) else None
+
+
 def num_splits(num_reqs: int, num_kv_heads: int, max_pages: int) -> int:
     """Shares that the pages of one request and KV head are cut into for decoding: host integers only."""
     wanted = -(-DECODE_PROGRAMS // (num_reqs * num_kv_heads))
@@ -214,12 +232,14 @@ def _decode(
     num_heads, head_size = query.shape[1], fmt.head_size
     slots = window_slots_view(cache.window, num_kv_heads, head_size, key.dtype)
     gqa = num_heads // num_kv_heads
-    window_splits = -(-layout.num_slots // WINDOW_SLOTS_PER_PROGRAM)
+    by_hand = _gluon_decode_kernel(query.device, query.dtype, layout, gqa)
+    window_splits = -(-layout.num_slots // (GLUON_WINDOW_SLOTS if by_hand else WINDOW_SLOTS_PER_PROGRAM))
     max_pages = min(cache.block_table.shape[1], math.ceil(batch.max_seq_len / fmt.page_size))
     splits = window_splits + num_splits(num_reqs, num_kv_heads, max_pages)
     partial = torch.empty(num_reqs, num_heads, splits, head_size, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(num_reqs, num_heads, splits, dtype=torch.float32, device=query.device)
-    decode_kernel[(splits, num_kv_heads, num_reqs)](
+    grid = (splits, num_kv_heads, num_reqs)
+    arguments = (
         partial,
         partial_lse,
         query,
@@ -247,23 +267,27 @@ def _decode(
         cache.block_table.stride(0),
         cache.window_block_table.stride(0),
         cache.window_block_table.shape[1],
-        FMT=fmt,
-        LAYOUT=layout,
-        SLOTS_PER_BLOCK=slots.shape[1],
-        GQA=gqa,
-        GQA_PAD=_padded(gqa, 8),
-        HEAD_PAD=_padded(head_size),
-        KEY_WORDS_PAD=_padded(fmt.key_words),
-        VALUE_GROUPS=triton.next_power_of_2(fmt.value_groups),
-        VALUE_ROWS=min(fmt.value_group_size, _padded(head_size)),
-        VALUE_STEP=max(fmt.value_words_per_group, 16),
-        WINDOW_SPLITS=window_splits,
-        WINDOW_TOKENS=WINDOW_SLOTS_PER_TILE,
-        COPY_OPERAND=_copy_operand(query.dtype),
-        num_warps=1 if head_size <= 128 else 2,
-        num_stages=DECODE_STAGES,
     )
-    combine_kernel[(num_reqs, num_heads)](
+    constants = {"LAYOUT": layout, "SLOTS_PER_BLOCK": slots.shape[1], "GQA": gqa, "WINDOW_SPLITS": window_splits}
+    if by_hand:
+        by_hand[grid](*arguments, **constants, num_warps=1, num_stages=1, maxnreg=GLUON_REGISTERS)
+    else:
+        decode_kernel[grid](
+            *arguments,
+            **constants,
+            FMT=fmt,
+            GQA_PAD=_padded(gqa, 8),
+            HEAD_PAD=_padded(head_size),
+            KEY_WORDS_PAD=_padded(fmt.key_words),
+            VALUE_GROUPS=triton.next_power_of_2(fmt.value_groups),
+            VALUE_ROWS=min(fmt.value_group_size, _padded(head_size)),
+            VALUE_STEP=max(fmt.value_words_per_group, 16),
+            WINDOW_TOKENS=WINDOW_SLOTS_PER_TILE,
+            COPY_OPERAND=_copy_operand(query.dtype),
+            num_warps=1 if head_size <= 128 else 2,
+            num_stages=DECODE_STAGES,
+        )
+    combine_kernel[(max(num_reqs, query.shape[0]), num_heads)](
         output,
         lse,
         partial,
@@ -272,6 +296,8 @@ def _decode(
         output.stride(0),
         output.stride(1),
         lse.stride(0),
+        num_reqs,
+        query.shape[0],
         splits,
         HEAD_SIZE=head_size,
         HEAD_PAD=_padded(head_size),
