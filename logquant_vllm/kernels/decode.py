@@ -301,38 +301,32 @@ def combine_kernel(
     num_tokens,
     num_splits,
     HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
+    CHANNELS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
-    STEP: tl.constexpr,
 ):
-    """Weigh the splits of one request and query head; rows of no request get zeros and an LSE of ``-inf``."""
+    """Weigh the splits of one request and query head, ``CHANNELS`` of it; rows of no request get zeros and ``-inf``."""
     index, head = tl.program_id(0), tl.program_id(1)
-    channel = tl.arange(0, HEAD_PAD)
+    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     in_head = channel < HEAD_SIZE
     request = tl.minimum(index, num_reqs - 1)
     start = tl.load(query_start_loc + request)
     if (index < num_reqs) & (tl.load(query_start_loc + request + 1) > start):
-        first_row = (request.to(tl.int64) * tl.num_programs(1) + head) * num_splits
-        every = tl.arange(0, SPLITS_PAD)
-        all_lse = tl.load(partial_lse + first_row + every, mask=every < num_splits, other=float("-inf"))
+        split = tl.arange(0, SPLITS_PAD)
+        row = (request.to(tl.int64) * tl.num_programs(1) + head) * num_splits + split
+        all_lse = tl.load(partial_lse + row, mask=split < num_splits, other=float("-inf"))
         maximum = tl.max(all_lse, 0)
-        reference = tl.where(maximum == float("-inf"), 0.0, maximum)
-        total = tl.sum(tl.exp2(all_lse - reference), 0)
-        acc = tl.zeros((HEAD_PAD,), tl.float32)
-        for first in range(0, num_splits, STEP):
-            split = first + tl.arange(0, STEP)
-            weight = tl.load(partial_lse + first_row + split, mask=split < num_splits, other=float("-inf"))
-            weight = tl.exp2(weight - reference)
-            # a split of weight zero wrote nothing
-            mask = (weight != 0.0)[:, None] & in_head[None, :]
-            rows = tl.load(partial + (first_row + split)[:, None] * HEAD_SIZE + channel[None, :], mask=mask, other=0.0)
-            acc += tl.sum(rows * weight[:, None], 0)
+        weight = tl.exp2(all_lse - tl.where(maximum == float("-inf"), 0.0, maximum))
+        total = tl.sum(weight, 0)
+        # a split of weight zero wrote nothing
+        mask = (weight != 0.0)[:, None] & in_head[None, :]
+        outputs = tl.load(partial + row[:, None] * HEAD_SIZE + channel[None, :], mask=mask, other=0.0)
         positive_total = tl.where(total == 0.0, 1.0, total)
+        result = tl.sum(outputs * weight[:, None], 0) / positive_total
         address = output + start.to(tl.int64) * output_stride + head * output_head_stride + channel
-        tl.store(address, (acc / positive_total).to(output.dtype.element_ty), mask=in_head)
+        tl.store(address, result.to(output.dtype.element_ty), mask=in_head)
         tl.store(lse + start.to(tl.int64) * lse_stride + head, (maximum + tl.log2(positive_total)) * LN2)
     # requests lie one after another: rows from their end on belong to none
     if (index >= tl.load(query_start_loc + num_reqs)) & (index < num_tokens):
         address = output + index.to(tl.int64) * output_stride + head * output_head_stride + channel
-        tl.store(address, tl.zeros((HEAD_PAD,), output.dtype.element_ty), mask=in_head)
+        tl.store(address, tl.zeros((CHANNELS,), output.dtype.element_ty), mask=in_head)
         tl.store(lse + index.to(tl.int64) * lse_stride + head, float("-inf"))

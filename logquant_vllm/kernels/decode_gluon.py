@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.common import (
@@ -61,13 +61,33 @@ def words_layout(rows, words):
     return gl.DistributedLinearLayout(bases, [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [rows, words])
 
 
+@gluon.constexpr_function
+def words_memory_layout(words):
+    """Shared memory for rows of words, so that eight rows of four bytes a lane lie in different banks."""
+    return (
+        gl.SwizzledSharedLayout(8, 4, 2, order=[1, 0])
+        if words == 16
+        else gl.SwizzledSharedLayout(8, 1, 1, order=[1, 0])
+    )
+
+
 @gluon.jit
-def load_words(address, ROW_WORDS: gl.constexpr, NUM_ROWS: gl.constexpr, WORDS: gl.constexpr):
-    """uint16 ``[NUM_ROWS, WORDS]`` from rows of ``ROW_WORDS``."""
-    LAYOUT: gl.constexpr = words_layout(NUM_ROWS, WORDS)
+def copy_words(memory, address, ROW_WORDS: gl.constexpr):
+    """Start to copy rows of words, which lie ``ROW_WORDS`` apart, to shared memory: 16 bytes a lane."""
+    NUM_ROWS: gl.constexpr = memory.shape[0]
+    WORDS: gl.constexpr = memory.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WORDS, WORDS // 8], [1, 1], [1, 0])
     row = gl.arange(0, NUM_ROWS, layout=gl.SliceLayout(1, LAYOUT))
     word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.load(address.to(gl.pointer_type(gl.uint16)) + row[:, None] * ROW_WORDS + word[None, :])
+    words = address.to(gl.pointer_type(gl.uint16))
+    async_copy.async_copy_global_to_shared(memory, words + row[:, None] * ROW_WORDS + word[None, :])
+
+
+@gluon.jit
+def copy_codes(keys, values, slab, in_page, FMT: gl.constexpr):
+    """Start to copy one group's codes."""
+    copy_words(keys, slab + FMT.key_codes_offset + in_page * (FMT.key_group_size * FMT.key_words * 2), FMT.key_words)
+    copy_words(values, slab + FMT.value_codes_offset + in_page * (FMT.value_words_per_group * 2), FMT.value_words)
 
 
 @gluon.jit
@@ -319,26 +339,35 @@ def attend_pages(
     acc_1 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
     offset_0 = gl.zeros((8,), gl.float32, BY_HEAD)
     offset_1 = gl.zeros((8,), gl.float32, BY_HEAD)
+    # codes go through shared memory one group ahead, scales through registers, block numbers two groups ahead
+    keys_memory = gl.allocate_shared_memory(gl.uint16, [2, GROUP, FMT.key_words], words_memory_layout(FMT.key_words))
+    values_memory = gl.allocate_shared_memory(gl.uint16, [2, HEAD_SIZE, VALUE_WORDS], words_memory_layout(VALUE_WORDS))
     block = gl.load(table_row + first_group // FMT.groups_per_page, mask=first_group < last_group, other=0)
-    for group in range(first_group, last_group):
-        in_page = group % FMT.groups_per_page
-        slab = slabs + block.to(gl.int64) * page_byte_stride
-        block = gl.load(table_row + (group + 1) // FMT.groups_per_page, mask=group + 1 < last_group, other=0)
-        keys = load_words(
-            slab + FMT.key_codes_offset + in_page * (GROUP * FMT.key_words * 2), FMT.key_words, GROUP, FMT.key_words
+    next_block = gl.load(
+        table_row + (first_group + 1) // FMT.groups_per_page, mask=first_group + 1 < last_group, other=0
+    )
+    slab = slabs + block.to(gl.int64) * page_byte_stride
+    in_page = first_group % FMT.groups_per_page
+    copy_codes(keys_memory.index(0), values_memory.index(0), slab, in_page, FMT)
+    async_copy.commit_group()
+    key_scale = gl.load(slab + FMT.key_scale_offset + in_page * HEAD_SIZE + channel)
+    key_zero = gl.load((slab + FMT.key_zero_offset).to(gl.pointer_type(gl.int8)) + in_page * HEAD_SIZE + channel)
+    scale_0 = gl.load(slab + FMT.value_scale_offset + in_page * GROUP + member)
+    zero_0 = gl.load((slab + FMT.value_zero_offset).to(gl.pointer_type(gl.int8)) + in_page * GROUP + member)
+    scale_1, zero_1 = scale_0, zero_0
+    if VALUE_GROUPS == 2:
+        scale_1 = gl.load(slab + FMT.value_scale_offset + FMT.page_size + in_page * GROUP + member)
+        zero_1 = gl.load(
+            (slab + FMT.value_zero_offset).to(gl.pointer_type(gl.int8)) + FMT.page_size + in_page * GROUP + member
         )
-        key_scale = gl.load(slab + FMT.key_scale_offset + in_page * HEAD_SIZE + channel)
-        key_zero = gl.load((slab + FMT.key_zero_offset).to(gl.pointer_type(gl.int8)) + in_page * HEAD_SIZE + channel)
-        value_address = slab + FMT.value_codes_offset + in_page * (VALUE_WORDS * 2)
-        values_0 = load_words(value_address, FMT.value_words, CHANNELS, VALUE_WORDS)
-        scale_address = slab + FMT.value_scale_offset + in_page * GROUP + member
-        zero_address = (slab + FMT.value_zero_offset).to(gl.pointer_type(gl.int8)) + in_page * GROUP + member
-        scale_0, zero_0 = gl.load(scale_address), gl.load(zero_address)
-        if VALUE_GROUPS == 2:
-            values_1 = load_words(
-                value_address + CHANNELS * FMT.value_words * 2, FMT.value_words, CHANNELS, VALUE_WORDS
-            )
-            scale_1, zero_1 = gl.load(scale_address + FMT.page_size), gl.load(zero_address + FMT.page_size)
+    stage = 0
+    for group in range(first_group, last_group):
+        in_page = (group + 1) % FMT.groups_per_page
+        slab = slabs + next_block.to(gl.int64) * page_byte_stride
+        if group + 1 < last_group:
+            copy_codes(keys_memory.index(1 - stage), values_memory.index(1 - stage), slab, in_page, FMT)
+        async_copy.commit_group()
+        next_block = gl.load(table_row + (group + 2) // FMT.groups_per_page, mask=group + 2 < last_group, other=0)
 
         scale_memory.store(key_scale.to(gl.float8e4nv, bitcast=True).to(gl.float16))
         zero_memory.store((key_zero.to(gl.float32) * zero_weight).to(gl.float16))
@@ -350,6 +379,19 @@ def attend_pages(
             value_scale_memory.slice(GROUP, GROUP).store(scale * value_weight)
             value_zero_memory.slice(GROUP, GROUP).store(scale * (zero_1.to(gl.float32) * 0.25))
 
+        # after the last group these read the null block
+        key_scale = gl.load(slab + FMT.key_scale_offset + in_page * HEAD_SIZE + channel)
+        key_zero = gl.load((slab + FMT.key_zero_offset).to(gl.pointer_type(gl.int8)) + in_page * HEAD_SIZE + channel)
+        scale_0 = gl.load(slab + FMT.value_scale_offset + in_page * GROUP + member)
+        zero_0 = gl.load((slab + FMT.value_zero_offset).to(gl.pointer_type(gl.int8)) + in_page * GROUP + member)
+        if VALUE_GROUPS == 2:
+            scale_1 = gl.load(slab + FMT.value_scale_offset + FMT.page_size + in_page * GROUP + member)
+            zero_1 = gl.load(
+                (slab + FMT.value_zero_offset).to(gl.pointer_type(gl.int8)) + FMT.page_size + in_page * GROUP + member
+            )
+
+        async_copy.wait_group(1)
+        keys = keys_memory.index(stage).load(words_layout(GROUP, FMT.key_words))
         scores = gl.zeros((GROUP, 8), gl.float32, MMA)
         offset = gl.zeros((16, 8), gl.float32, MMA)
         moved = move_words(keys, KEY_BITS)
@@ -370,14 +412,17 @@ def attend_pages(
         zero = value_zero_memory.slice(0, GROUP).load(BY_ROW)
         offset_0 = offset_0 * decay + gl.sum(weights * zero[:, None], 0)
         scaled = gl.convert_layout((weights * scale[:, None]).to(gl.float16), RIGHT)
-        acc_0 = add_values(acc_0, values_0, scaled, VALUE_STEPS, VALUE_BITS)
+        values = values_memory.index(stage).slice(0, CHANNELS).load(words_layout(CHANNELS, VALUE_WORDS))
+        acc_0 = add_values(acc_0, values, scaled, VALUE_STEPS, VALUE_BITS)
         if VALUE_GROUPS == 2:
             acc_1 = acc_1 * decay[None, :]
             scale = value_scale_memory.slice(GROUP, GROUP).load(BY_ROW)
             zero = value_zero_memory.slice(GROUP, GROUP).load(BY_ROW)
             offset_1 = offset_1 * decay + gl.sum(weights * zero[:, None], 0)
             scaled = gl.convert_layout((weights * scale[:, None]).to(gl.float16), RIGHT)
-            acc_1 = add_values(acc_1, values_1, scaled, VALUE_STEPS, VALUE_BITS)
+            values = values_memory.index(stage).slice(CHANNELS, CHANNELS).load(words_layout(CHANNELS, VALUE_WORDS))
+            acc_1 = add_values(acc_1, values, scaled, VALUE_STEPS, VALUE_BITS)
+        stage = 1 - stage
 
     if first_group < last_group:
         inverse = 1.0 / gl.where(total == 0.0, 1.0, total)

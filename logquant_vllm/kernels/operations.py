@@ -25,12 +25,12 @@ from logquant_vllm.kernels.window import update_window_kernel
 LOG2E = 1.4426950408889634
 # Decoding: programs of one warp. On an H100 (16 requests of 32k tokens) attention took 621, 502 and 452 us with 1024,
 # 2048 and 4096 programs, and more with 2 or 3 stages, whose shared memory lets fewer programs be resident.
-DECODE_PROGRAMS = 4096
-MAX_SPLITS = 128
+DECODE_PROGRAMS = 6144
+MAX_SPLITS = 240
 DECODE_STAGES = 1
 WINDOW_SLOTS_PER_PROGRAM = 64
 WINDOW_SLOTS_PER_TILE = 16
-COMBINE_STEP = 8
+COMBINE_CHANNELS = 32
 GLUON_WINDOW_SLOTS = 64
 GLUON_REGISTERS: int | None = 168
 
@@ -287,7 +287,8 @@ def _decode(
             num_warps=1 if head_size <= 128 else 2,
             num_stages=DECODE_STAGES,
         )
-    combine_kernel[(max(num_reqs, query.shape[0]), num_heads)](
+    splits_pad = triton.next_power_of_2(splits)
+    combine_kernel[(max(num_reqs, query.shape[0]), num_heads, -(-head_size // COMBINE_CHANNELS))](
         output,
         lse,
         partial,
@@ -300,10 +301,9 @@ def _decode(
         query.shape[0],
         splits,
         HEAD_SIZE=head_size,
-        HEAD_PAD=_padded(head_size),
-        SPLITS_PAD=triton.next_power_of_2(splits),
-        STEP=COMBINE_STEP,
-        num_warps=2,
+        CHANNELS=COMBINE_CHANNELS,
+        SPLITS_PAD=splits_pad,
+        num_warps=min(max(splits_pad // 32, 1), 8),
     )
 
 
