@@ -46,6 +46,8 @@ def evaluate(
     time_limit: Annotated[float | None, typer.Option(min=1, help="Seconds; then report what is finished.")] = None,
     quick: Annotated[bool, typer.Option(help="A few methods and items, for a look on a CPU.")] = False,
     plots: Annotated[bool, typer.Option(help="Draw plots, which needs matplotlib.")] = True,
+    base_url: Annotated[str | None, typer.Option(help="Ask this server, http://host:port/v1, instead.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once, with --base-url.")] = 16,
 ) -> None:
     """Measure what cache formats cost in accuracy: methods times tasks, to result.json, report.md and plots."""
     if context.invoked_subcommand is not None:
@@ -56,8 +58,11 @@ def evaluate(
 
         names = split(methods)
         chosen = choose_methods(list(QUICK) if quick and names is None else names)
-        result = _with_progress(
-            model_directory(model), device, chosen, choose_tasks(split(tasks), quick), count, time_limit, batch
+        asked = choose_tasks(split(tasks), quick)
+        result = (
+            _with_progress(model_directory(model), device, chosen, asked, count, time_limit, batch)
+            if base_url is None
+            else _served(base_url, model_directory(model), asked, count, concurrency)
         )
         output.mkdir(parents=True, exist_ok=True)
         path = output / "result.json"
@@ -94,6 +99,22 @@ def _with_progress(
             batch,
             lambda name, share: progress.update(bars[name], completed=share),
         ).run()
+
+
+def _served(base_url: str, directory: str, tasks: list[Task], count: int | None, concurrency: int) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    from logquant_vllm.lab.served import run
+
+    console = Console(stderr=True)
+    return run(
+        base_url,
+        AutoTokenizer.from_pretrained(directory),
+        tasks,
+        count,
+        concurrency,
+        lambda name, share: console.print(f"{name}: {share:.0%}"),
+    )
 
 
 def _report(result: dict[str, Any], output: Path, plots: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from logquant_vllm import __version__
+import logquant_vllm
 from logquant_vllm.lab import statistics
 from logquant_vllm.lab.methods import BASELINE, PRIMARY, PRIMARY_OPPONENTS, Method
 from logquant_vllm.lab.runner import Prompts, Runner
@@ -132,7 +132,7 @@ class Experiment:
         """Everything that a report needs, as JSON stores it."""
         records = [record for task in self.tasks for record in self._records(task)]
         return {
-            "logquant_vllm": __version__,
+            "logquant_vllm": logquant_vllm.__version__,
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self.runner.device) if self.runner.device.type == "cuda" else "cpu",
             "dtype": str(self.runner.model.dtype).removeprefix("torch."),

@@ -45,15 +45,15 @@ def markdown(result: dict[str, Any], images: Sequence[str] = ()) -> str:
     lines = [
         "# Accuracy report",
         "",
-        f"Device {result['device']}, {result['dtype']}, torch {result['torch']}, logquant-vllm "
-        f"{result['logquant_vllm']}, {result['seconds']:.0f} s.",
+        f"Device {result['device']}, {result['dtype']}, torch {result['torch']}, {result['seconds']:.0f} s.",
         "",
     ]
     if not result["complete"]:
         lines += ["**Partial: the time limit ended the run; the counts below are what was finished.**", ""]
+    named = f"{plan['primary']} against {' and '.join(plan['against'])} on {', '.join(plan['on'])}"
     lines += [
-        f"Primary comparison, {plan['named']}: {plan['primary']} against {' and '.join(plan['against'])} on "
-        f"{', '.join(plan['on'])} ({plan['test']}). No correction for many comparisons is made.",
+        f"Primary comparison, {plan['named']}: {named}.",
+        f"Tests: {plan['test']}; no correction for their number.",
         "",
         "Bytes are of one KV head and layer for one token: codes, scales, duplicates and full-precision copies.",
         "",
@@ -68,8 +68,9 @@ def markdown(result: dict[str, Any], images: Sequence[str] = ()) -> str:
         ]
         for r in records:
             p = "" if r["p_against_primary"] is None else f"{r['p_against_primary']:.2g}"
+            stored = "" if r["bytes_per_token"] is None else f"{r['bytes_per_token']:.1f}"
             lines.append(
-                f"| {r['method']} | {r['selection']} | {r['quantizer']} | {r['bytes_per_token']:.1f} | "
+                f"| {r['method']} | {r['selection']} | {r['quantizer']} | {stored} | "
                 f"{r['value']:.4g} | {r['low']:.4g} to {r['high']:.4g} | {r['count']} | {p} |"
             )
         lines.append("")
@@ -125,7 +126,7 @@ def write_report(result: dict[str, Any], directory: Path, plots: bool = True) ->
     written: list[Path] = []
     if plots:
         for (task, metric), records in tables(result).items():
-            if ": " not in task and len(records) > 1:
+            if ": " not in task and len(records) > 1 and records[0]["bytes_per_token"] is not None:
                 written.append(directory / file_name(task, metric))
                 plot(records, written[-1])
     report = directory / "report.md"

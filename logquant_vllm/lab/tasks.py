@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -126,7 +127,7 @@ def _next_line(context: int) -> Callable[[PreTrainedTokenizerBase], Iterator[Ite
     def items(tokenizer: PreTrainedTokenizerBase) -> Iterator[Item]:
         for ids in _texts(tokenizer, context + 200):
             ends = [i for i in range(context, len(ids)) if "\n" in tokenizer.decode([ids[i]])]
-            for start, end in zip(ends, ends[1:], strict=False):
+            for start, end in itertools.pairwise(ends):
                 line = tokenizer.decode(ids[start + 1 : end])
                 if 3 <= end - start - 1 <= 40:
                     yield Item(ids[: start + 1], end - start + 3, right=_matches(line))
