@@ -1,4 +1,4 @@
-"""The laboratory: its LogQuant is the product's, its selections and bytes are what they say, a small run tells apart."""
+"""The laboratory: its LogQuant is the product's, its bytes are what they say, and a small run tells methods apart."""
 
 from __future__ import annotations
 
