@@ -24,6 +24,9 @@ HEAD_SIZES = (64, 96, 128, 256)
 CONFIG_KEY = "logquant"
 """Where the settings lie in vLLM's ``additional_config``."""
 
+PRESETS: dict[str, dict[str, Any]] = {"k2v2": {}, "k4v2": {"key_bits": 4}}
+"""Options by name; those that are given beside a preset take precedence."""
+
 
 class LogQuantConfig(BaseModel):
     """Settings of the LogQuant KV cache. The defaults are the ones that were measured; see ``docs/design.md``."""
@@ -107,13 +110,17 @@ class LogQuantConfig(BaseModel):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> LogQuantConfig:
-        """Settings from a mapping of options.
+        """Settings from a mapping of options; ``preset`` names some of :data:`PRESETS`, which the others override.
 
         Raises:
             ValueError: with one line per wrong option, naming what was given and what would work.
         """
+        given = dict(options)
+        preset = given.pop("preset", "k2v2")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise ValueError(f"unknown logquant preset {preset!r}; the presets are {', '.join(PRESETS)}")
         try:
-            return cls.model_validate(dict(options))
+            return cls.model_validate({**PRESETS[preset], **given})
         except ValidationError as error:
             raise ValueError(_explain(error)) from None
 

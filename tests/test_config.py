@@ -101,3 +101,12 @@ def test_head_sizes() -> None:
 def test_reading_settings_does_not_import_torch() -> None:
     code = "import sys, logquant_vllm.config, logquant_vllm.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_presets() -> None:
+    assert LogQuantConfig.from_options({"preset": "k4v2"}) == LogQuantConfig(key_bits=4)
+    assert LogQuantConfig.from_options({"preset": "k4v2", "key_bits": 2}) == LogQuantConfig()
+    with pytest.raises(ValueError, match=r"unknown logquant preset 'k3'; the presets are k2v2, k4v2"):
+        LogQuantConfig.from_options({"preset": "k3"})
+    with pytest.raises(ValueError, match=r"preset \[\]"):
+        LogQuantConfig.from_options({"preset": []})

@@ -19,6 +19,10 @@ LAYERS = {
     "core": ({"core"}, {"torch"}),
     "kernels": ({"core", "kernels"}, {"torch", "triton"}),
     "cpu": ({"core", "cpu"}, {"torch"}),
+    "lab": (
+        {"core", "config", "hf", "demo", "lab"},
+        {"torch", "transformers", "numpy", "matplotlib", "openai"},
+    ),
     "hf": ({"core", "config", "hf"}, {"torch", "transformers"}),
 }
 

@@ -8,6 +8,7 @@ import typer
 
 from logquant_vllm import __version__
 from logquant_vllm.cli.doctor import doctor
+from logquant_vllm.cli.evaluate import app as evaluation
 from logquant_vllm.cli.plan import plan
 from logquant_vllm.cli.serve import SERVE_CONTEXT, serve
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command(context_settings=SERVE_CONTEXT)(serve)
 app.command()(plan)
 app.command()(doctor)
+app.add_typer(evaluation, name="eval")
 
 
 def _print_version(asked: bool) -> None:

@@ -1,0 +1,137 @@
+"""``logquant-vllm eval``: the accuracy laboratory. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from logquant_vllm.cli.errors import user_errors
+from logquant_vllm.cli.serve import DEMO, DEMO_MODEL
+
+if TYPE_CHECKING:
+    from logquant_vllm.lab.methods import Method
+    from logquant_vllm.lab.tasks import Task
+
+app = typer.Typer()
+
+Model = Annotated[str, typer.Option(help=f'Model directory, or "{DEMO}".')]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
+Output = Annotated[Path, typer.Option(help="Directory for the results.")]
+
+
+def split(value: str | None) -> list[str] | None:
+    """Names between commas."""
+    return None if value is None else [name.strip() for name in value.split(",") if name.strip()]
+
+
+def model_directory(model: str) -> str:
+    """The directory behind a model's name."""
+    return str(DEMO_MODEL) if model == DEMO else model
+
+
+@app.callback(invoke_without_command=True)
+def evaluate(
+    context: typer.Context,
+    model: Model = DEMO,
+    device: Device = "cpu",
+    output: Output = Path("accuracy"),
+    methods: Annotated[str | None, typer.Option(help="Names between commas; default all.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Names between commas; default all.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Items of each task; default: each task's own.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Items computed together.")] = None,
+    time_limit: Annotated[float | None, typer.Option(min=1, help="Seconds; then report what is finished.")] = None,
+    quick: Annotated[bool, typer.Option(help="A few methods and items, for a look on a CPU.")] = False,
+    plots: Annotated[bool, typer.Option(help="Draw plots, which needs matplotlib.")] = True,
+    base_url: Annotated[str | None, typer.Option(help="Ask this server, http://host:port/v1, instead.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once, with --base-url.")] = 16,
+) -> None:
+    """Measure what cache formats cost in accuracy: methods times tasks, to result.json, report.md and plots."""
+    if context.invoked_subcommand is not None:
+        return
+    with user_errors():
+        from logquant_vllm.lab.methods import QUICK, choose_methods
+        from logquant_vllm.lab.tasks import choose_tasks
+
+        names = split(methods)
+        chosen = choose_methods(list(QUICK) if quick and names is None else names)
+        asked = choose_tasks(split(tasks), quick)
+        result = (
+            _with_progress(model_directory(model), device, chosen, asked, count, time_limit, batch)
+            if base_url is None
+            else _served(base_url, model_directory(model), asked, count, concurrency)
+        )
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / "result.json"
+        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        if not result["complete"]:
+            typer.echo("time is up: the results are partial")
+        typer.echo(f"wrote {path}")
+        _report(result, output, plots)
+
+
+def _with_progress(
+    directory: str,
+    device: str,
+    methods: list[Method],
+    tasks: list[Task],
+    count: int | None,
+    time_limit: float | None,
+    batch: int | None,
+) -> dict[str, Any]:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    from logquant_vllm.lab.experiment import Experiment
+    from logquant_vllm.lab.runner import Runner
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bars = {task.name: progress.add_task(task.name, total=1.0) for task in tasks}
+        return Experiment(
+            Runner(directory, device),
+            methods,
+            tasks,
+            count,
+            time_limit,
+            batch,
+            lambda name, share: progress.update(bars[name], completed=share),
+        ).run()
+
+
+def _served(base_url: str, directory: str, tasks: list[Task], count: int | None, concurrency: int) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    from logquant_vllm.lab.served import run
+
+    console = Console(stderr=True)
+    return run(
+        base_url,
+        AutoTokenizer.from_pretrained(directory),
+        tasks,
+        count,
+        concurrency,
+        lambda name, share: console.print(f"{name}: {share:.0%}"),
+    )
+
+
+def _report(result: dict[str, Any], output: Path, plots: bool) -> None:
+    from logquant_vllm.lab.report import write_report
+
+    for path in write_report(result, output, plots):
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+def report(
+    result: Annotated[Path, typer.Argument(help="A result.json.")],
+    output: Annotated[Path | None, typer.Option(help="Directory; default: the result's own.")] = None,
+    plots: Annotated[bool, typer.Option(help="Draw plots, which needs matplotlib.")] = True,
+) -> None:
+    """Write report.md and plots of a stored result, on any machine."""
+    with user_errors():
+        from logquant_vllm.lab.report import load
+
+        _report(load(result), result.parent if output is None else output, plots)

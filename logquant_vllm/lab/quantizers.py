@@ -1,0 +1,91 @@
+"""What a cached key or value becomes when it is not kept in full precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from logquant_vllm.core.hadamard import hadamard_matrix, rotate
+from logquant_vllm.core.quantizer import E4M3_MAX, dequantize, quantize
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Asymmetric min-max quantization, with the product's own arithmetic (:mod:`logquant_vllm.core.quantizer`).
+
+    Args:
+        key_bits, value_bits: bits of a code; 8 is a cast to e4m3 without scales, for both.
+        key_axis: ``channel``: a scale per channel and ``key_group`` tokens; ``token``: per token and that many
+            channels.
+        key_group, value_group: elements that share a scale; values are per token.
+        scale_bits: 8 or 16 for scale and zero each.
+        shrink: factor on a group's range.
+        rotation: quantize keys in a Hadamard basis.
+    """
+
+    key_bits: int = 2
+    value_bits: int = 2
+    key_axis: Literal["channel", "token"] = "channel"
+    key_group: int = 64
+    value_group: int = 64
+    scale_bits: int = 8
+    shrink: float = 0.9
+    rotation: bool = True
+
+    @property
+    def name(self) -> str:
+        if self.key_bits == 8:
+            return "fp8"
+        axis = "ch" if self.key_axis == "channel" else "tok"
+        parts = [f"k{self.key_bits}v{self.value_bits}", f"{axis}{self.key_group}-t{self.value_group}"]
+        parts += [f"s{self.scale_bits}", f"x{self.shrink:g}"]
+        return "-".join(parts + (["H"] if self.rotation else []))
+
+    @property
+    def unit(self) -> int:
+        """Tokens that are quantized together; fewer stay as they are."""
+        return self.key_group if self.key_axis == "channel" and self.key_bits < 8 else 1
+
+    @property
+    def key_storage_bits(self) -> float:
+        """Stored bits of a key element, scale and zero included."""
+        return 8.0 if self.key_bits == 8 else self.key_bits + 2 * self.scale_bits / self.key_group
+
+    @property
+    def value_storage_bits(self) -> float:
+        """Stored bits of a value element, scale and zero included."""
+        return 8.0 if self.key_bits == 8 else self.value_bits + 2 * self.scale_bits / self.value_group
+
+    @property
+    def bits_per_element(self) -> float:
+        """Mean over keys and values."""
+        return (self.key_storage_bits + self.value_storage_bits) / 2
+
+    def keys(self, x: Tensor) -> Tensor:
+        """What is read back of keys ``[..., tokens, channels]``; tokens a multiple of :attr:`unit`. In x's dtype."""
+        if self.key_bits == 8:
+            return _fp8(x)
+        matrix = hadamard_matrix(x.shape[-1], torch.float32, x.device) if self.rotation else None
+        # a rotated key passes through the model's dtype on its way to the cache
+        rotated = x if matrix is None else rotate(x.float(), matrix).to(x.dtype)
+        if self.key_axis == "channel":
+            grouped, dim = rotated.unflatten(-2, (-1, self.key_group)), -2
+            image = dequantize(quantize(grouped, dim, self.key_bits, self.scale_bits, self.shrink), dim).flatten(-3, -2)
+        else:
+            image = self._per_token(rotated, self.key_bits, self.key_group)
+        return (image if matrix is None else rotate(image, matrix.T)).to(x.dtype)
+
+    def values(self, x: Tensor) -> Tensor:
+        """What is read back of values ``[..., tokens, channels]``, in x's dtype."""
+        return _fp8(x) if self.key_bits == 8 else self._per_token(x, self.value_bits, self.value_group).to(x.dtype)
+
+    def _per_token(self, x: Tensor, bits: int, group: int) -> Tensor:
+        grouped = x.unflatten(-1, (-1, min(group, x.shape[-1])))
+        return dequantize(quantize(grouped, -1, bits, self.scale_bits, self.shrink), -1).flatten(-2)
+
+
+def _fp8(x: Tensor) -> Tensor:
+    return x.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(x.dtype)

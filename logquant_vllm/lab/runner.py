@@ -1,0 +1,122 @@
+"""Run a model under a method: prompts once for all methods, then greedy answers or teacher-forced scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from logquant_vllm.lab.cache import ROOM, LabCache, Layer, PromptCache
+from logquant_vllm.lab.methods import Method
+
+
+@dataclass
+class Prompts:
+    """A batch of computed prompts."""
+
+    ids: Tensor  # int64 [batch, longest], padded on the right
+    lens: Tensor  # int64 [batch], on the CPU
+    layers: list[Layer]
+    logits: Tensor  # float32 [batch, vocabulary], behind each prompt
+
+
+class Runner:
+    """A model and its tokenizer on one device: bfloat16 on a GPU, float32 on a CPU.
+
+    Args:
+        directory: a model directory.
+        device: ``cpu``, ``cuda`` or ``cuda:1``.
+    """
+
+    def __init__(self, directory: Path | str, device: str = "cpu") -> None:
+        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(directory))
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype)
+        self.model, self.device = model.to(device).eval(), torch.device(device)
+        self.head_size = int(model.config.head_dim)
+        # an answer is one line, so any token that holds a newline ends it
+        stops = [i for i in range(len(self.tokenizer)) if "\n" in self.tokenizer.decode([i])]
+        self.stops = torch.tensor([*stops, self.tokenizer.eos_token_id], device=self.device)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Prompts:
+        """Compute prompts exactly, with room for ``new_tokens`` more."""
+        lens = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(lens.max())
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        ids = ids.to(self.device)
+        cache = PromptCache(room=-(-(longest + new_tokens + 1) // ROOM) * ROOM)
+        positions = torch.arange(longest, device=self.device)[None].expand(len(prompts), -1)
+        hidden = self.model.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)[0]
+        last = hidden[torch.arange(len(prompts)), lens - 1]
+        return Prompts(ids, lens, cache.stored, self.model.lm_head(last).float())
+
+    def _step(self, cache: LabCache, ids: Tensor, count: Tensor) -> Tensor:
+        """Hidden states ``[batch, width, hidden]`` of the next tokens."""
+        positions, mask = cache.begin_step(count, ids.shape[1])
+        return self.model.model(
+            input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+        )[0]
+
+    @torch.inference_mode()
+    def generate(self, method: Method, prompts: Prompts, new_tokens: int, replay: int | None = None) -> list[str]:
+        """Greedy continuations up to the end of the line.
+
+        Args:
+            replay: None: the prompt was computed in place. Otherwise it is a prefix hit of all whole pages but what
+                holds the last token, of which so many tokens are computed again.
+        """
+        if replay is None:
+            cache, logits = LabCache(method, prompts.layers, prompts.lens), prompts.logits
+        else:
+            cache, logits = self._after_hit(method, prompts, replay)
+        one = torch.ones_like(prompts.lens)
+        token = logits.argmax(-1)
+        written, done = [token], torch.isin(token, self.stops)
+        for i in range(new_tokens - 1):
+            if i % 4 == 3 and bool(done.all()):
+                break
+            token = self.model.lm_head(self._step(cache, token[:, None], one)[:, 0]).argmax(-1)
+            written.append(token)
+            done |= torch.isin(token, self.stops)
+        rows = torch.stack(written, 1)
+        ended = torch.isin(rows, self.stops)
+        length = torch.where(ended.any(1), ended.int().argmax(1), rows.shape[1]).tolist()
+        return [self.tokenizer.decode(row[:n]) for row, n in zip(rows.tolist(), length, strict=True)]
+
+    def _after_hit(self, method: Method, prompts: Prompts, replay: int) -> tuple[LabCache, Tensor]:
+        layers = [Layer(x.keys.clone(), x.values.clone()) for x in prompts.layers]
+        cache = LabCache(method, layers, prompts.lens)
+        cache.hit((prompts.lens - 1) // ROOM * ROOM, replay)
+        count = prompts.lens - cache.seq_len
+        width = int(count.max())
+        index = (cache.seq_len[:, None] + torch.arange(width)).clamp(max=prompts.ids.shape[1] - 1).to(self.device)
+        hidden = self._step(cache, prompts.ids.gather(1, index), count)
+        last = hidden[torch.arange(len(count)), count - 1]
+        return cache, self.model.lm_head(last).float()
+
+    @torch.inference_mode()
+    def score(self, method: Method, prompts: Prompts, suffix: Tensor, chunk: int, keep: int) -> Tensor:
+        """Logarithms of the probabilities of the next token, at the last ``keep`` places that predict ``suffix``.
+
+        Args:
+            suffix: int64 ``[batch, tokens]``, fed ``chunk`` at a time, so that the cache is read.
+
+        Returns:
+            float32 ``[batch, keep, vocabulary]``; the last row predicts the last token of the suffix.
+        """
+        cache = LabCache(method, prompts.layers, prompts.lens)
+        suffix = suffix.to(self.device)
+        parts, fed = [prompts.logits[:, None]], suffix[:, :-1]
+        for piece in fed.split(chunk, 1):
+            count = torch.full_like(prompts.lens, piece.shape[1])
+            parts.append(self.model.lm_head(self._step(cache, piece, count)).float())
+            while sum(part.shape[1] for part in parts[1:]) >= keep:
+                parts.pop(0)
+        return torch.cat(parts, 1)[:, -keep:].log_softmax(-1)

@@ -1,0 +1,97 @@
+"""The text tasks through a real server: what is evaluated is what is served."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from openai import APIConnectionError, OpenAI
+
+import logquant_vllm
+from logquant_vllm.lab import statistics
+from logquant_vllm.lab.experiment import PLAN
+from logquant_vllm.lab.tasks import Item, Task
+
+PASSES = ("served cold", "served after a prefix hit")
+
+
+def run(
+    base_url: str,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    count: int | None = None,
+    concurrency: int = 16,
+    advance: Callable[[str, float], None] = lambda name, share: None,
+) -> dict[str, Any]:
+    """Ask every question twice, so that the second time its prompt is in the prefix cache (if the server has one).
+
+    Args:
+        base_url: with ``/v1``; the first model that the server lists answers.
+        tokenizer: of the same model, to generate the tasks.
+        count: questions of each task; None: each task's own.
+        concurrency: requests under way at once.
+
+    Raises:
+        ValueError: if nothing answers there, or no task is a text task.
+    """
+    client = OpenAI(base_url=base_url, api_key="none")
+    try:
+        model = client.models.list().data[0].id
+    except APIConnectionError:
+        raise ValueError(f"no server answers at {base_url}; give for example http://localhost:8000/v1") from None
+    started, records = time.monotonic(), list[dict[str, Any]]()
+
+    def ask(item: Item) -> float:
+        answer = client.completions.create(
+            model=model, prompt=item.text, max_tokens=item.new_tokens, temperature=0, stop=["\n"]
+        )
+        return float(item.right is not None and item.right(answer.choices[0].text))
+
+    # a prefix hit is the second pass here, not a task of its own
+    for task in [task for task in tasks if task.replay is None]:
+        if not next(task.items(tokenizer)).text:
+            continue
+        items = list(itertools.islice(task.items(tokenizer), count or task.count))
+        cold: list[float] = []
+        for i, name in enumerate(PASSES):
+            with ThreadPoolExecutor(concurrency) as pool:
+                values = list(pool.map(ask, items))
+            records.append(
+                {
+                    "method": name,
+                    "quantizer": "the server's",
+                    "selection": "the server's",
+                    "task": task.name,
+                    "metric": "exact match",
+                    "bytes_per_token": None,
+                    "quantized_bits_per_element": None,
+                    "mean_length": round(sum(len(item.ids) for item in items) / len(items)),
+                    **asdict(statistics.proportion(values)),
+                    "p_against_primary": statistics.mcnemar(values, cold) if cold else None,
+                }
+            )
+            cold = values
+            advance(task.name, (i + 1) / len(PASSES))
+    if not records:
+        raise ValueError(
+            f"none of {', '.join(task.name for task in tasks)} is a text task; use lookup, arithmetic, trace"
+        )
+    return {
+        "logquant_vllm": logquant_vllm.__version__,
+        "torch": "the server's",
+        "device": f"server at {base_url}, model {model}",
+        "dtype": "the server's",
+        "seconds": round(time.monotonic() - started, 1),
+        "complete": True,
+        "plan": {
+            **PLAN,
+            "primary": PASSES[1],
+            "against": [PASSES[0]],
+            "on": [record["task"] for record in records[::2]],
+        },
+        "records": records,
+    }
