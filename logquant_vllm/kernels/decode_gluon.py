@@ -32,6 +32,8 @@ LEFT = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=MMA.value, k_wid
 RIGHT = gl.constexpr(gl.DotOperandLayout(operand_index=1, parent=MMA.value, k_width=2))
 BY_ROW = gl.constexpr(gl.SliceLayout(1, MMA.value))
 BY_HEAD = gl.constexpr(gl.SliceLayout(0, MMA.value))
+# sums over rows of equal remainder modulo 8, which every lane can form of its own registers
+BY_LANE = gl.constexpr(gl.DistributedLinearLayout([[0, 1]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [8, 8]))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 
 # A value's weight is at most 1, its scale at most 448: times this they fill the range of float16
@@ -169,13 +171,32 @@ def add_values(acc, words, right, STEPS: gl.constexpr, BITS: gl.constexpr):
 
 
 @gluon.jit
-def softmax_step(scores, maximum, total):
-    """``kernels.decode.softmax_step``."""
+def lane_sums(x):
+    """``[rows, 8]`` to ``[8, 8]`` without a word between lanes; :func:`head_sums` does the rest after the last tile."""
+    sums = gl.sum(gl.reshape(x, (x.shape[0] // 8, 8, 8)), 0)
+    return gl.convert_layout(sums, BY_LANE, assert_trivial=True)
+
+
+@gluon.jit
+def head_sums(sums):
+    """``[8, 8]`` of :func:`lane_sums` to ``[8]``."""
+    return gl.convert_layout(gl.sum(sums, 0), BY_HEAD)
+
+
+@gluon.jit
+def softmax_step(scores, maximum, totals):
+    """``kernels.decode.softmax_step``, with the totals as :func:`lane_sums`."""
     new_maximum = gl.maximum(maximum, gl.max(scores, 0))
     reference = gl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     weights = gl.exp2(scores - reference[None, :])
     decay = gl.exp2(maximum - reference)
-    return new_maximum, total * decay + gl.sum(weights, 0), weights, decay
+    return new_maximum, totals * lane_factors(decay) + lane_sums(weights), weights, decay
+
+
+@gluon.jit
+def lane_factors(factors):
+    """``[8]`` by head to ``[1, 8]`` beside :func:`lane_sums`."""
+    return gl.convert_layout(factors, gl.SliceLayout(0, BY_LANE), assert_trivial=True)[None, :]
 
 
 @gluon.jit
@@ -218,7 +239,7 @@ def attend_window(
     WINDOW: gl.constexpr = LAYOUT.window_length
     COALESCED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_SIZE, HEAD_SIZE // 8], [1, 1], [1, 0])
     maximum = gl.full((8,), float("-inf"), gl.float32, BY_HEAD)
-    total = gl.zeros((8,), gl.float32, BY_HEAD)
+    totals = gl.zeros((8, 8), gl.float32, BY_LANE)
     column = gl.arange(0, 8, layout=gl.SliceLayout(0, RIGHT))
     q = gl.load(
         gl.convert_layout(query_columns, gl.SliceLayout(0, RIGHT))[None, :]
@@ -250,9 +271,10 @@ def attend_window(
         )
         scores = mma_v2(k, q, gl.zeros((ROWS, 8), gl.float32, MMA)) * qk_scale
         scores = gl.where((held | new)[:, None], scores, float("-inf"))
-        maximum, total, weights, decay = softmax_step(scores, maximum, total)
+        maximum, totals, weights, decay = softmax_step(scores, maximum, totals)
         right = gl.convert_layout(weights.to(v.dtype), RIGHT)
         acc = mma_v2(gl.convert_layout(gl.permute(v, (1, 0)), LEFT), right, acc * decay[None, :])
+    total = head_sums(totals)
     inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
     channel = gl.arange(0, HEAD_SIZE, layout=BY_ROW)
     address = out[None, :] + channel[:, None]
@@ -297,7 +319,7 @@ def attend_pages(
     KEY_META: gl.constexpr = gl.BlockedLayout([HEAD_SIZE // 32], [32], [1], [0])
     VALUE_META: gl.constexpr = gl.BlockedLayout([GROUP // 32], [32], [1], [0])
     maximum = gl.full((8,), float("-inf"), gl.float32, BY_HEAD)
-    total = gl.zeros((8,), gl.float32, BY_HEAD)
+    totals = gl.zeros((8, 8), gl.float32, BY_LANE)
     end = gl.where(live, pages_end(computed, window_start, WINDOW), 0)
     num_groups = gl.cdiv(gl.maximum(end, 0), GROUP)
     share = gl.cdiv(num_groups, parts)
@@ -337,8 +359,8 @@ def attend_pages(
 
     acc_0 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
     acc_1 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
-    offset_0 = gl.zeros((8,), gl.float32, BY_HEAD)
-    offset_1 = gl.zeros((8,), gl.float32, BY_HEAD)
+    offsets_0 = gl.zeros((8, 8), gl.float32, BY_LANE)
+    offsets_1 = gl.zeros((8, 8), gl.float32, BY_LANE)
     # codes go through shared memory one group ahead, scales through registers, block numbers two groups ahead
     keys_memory = gl.allocate_shared_memory(gl.uint16, [2, GROUP, FMT.key_words], words_memory_layout(FMT.key_words))
     values_memory = gl.allocate_shared_memory(gl.uint16, [2, HEAD_SIZE, VALUE_WORDS], words_memory_layout(VALUE_WORDS))
@@ -406,11 +428,11 @@ def attend_pages(
             valid = read_from_page(group * GROUP + token, end, computed, window_start, WINDOW)
             scores = gl.where(valid[:, None], scores, float("-inf"))
 
-        maximum, total, weights, decay = softmax_step(scores, maximum, total)
+        maximum, totals, weights, decay = softmax_step(scores, maximum, totals)
         acc_0 = acc_0 * decay[None, :]
         scale = value_scale_memory.slice(0, GROUP).load(BY_ROW)
         zero = value_zero_memory.slice(0, GROUP).load(BY_ROW)
-        offset_0 = offset_0 * decay + gl.sum(weights * zero[:, None], 0)
+        offsets_0 = offsets_0 * lane_factors(decay) + lane_sums(weights * zero[:, None])
         scaled = gl.convert_layout((weights * scale[:, None]).to(gl.float16), RIGHT)
         values = values_memory.index(stage).slice(0, CHANNELS).load(words_layout(CHANNELS, VALUE_WORDS))
         acc_0 = add_values(acc_0, values, scaled, VALUE_STEPS, VALUE_BITS)
@@ -418,21 +440,22 @@ def attend_pages(
             acc_1 = acc_1 * decay[None, :]
             scale = value_scale_memory.slice(GROUP, GROUP).load(BY_ROW)
             zero = value_zero_memory.slice(GROUP, GROUP).load(BY_ROW)
-            offset_1 = offset_1 * decay + gl.sum(weights * zero[:, None], 0)
+            offsets_1 = offsets_1 * lane_factors(decay) + lane_sums(weights * zero[:, None])
             scaled = gl.convert_layout((weights * scale[:, None]).to(gl.float16), RIGHT)
             values = values_memory.index(stage).slice(CHANNELS, CHANNELS).load(words_layout(CHANNELS, VALUE_WORDS))
             acc_1 = add_values(acc_1, values, scaled, VALUE_STEPS, VALUE_BITS)
         stage = 1 - stage
 
+    total = head_sums(totals)
     if first_group < last_group:
         inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
         in_group = (gl.arange(0, 8, layout=BY_HEAD) < GQA)[None, :]
         row = gl.arange(0, CHANNELS, layout=BY_ROW)
         address = out[None, :] + row[:, None]
-        result = acc_0 * (CODE_UNIT / WEIGHT_UNIT) + offset_0[None, :]
+        result = acc_0 * (CODE_UNIT / WEIGHT_UNIT) + head_sums(offsets_0)[None, :]
         gl.store(address, result * inverse[None, :], mask=in_group)
         if VALUE_GROUPS == 2:
-            result = acc_1 * (CODE_UNIT / WEIGHT_UNIT) + offset_1[None, :]
+            result = acc_1 * (CODE_UNIT / WEIGHT_UNIT) + head_sums(offsets_1)[None, :]
             gl.store(address + CHANNELS, result * inverse[None, :], mask=in_group)
     return maximum, total
 
