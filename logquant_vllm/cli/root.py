@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from logquant_vllm import __version__
+from logquant_vllm.cli.bench import app as bench
 from logquant_vllm.cli.doctor import doctor
 from logquant_vllm.cli.evaluate import app as evaluation
 from logquant_vllm.cli.plan import plan
@@ -23,6 +24,7 @@ app.command(context_settings=SERVE_CONTEXT)(serve)
 app.command()(plan)
 app.command()(doctor)
 app.add_typer(evaluation, name="eval")
+app.add_typer(bench, name="bench")
 
 
 def _print_version(asked: bool) -> None:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 from logquant_vllm.kernels.common import (
+    STEP_COUNTS,
+    STEP_METADATA,
     find_request,
     load_scale_zero,
     pages_end,
@@ -64,7 +66,7 @@ def online_softmax_step(q, k, v, valid, qk_scale, maximum, total, acc):
     return new_maximum, total * decay + tl.sum(weights, 1), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
 def attention_kernel(
     output,  # [num_tokens, num_heads, head_size]
     lse,  # float32 [num_tokens, num_heads]

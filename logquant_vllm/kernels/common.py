@@ -20,6 +20,11 @@ E4M3_TINY = tl.constexpr(quantizer.E4M3_TINY)
 # adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to the nearest integer, ties to even
 ROUNDING = tl.constexpr(12582912.0)
 
+# What differs from step to step must not compile a kernel anew: counts, whatever their divisors, and metadata of a part
+# of the batch, wherever it begins.
+STEP_COUNTS = ["num_reqs", "num_tokens", "num_splits", "table_stride", "window_table_stride", "window_table_width"]
+STEP_METADATA = ["query_start_loc", "seq_lens", "block_table", "window_table"]
+
 
 # -- requests ---------------------------------------------------------------------------------------------------------
 @triton.jit

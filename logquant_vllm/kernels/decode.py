@@ -22,6 +22,8 @@ import triton.language as tl
 
 from logquant_vllm.kernels.attention import LN2
 from logquant_vllm.kernels.common import (
+    STEP_COUNTS,
+    STEP_METADATA,
     load_scale_zero,
     pages_end,
     read_from_page,
@@ -145,7 +147,7 @@ def softmax_step(scores, maximum, total):
     return new_maximum, total * decay + tl.sum(weights, 0), weights, decay
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
 def decode_kernel(
     partial,  # float32 [num_reqs, num_heads, splits, head_size]: normalized outputs
     partial_lse,  # float32 [num_reqs, num_heads, splits], in units of log2; -inf where a split has no token
@@ -287,7 +289,7 @@ def decode_kernel(
         tl.store(partial_lse + out_row, maximum + tl.log2(tl.where(total == 0.0, 1.0, total)), mask=head_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
 def combine_kernel(
     output,
     lse,

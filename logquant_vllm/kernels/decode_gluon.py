@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.common import (
+    STEP_COUNTS,
+    STEP_METADATA,
     pages_end,
     read_from_page,
     read_request,
@@ -460,7 +462,7 @@ def attend_pages(
     return maximum, total
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
 def decode_kernel(
     partial,  # as in kernels.decode
     partial_lse,

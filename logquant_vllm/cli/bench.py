@@ -1,0 +1,189 @@
+"""``logquant-vllm bench``: how fast, beside vLLM's own KV caches."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from logquant_vllm.cli.errors import user_errors
+from logquant_vllm.cli.serve import DEMO, DEMO_MODEL
+from logquant_vllm.config import LogQuantConfig
+
+app = typer.Typer(no_args_is_help=True, help="Measure the decode kernel or the whole engine.")
+
+DECODE_CASES = (
+    "16x32768,64x8192,1x131072,8x4096,1x512,8x512,64x512,256x512,1x1024,8x1024,64x1024,1x2048,8x2048,64x2048,128x2048"
+)
+SERVE_WORKLOADS = ["64x8192+256", "256x2048+1024", "8x512+256", "1x8192+1", "1x65536+1"]
+
+
+def parse_case(text: str) -> tuple[int, int]:
+    """``16x32768``: batch and context.
+
+    Raises:
+        ValueError: if it is not of that form.
+    """
+    batch, _, context = text.strip().partition("x")
+    if not (batch.isdigit() and context.isdigit() and int(batch) and int(context)):
+        raise ValueError(f"case {text!r}: write BATCHxCONTEXT, for example 16x32768")
+    return int(batch), int(context)
+
+
+def parse_json(name: str, text: str) -> dict[str, Any]:
+    """A JSON object given on the command line.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be a JSON object, got {text!r}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a JSON object, got {text!r}")
+    return value
+
+
+@app.command()
+@user_errors()
+def decode(
+    cases: Annotated[str, typer.Option(help="BATCHxCONTEXT, separated by commas.")] = DECODE_CASES,
+    num_heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    num_kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
+    options: Annotated[str, typer.Option(help="LogQuant's options as JSON.")] = "{}",
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Time decode attention beside FlashAttention 3 on a bfloat16 cache; needs a Hopper GPU.
+
+    Every case is checked against the reference before it is timed. Both sides run from CUDA graphs, in turns.
+    """
+    pairs = [parse_case(case) for case in cases.split(",")]
+    config = LogQuantConfig.from_options(parse_json("--options", options))
+    config.page_format(head_dim)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("bench decode times GPU kernels, and this machine has no CUDA device; see bench serve")
+    from logquant_vllm.bench import decode as bench
+    from logquant_vllm.bench import records
+
+    console = Console()
+    bandwidth = bench.copy_bandwidth()
+    results = records.Results[records.DecodeRecord](
+        command=records.command_line(),
+        date=records.today(),
+        versions=records.versions(),
+        device=records.device_name(),
+        notes={"copy_bandwidth_tb_s": bandwidth / 1e12, "options": options},
+    )
+    console.print(f"{results.device}; a large copy moves {bandwidth / 1e12:.2f} TB/s")
+    for group in bench.measure(pairs, bench.Shape(num_heads, num_kv_heads, head_dim), config, bandwidth):
+        base, ours = group
+        console.print(
+            f"{ours.batch:4} x {ours.context:6}  bfloat16 {base.time_us:8.1f} us   logquant {ours.time_us:8.1f} us "
+            f"({ours.time_us_p10:.1f} to {ours.time_us_p90:.1f})   [bold]{ours.speedup_vs_bf16:.2f}x[/bold]"
+        )
+        results.records += group
+        if output:
+            results.save(output)
+
+
+@app.command()
+@user_errors()
+def serve(
+    model: Annotated[str, typer.Argument(help=f'Model directory or hub name, or "{DEMO}".')] = "",
+    shape: Annotated[str, typer.Option(help="Instead of a model: random weights of a known geometry.")] = "",
+    workload: Annotated[list[str] | None, typer.Option(help="REQUESTSxINPUT+OUTPUT; may be repeated.")] = None,
+    dtypes: Annotated[str, typer.Option(help="KV cache dtypes, separated by commas.")] = "auto,fp8,logquant",
+    kv_gib: Annotated[float, typer.Option(help="KV memory of every engine in GiB.")] = 16.0,
+    options: Annotated[str, typer.Option(help="LogQuant's options as JSON.")] = "{}",
+    engine_args: Annotated[str, typer.Option(help="Further arguments of vllm.LLM as JSON.")] = "{}",
+    together: Annotated[
+        bool, typer.Option(help="Start all engines at once, if they fit; they are measured one at a time.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Run the engine with several KV cache dtypes in the same KV memory: throughput, first token, time per token."""
+    from logquant_vllm.bench import records
+    from logquant_vllm.bench import serve as bench
+    from logquant_vllm.bench.engine import Plan, Workload
+
+    if bool(model) == bool(shape):
+        raise ValueError(f"name a model or a --shape, one of the two; shapes are {', '.join(bench.SHAPES)}")
+    workloads = [Workload.parse(text) for text in workload or SERVE_WORKLOADS]
+    logquant = LogQuantConfig.from_options(parse_json("--options", options)).model_dump(exclude_defaults=True)
+    longest = max(w.input_len + w.output_len for w in workloads)
+    engine: dict[str, Any] = {"max_model_len": longest, "max_num_batched_tokens": 8192, "max_num_seqs": 256}
+    engine |= parse_json("--engine-args", engine_args)
+    with contextlib.ExitStack() as stack:
+        if shape:
+            engine |= {"load_format": "dummy", "model": str(stack.enter_context(bench.shape_directory(shape)))}
+        else:
+            engine["model"] = str(DEMO_MODEL) if model == DEMO else model
+        plans = [
+            Plan(
+                kv_cache_dtype=dtype,
+                kv_gib=kv_gib,
+                workloads=workloads,
+                engine=engine | ({"additional_config": {"logquant": logquant}} if dtype == "logquant" else {}),
+            )
+            for dtype in dtypes.split(",")
+        ]
+        results = records.Results[records.ServeRecord](
+            command=records.command_line(),
+            date=records.today(),
+            versions=records.versions(),
+            device=records.device_name(),
+        )
+        console = Console()
+        for record in bench.run(plans, together, console.print):
+            results.records.append(record)
+            console.print(
+                f"  {record.requests} x {record.input_len}+{record.output_len}: {record.total_s:.2f} s, "
+                f"{record.output_tok_s:.0f} tok/s, decoding {record.decode_tok_s:.0f} tok/s, "
+                f"first token {record.ttft_ms_median:.0f} ms, then {record.tpot_ms_median:.2f} ms"
+            )
+            if output:
+                results.save(output)
+        console.print(_comparison(results.records))
+
+
+def _comparison(found: list[Any]) -> Table:
+    """Ratios to the first dtype, above 1 where the other is better."""
+    table = Table("workload", "KV cache", "tokens that fit", "total", "decoding", "first token", "per token")
+    base = {(r.requests, r.input_len, r.output_len): r for r in reversed(found)}
+    for r in found:
+        b = base[r.requests, r.input_len, r.output_len]
+        ratios = [
+            b.total_s / r.total_s,
+            r.decode_tok_s / b.decode_tok_s if b.decode_tok_s else None,
+            b.ttft_ms_median / r.ttft_ms_median,
+            b.tpot_ms_median / r.tpot_ms_median if r.tpot_ms_median else None,
+        ]
+        cells = ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
+        table.add_row(f"{r.requests}x{r.input_len}+{r.output_len}", r.kv_cache_dtype, f"{r.capacity_tokens:,}", *cells)
+    return table
+
+
+@app.command()
+@user_errors()
+def plot(
+    result: Annotated[Path, typer.Argument(help="A file that `bench decode --json` wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The picture, .png or .svg.")],
+) -> None:
+    """Draw the speed-up over bfloat16 against the context."""
+    from logquant_vllm.bench.plots import plot_decode
+    from logquant_vllm.bench.records import DecodeRecord, Results
+
+    try:
+        results = Results[DecodeRecord].model_validate_json(result.read_text())
+    except ValueError as error:
+        raise ValueError(f"{result} is not a result of `bench decode --json`: {error}") from None
+    plot_decode(results, output)
