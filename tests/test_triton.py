@@ -279,3 +279,17 @@ def test_cuda_graph() -> None:
         graph.replay()
         assert_close(out, expected, what=f"replay {i}")
         pair.same_bytes(f"replay {i}")
+
+
+@here
+def test_warm_up() -> None:
+    """It runs every kernel on a cache of its own."""
+    from logquant_vllm.kernels.warm_up import warm_up
+
+    warm_up(
+        CacheLayout(PageFormat(16, 64, key_group_size=32, value_group_size=32), 32),
+        2,
+        1,
+        torch.float16,
+        torch.device(DEVICE),
+    )

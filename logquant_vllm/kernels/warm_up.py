@@ -10,7 +10,8 @@ from logquant_vllm.kernels import operations
 
 def warm_up(layout: CacheLayout, num_heads: int, num_kv_heads: int, dtype: torch.dtype, device: torch.device) -> None:
     """Run every operation once on a cache of two requests, with a prompt each and then with one token each."""
-    fmt, length = layout.fmt, 3 * layout.window_length + fmt.page_size
+    fmt = layout.fmt
+    length = 3 * layout.window_length + fmt.page_size
     pages = -(-length // fmt.page_size)
     window = fmt.num_window_blocks(length, layout.window_length, num_kv_heads, dtype)
     blocks = 1 + torch.arange(2 * (pages + window), dtype=torch.int32, device=device).view(2, pages + window)

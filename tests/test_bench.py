@@ -1,0 +1,139 @@
+"""The benchmarks' parsing, arithmetic and files; the measurements themselves where the machine allows them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from logquant_vllm.bench.engine import Workload
+from logquant_vllm.bench.records import DecodeRecord, Results, ServeRecord
+from logquant_vllm.bench.timing import summarize
+from logquant_vllm.cli import app
+from logquant_vllm.cli.bench import parse_case
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200"})
+    return result.exit_code, result.output
+
+
+def decode_results() -> Results[DecodeRecord]:
+    records = [
+        DecodeRecord(
+            kv_cache_dtype=dtype,
+            batch=batch,
+            context=context,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            time_us=time,
+            time_us_p10=time,
+            time_us_p90=time,
+            speedup_vs_bf16=100 / time,
+            read_bytes=1,
+            bandwidth_floor_us=1.0,
+        )
+        for batch, context in ((1, 512), (1, 4096), (8, 512))
+        for dtype, time in (("bfloat16", 100.0), ("logquant", 50.0))
+    ]
+    return Results[DecodeRecord](command="c", date="2026-01-01", versions={}, device="GPU", records=records)
+
+
+def test_workloads_and_cases() -> None:
+    assert Workload.parse("64x8192+256") == Workload(requests=64, input_len=8192, output_len=256)
+    assert parse_case(" 16x32768") == (16, 32768)
+
+
+@pytest.mark.parametrize("text", ["64", "64x8192", "x8192+1", "0x8+1", "2x3+-1", "ax3+1"])
+def test_wrong_workloads(text: str) -> None:
+    with pytest.raises(ValueError, match="workload"):
+        Workload.parse(text)
+    code, output = run("serve", "demo", "--workload", text)
+    assert code == 2 and text in output
+
+
+@pytest.mark.parametrize("text", ["16", "16x", "0x8", "16x-1"])
+def test_wrong_cases(text: str) -> None:
+    code, output = run("decode", "--cases", text)
+    assert code == 2 and "BATCHxCONTEXT" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve"], "name a model or a --shape"),
+        (["serve", "demo", "--shape", "llama-3.1-8b"], "name a model or a --shape"),
+        (["serve", "--shape", "llama-9"], "llama-3.1-8b"),
+        (["serve", "demo", "--options", '{"windowlength": 3}'], "windowlength"),
+        (["serve", "demo", "--engine-args", "[1]"], "JSON object"),
+        (["decode", "--options", "{"], "JSON object"),
+        (["decode", "--head-dim", "80"], "head size 80"),
+    ],
+)
+def test_user_errors(arguments: list[str], message: str) -> None:
+    code, output = run(*arguments)
+    assert code == 2 and message in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_decode_needs_a_gpu() -> None:
+    code, output = run("decode", "--cases", "1x512")
+    assert code == 2 and "no CUDA device" in output
+
+
+def test_summary() -> None:
+    timing = summarize([float(x) for x in range(101)])
+    assert (timing.median, timing.p10, timing.p90) == (50, 10, 90)
+
+
+def test_result_files(tmp_path: Path) -> None:
+    """What is written can be read again and drawn; a broken file is named."""
+    path, picture = tmp_path / "a" / "decode.json", tmp_path / "b" / "decode.png"
+    decode_results().save(path)
+    assert Results[DecodeRecord].model_validate_json(path.read_text()) == decode_results()
+    pytest.importorskip("matplotlib")
+    assert run("plot", str(path), "-o", str(picture))[0] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    path.write_text(json.dumps({"records": []}))
+    code, output = run("plot", str(path), "-o", str(picture))
+    assert code == 2 and "decode.json" in output
+
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("decode_h200.json", DecodeRecord), ("serve_h200.json", ServeRecord)])
+def test_committed_results_have_todays_form(name: str, kind: type) -> None:
+    results = Results[kind].model_validate_json((RESULTS / name).read_text())  # type: ignore[valid-type]
+    assert results.records and results.command.startswith("logquant-vllm bench")
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_serve_on_this_machine(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    path = tmp_path / "serve.json"
+    engine = json.dumps({"enforce_eager": True, "gpu_memory_utilization": 0.4})
+    arguments = ["serve", "demo", "--workload", "4x200+16", "--dtypes", "auto,logquant", "--kv-gib", "1"]
+    code, output = run(*arguments, "--engine-args", engine, "--json", str(path))
+    assert code == 0, output
+    found = Results[ServeRecord].model_validate_json(path.read_text()).records
+    assert [record.kv_cache_dtype for record in found] == ["auto", "logquant"]
+    assert found[1].capacity_tokens > 2 * found[0].capacity_tokens
+    assert all(0 < record.prefill_s < record.total_s for record in found)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_decode_on_this_machine(tmp_path: Path) -> None:
+    path = tmp_path / "decode.json"
+    code, output = run("decode", "--cases", "2x700,1x129", "--json", str(path))
+    assert code == 0, output
+    found = Results[DecodeRecord].model_validate_json(path.read_text()).records
+    assert [(record.batch, record.context) for record in found] == [(2, 700)] * 2 + [(1, 129)] * 2
