@@ -66,7 +66,7 @@ def test_layers_import_downwards(part: str) -> None:
 
 
 def test_only_the_plugin_imports_vllm() -> None:
-    """What does not import vLLM can be tested, and understood, without it. The demo, benchmarks and command line sit on top."""
+    """What does not import vLLM can be tested, and understood, without it. Demo, bench and command line sit on top."""
     for path in MODULES:
         if own_part(path) in {"plugin", "bench", "cli", "demo"}:
             continue

@@ -1,8 +1,7 @@
-"""One engine in a process of its own: started with a plan as JSON, it reports a line for every workload.
+"""One engine in a process of its own: started with a plan as JSON, it runs the workloads that it is sent.
 
-``python -m logquant_vllm.bench.engine PLAN`` prints ``READY`` once the engine has started, waits for a line with the
-cache's capacity on its standard input (vLLM tells it in its log alone, which the parent reads), and then prints
-``RECORD {...}`` after each workload; everything else on standard output is vLLM's.
+``python -m logquant_vllm.bench.engine PLAN`` prints ``READY`` once the engine has started, then ``RECORD {...}`` for
+each :class:`Order` on its standard input until that ends; everything else on standard output is vLLM's.
 """
 
 from __future__ import annotations
@@ -42,14 +41,21 @@ class Workload(BaseModel):
 
 
 class Plan(BaseModel):
-    """What to start and what to run."""
+    """What to start."""
 
     kv_cache_dtype: str
     kv_gib: float
-    workloads: list[Workload]
     engine: dict[str, Any]
     """Arguments of ``vllm.LLM``."""
     ttft_repeats: int = 3
+
+
+class Order(BaseModel):
+    """What to run."""
+
+    workload: Workload
+    capacity: int
+    """Tokens that the cache holds; vLLM says so in its log alone, which the parent reads."""
 
 
 def run_once(llm: Any, workload: Workload, output_len: int, seed: int) -> tuple[float, list[Any]]:
@@ -94,7 +100,7 @@ def measure(llm: Any, plan: Plan, workload: Workload, capacity: int) -> ServeRec
 
 
 def main(plan: Plan) -> None:
-    """Start the engine, wait for the word, run every workload."""
+    """Start the engine and follow orders."""
     from vllm import LLM
 
     llm = LLM(
@@ -106,9 +112,9 @@ def main(plan: Plan) -> None:
         **plan.engine,
     )
     print("READY", flush=True)
-    capacity = int(sys.stdin.readline())
-    for workload in plan.workloads:
-        print("RECORD", measure(llm, plan, workload, capacity).model_dump_json(), flush=True)
+    for line in sys.stdin:
+        order = Order.model_validate_json(line)
+        print("RECORD", measure(llm, plan, order.workload, order.capacity).model_dump_json(), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from logquant_vllm.bench.engine import Plan
+from logquant_vllm.bench.engine import Order, Plan, Workload
 from logquant_vllm.bench.records import ServeRecord
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -101,13 +101,15 @@ class Engine:
         if not self.capacity:
             raise RuntimeError(f"vLLM's log does not say how many tokens the KV cache holds; see {self.log}")
 
-    def records(self) -> Iterator[ServeRecord]:
-        """Let it run its workloads."""
+    def measure(self, workload: Workload) -> ServeRecord:
+        """Let it run one workload; raises RuntimeError if that ends it."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{self.capacity}\n")
+        self.process.stdin.write(Order(workload=workload, capacity=self.capacity).model_dump_json() + "\n")
         self.process.stdin.flush()
-        for line in self._lines("RECORD"):
-            yield ServeRecord.model_validate_json(line)
+        line = next(self._lines("RECORD"), None)
+        if line is None:
+            raise RuntimeError(f"the {self.plan.kv_cache_dtype} engine ended early; see {self.log}")
+        return ServeRecord.model_validate_json(line)
 
     def stop(self) -> None:
         """End the process if it has not ended."""
@@ -118,27 +120,26 @@ class Engine:
             self.process.kill()
 
 
-def run(plans: list[Plan], together: bool, report: Callable[[str], None]) -> Iterator[ServeRecord]:
-    """Start the engines, let them work one after another.
+def run(
+    plans: list[Plan], workloads: list[Workload], together: bool, report: Callable[[str], None]
+) -> Iterator[ServeRecord]:
+    """Start the engines and measure every workload on each, one at a time.
 
     Args:
-        together: start all engines at once (all must fit the memory); they still work one at a time.
+        together: start all engines at once (all must fit the memory) and let them take turns, workload by workload.
         report: called with what is happening.
     """
-    engines: list[Engine] = []
-    try:
-        if together:
-            report(f"starting {', '.join(plan.kv_cache_dtype for plan in plans)}")
-            engines += [Engine(plan) for plan in plans]
+    turns = [plans] if together else [[plan] for plan in plans]
+    for turn in turns:
+        report(f"starting {', '.join(plan.kv_cache_dtype for plan in turn)}")
+        engines: list[Engine] = []
+        try:
+            engines += [Engine(plan) for plan in turn]
             for engine in engines:
                 engine.wait_ready()
-        for i, plan in enumerate(plans):
-            if not together:
-                report(f"starting {plan.kv_cache_dtype}")
-                engines.append(Engine(plan))
-                engines[i].wait_ready()
-            report(f"measuring {plan.kv_cache_dtype}")
-            yield from engines[i].records()
-    finally:
-        for engine in engines:
-            engine.stop()
+            for workload in workloads:
+                for engine in engines:
+                    yield engine.measure(workload)
+        finally:
+            for engine in engines:
+                engine.stop()

@@ -121,6 +121,8 @@ def serve(
     logquant = LogQuantConfig.from_options(parse_json("--options", options)).model_dump(exclude_defaults=True)
     longest = max(w.input_len + w.output_len for w in workloads)
     engine: dict[str, Any] = {"max_model_len": longest, "max_num_batched_tokens": 8192, "max_num_seqs": 256}
+    if together:
+        engine["gpu_memory_utilization"] = 0.9 / len(dtypes.split(","))
     engine |= parse_json("--engine-args", engine_args)
     with contextlib.ExitStack() as stack:
         if shape:
@@ -131,7 +133,6 @@ def serve(
             Plan(
                 kv_cache_dtype=dtype,
                 kv_gib=kv_gib,
-                workloads=workloads,
                 engine=engine | ({"additional_config": {"logquant": logquant}} if dtype == "logquant" else {}),
             )
             for dtype in dtypes.split(",")
@@ -143,11 +144,11 @@ def serve(
             device=records.device_name(),
         )
         console = Console()
-        for record in bench.run(plans, together, console.print):
+        for record in bench.run(plans, workloads, together, console.print):
             results.records.append(record)
             console.print(
-                f"  {record.requests} x {record.input_len}+{record.output_len}: {record.total_s:.2f} s, "
-                f"{record.output_tok_s:.0f} tok/s, decoding {record.decode_tok_s:.0f} tok/s, "
+                f"{record.kv_cache_dtype:>9} {record.requests}x{record.input_len}+{record.output_len}: "
+                f"{record.total_s:.2f} s, {record.output_tok_s:.0f} tok/s, decoding {record.decode_tok_s:.0f} tok/s, "
                 f"first token {record.ttft_ms_median:.0f} ms, then {record.tpot_ms_median:.2f} ms"
             )
             if output:
