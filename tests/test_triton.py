@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from logquant_vllm.core import operations as reference
+from logquant_vllm.core import past as past_reference
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
 from tests.paging import PagedBatch, assert_close, random_qkv
@@ -29,6 +30,7 @@ RUNS_HERE = ON_GPU or INTERPRETED
 if RUNS_HERE:
     pytest.importorskip("triton", reason="Triton is not installed")
     from logquant_vllm.kernels import operations as kernels
+    from logquant_vllm.kernels import past as past_kernels
 
     if not ON_GPU:
         kernels.DECODE_PROGRAMS = 8  # the interpreter runs programs one after another: a few splits are enough
@@ -193,6 +195,31 @@ def test_null_rows_and_long_bounds() -> None:
     assert torch.equal(before, pair.actual.cache.pages)
     out, _ = kernels.attention(q, k, v, pair.actual.cache, batch._replace(max_query_len=2), layout, 1.0)
     assert (out == 0).all()
+
+
+def past_of_both(pair: Pair, new: list[int], room: int) -> None:
+    """The past of a step, slice by slice: equal to the reference's but for the rounding of dequantized tokens."""
+    a, b = pair.expected.batch(new), pair.actual.batch(new)
+    bounds = a.num_computed.tolist()
+    shape = (room, pair.num_kv_heads, pair.layout.fmt.head_size)
+    pieces = [past_reference.past_slices(x.num_computed, bounds, room) for x in (a, b)]
+    for piece, on_device in zip(*pieces, strict=True):
+        expected = [torch.full(shape, 7.0, dtype=pair.dtype) for _ in range(2)]
+        actual = [x.to(DEVICE) for x in expected]
+        past_reference.gather_past(*expected, piece, pair.expected.cache, a, pair.layout)
+        past_kernels.gather_past(*actual, on_device, pair.actual.cache, b, pair.layout)
+        for x, y in zip(actual, expected, strict=True):
+            assert_close(x, y, tolerance=1e-3, what=f"past from {piece.first}")
+
+
+@here
+@pytest.mark.parametrize("case", [SMALL[0], *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:])], ids=str)
+def test_gather_past(case) -> None:
+    layout = small_layout(case)
+    pair = Pair(layout, case[8], 2, 3, 700, case[9])
+    pair.step([430, 1, 64], seed=0)
+    past_of_both(pair, [3, 1, 20], room=128)
+    past_of_both(pair, [1, 1, 1], room=2000)
 
 
 @here

@@ -137,7 +137,14 @@ def read_cached_tokens(
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    layout: CacheLayout,
+    scale: float,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of this step's tokens over the cache and over each other.
 
@@ -147,6 +154,7 @@ def attention(
         query: ``[num_tokens, num_heads, head_size]``, rotated like the keys.
         key, value: this step's ``[num_tokens, num_kv_heads, head_size]``.
         scale: factor on the scores.
+        output: where to write the output, if it has a place already.
 
     Returns:
         output: ``[num_tokens, num_heads, head_size]`` in the dtype of ``query``; zero for tokens of no request.
@@ -183,7 +191,7 @@ def attention(
     weights = torch.softmax(scores, -1)
     out = torch.einsum("rhgqt,rthd->rqhgd", weights, values).flatten(2, 3)
 
-    output = torch.zeros_like(query)
+    output = torch.zeros_like(query) if output is None else output.zero_()
     output_lse = torch.full(query.shape[:2], -torch.inf, dtype=compute, device=query.device)
     output[row[present]] = out[present].to(query.dtype)
     output_lse[row[present]] = lse.permute(0, 3, 1, 2).flatten(2)[present]

@@ -39,12 +39,20 @@ def quantize_pages(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, 
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    layout: CacheLayout,
+    scale: float,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`logquant_vllm.core.operations.attention`; float32 sums for bfloat16, float16 and float32."""
-    return load().attention(
+    result, lse = load().attention(
         query, key, value, *cache, batch.query_start_loc, batch.seq_lens, *_constants(layout), scale
     )
+    return result if output is None else output.copy_(result), lse
 
 
 def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:

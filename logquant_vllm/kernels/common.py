@@ -99,6 +99,15 @@ def is_log_selected(position, compactions, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def log_slot_of_position(position, compactions, WINDOW: tl.constexpr):
+    """Slot of a log-selected position: the inverse of :func:`log_slot_position`."""
+    chunk = position // WINDOW
+    index = tl.where(chunk == 0, position, position - (chunk - 1) * WINDOW)
+    halvings = tl.where(chunk == 0, compactions, compactions - chunk + 1)
+    return index >> tl.minimum(tl.maximum(halvings, 0), MAX_SHIFT)
+
+
+@triton.jit
 def slot_of_position(position, compactions, WINDOW: tl.constexpr):
     """``core.paged.slot_of_position``."""
     # the sum keeps the dividend positive: the remainder of a negative one differs between languages

@@ -117,7 +117,14 @@ def quantize_pages(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, 
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    layout: CacheLayout,
+    scale: float,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of this step's tokens over the cache and over each other; see ``core.operations.attention``.
 
@@ -128,12 +135,13 @@ def attention(
     _check(key, value, cache)
     if query.dtype != key.dtype or query.stride(-1) != 1:
         raise ValueError(f"query must have the dtype of key and a contiguous last dimension, got {query.dtype}")
-    if batch.seq_lens.shape[0] and query.shape[0] and batch.max_query_len == 1:
+    if output is None:
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if batch.seq_lens.shape[0] and query.shape[0] and batch.max_query_len == 1:
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         _decode(output, lse, query, key, value, cache, batch, layout, scale * LOG2E)
     else:
-        output = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+        output.zero_()
         lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
         if batch.seq_lens.shape[0] and query.shape[0]:
             _prefill(output, lse, query, key, value, cache, batch, layout, scale * LOG2E)

@@ -5,7 +5,7 @@ key, value -> rotate -> quantize completed groups -> attention over pages, windo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import ModuleType
 from typing import Any, ClassVar
@@ -30,7 +30,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig
 from logquant_vllm.core.hadamard import hadamard_matrix, rotate
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
+from logquant_vllm.core.past import PastSlice, past_slices
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
+from logquant_vllm.plugin.prefill import Prefill, flash_attention, past_room
 from logquant_vllm.plugin.window_layer import WindowLayer
 
 WINDOW_SUFFIX = ".logquant_window"
@@ -106,6 +108,7 @@ class BatchPart:
     tokens: slice
     requests: slice
     batch: Batch
+    past: list[PastSlice] = field(default_factory=list)
 
 
 @dataclass
@@ -139,12 +142,22 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
             decodes, prefills, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
             if decodes and prefills:
                 decode = Batch(starts[: decodes + 1], lens[:decodes], 1, longest)
-                prefill = Batch(starts[decodes:] - decodes, lens[decodes:], common.max_query_len, longest)
+                chunks = Batch(starts[decodes:] - decodes, lens[decodes:], common.max_query_len, longest)
                 parts = [
                     BatchPart(slice(0, decodes), slice(0, decodes), decode),
-                    BatchPart(slice(decodes, tokens), slice(decodes, requests), prefill),
+                    BatchPart(slice(decodes, tokens), slice(decodes, requests), chunks),
                 ]
+            parts[-1].past = self._past(parts[-1], common)
         return LogQuantMetadata(tokens, batch, common.block_table_tensor, parts)
+
+    def _past(self, part: BatchPart, common: CommonAttentionMetadata) -> list[PastSlice]:
+        """What the part's requests have cached; of each, the host knows at least an upper bound."""
+        starts = common.query_start_loc_cpu
+        new = (starts[1:] - starts[:-1])[part.requests]
+        bounds = common.seq_lens_cpu_upper_bound
+        lens = torch.full_like(new, common.max_seq_len) if bounds is None else bounds[part.requests]
+        room = past_room(self.vllm_config.scheduler_config.max_num_seqs)
+        return past_slices(part.batch.num_computed, (lens - new).tolist(), room)
 
 
 @cache
@@ -210,6 +223,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._window_layer: WindowLayer | None = None
         self._rotation: Tensor | None = None
+        self._prefill: Prefill | None = None
+        self._past_room = past_room(vllm_config.scheduler_config.max_num_seqs)
 
     @property
     def window_layer(self) -> WindowLayer:
@@ -227,6 +242,10 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             self._window_layer = WindowLayer(name + WINDOW_SUFFIX, layer, self.layout)
             self._layers[name + WINDOW_SUFFIX] = self._window_layer
         if current_platform.is_cuda():
+            if flash := flash_attention(self.head_size, act_dtype):
+                self._prefill = Prefill(
+                    flash, self.layout, self.num_heads, self.num_kv_heads, self.scale, self._past_room, self._rotated
+                )
             device = torch.device("cuda", torch.cuda.current_device())
             _warm_up(self.layout, self.num_heads, self.num_kv_heads, act_dtype, device)
 
@@ -249,24 +268,30 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused output quantization is not supported")
         if attn_metadata is None:  # memory profiling: no cache yet
+            if self._prefill is not None:
+                self._prefill.workspace(len(query), query.dtype)
             return output.fill_(0)
         tokens = attn_metadata.num_actual_tokens
-        query, key, value = self._rotated(query[:tokens]), self._rotated(key[:tokens]), value[:tokens]
+        query, key, value = query[:tokens], key[:tokens], value[:tokens]
         window_metadata = get_forward_context().attn_metadata[self.window_layer.layer_name]  # type: ignore[index, call-overload]
         cache = PagedCache(
             kv_cache[:, 0, 0], self.window_layer.window_bytes(), attn_metadata.block_table, window_metadata.block_table
         )
-        ops, layout, batch = self.operations, self.layout, attn_metadata.batch
+        ops, layout, batch, stored_key = self.operations, self.layout, attn_metadata.batch, self._rotated(key)
         if current_platform.is_cpu():  # one call: a decode step is short enough for Python to show
-            output[:tokens] = ops.step(query, key, value, cache, batch, layout, self.scale)
+            output[:tokens] = ops.step(self._rotated(query), stored_key, value, cache, batch, layout, self.scale)
             return output
-        ops.quantize_pages(key, value, cache, batch, layout)
+        ops.quantize_pages(stored_key, value, cache, batch, layout)
         for part in attn_metadata.parts:
             view = cache._replace(
                 block_table=cache.block_table[part.requests],
                 window_block_table=cache.window_block_table[part.requests],
             )
             t = part.tokens
-            output[t], _ = ops.attention(query[t], key[t], value[t], view, part.batch, layout, self.scale)
-        ops.update_window(key, value, cache, batch, layout)
+            if self._prefill is None or part.batch.max_query_len == 1:
+                q = self._rotated(query[t])
+                ops.attention(q, stored_key[t], value[t], view, part.batch, layout, self.scale, output[t])
+            else:
+                self._prefill.attend(output[t], query[t], key[t], value[t], view, part.batch, part.past)
+        ops.update_window(stored_key, value, cache, batch, layout)
         return output

@@ -1,0 +1,88 @@
+"""The cached tokens of a step's requests as plain keys and values, a bounded number at a time.
+
+Long queries are compute-bound: reading the cache once into the model's dtype and handing it to a dense attention kernel
+costs little and keeps that kernel's speed. The past of all requests is cut into slices that fit a workspace; attention
+over the slices is joined by :func:`logquant_vllm.core.operations.merge_states`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logquant_vllm.core.operations import read_cached_tokens
+from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
+
+SLICE_STEP = 32
+"""Slices begin at multiples of this: it divides every group of tokens."""
+
+
+class PastSlice(NamedTuple):
+    """Cached positions from ``first`` to below ``first + span`` of every request, packed one request after another."""
+
+    first: int
+    span: int  # at least the tokens of any request
+    rows: int  # at least the tokens of all requests
+    start_loc: Tensor  # int32 [num_reqs + 1]: rows of each request
+
+
+def past_slices(num_computed: Tensor, bounds: Sequence[int], room: int) -> list[PastSlice]:
+    """Cut the past of a batch into slices of at most ``room`` tokens; none if nothing is cached.
+
+    Args:
+        num_computed: int32 ``[num_reqs]`` on the device, tokens computed before this step.
+        bounds: upper bounds of them, known on the host; the slices are as many as these ask for.
+        room: tokens of a slice, at least ``SLICE_STEP`` for every request.
+
+    Raises:
+        ValueError: if ``room`` is too small.
+    """
+    if room < SLICE_STEP * len(bounds):
+        raise ValueError(f"room for {room} tokens is less than {SLICE_STEP} for each of {len(bounds)} requests")
+    slices, first = [], 0
+    while left := [bound - first for bound in bounds if bound > first]:
+        span = _span(left, room)
+        counts = (num_computed - first).clamp(0, span)
+        start_loc = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        slices.append(PastSlice(first, span, sum(min(n, span) for n in left), start_loc))
+        first += span
+    return slices
+
+
+def _span(left: list[int], room: int) -> int:
+    """Largest number of tokens that every request can have in a slice of ``room``, where some have fewer left."""
+    used, others = 0, len(left)
+    for n in sorted(left):
+        if used + n * others > room:
+            return (room - used) // others // SLICE_STEP * SLICE_STEP
+        used, others = used + n, others - 1
+    return -(-max(left) // SLICE_STEP) * SLICE_STEP
+
+
+def gather_past(
+    keys: Tensor, values: Tensor, piece: PastSlice, cache: PagedCache, batch: Batch, layout: CacheLayout
+) -> None:
+    """Write a slice of the past: a token's full-precision copy where it has one, otherwise its dequantized page.
+
+    Args:
+        keys, values: ``[piece.rows or more, num_kv_heads, head_size]`` in the model's dtype, written; keys are rotated
+            as they were stored. Rows of no token are left as they are.
+        piece: one of :func:`past_slices` of the same batch.
+    """
+    computed = batch.num_computed
+    cached = read_cached_tokens(cache, computed, layout, keys.shape[1], keys.dtype)
+    for request, start in enumerate(piece.start_loc[:-1].tolist()):
+        n = int(computed[request])
+        if cache.window_block_table[request, 0] == 0:
+            continue
+        copied = cached.copy_valid[request]
+        position = cached.copy_position[request][copied].long()
+        window = slice(piece.first, min(piece.first + piece.span, n))
+        rows = slice(start, start + max(window.stop - window.start, 0))
+        for out, pages, half in ((keys, cached.page_keys, 0), (values, cached.page_values, 1)):
+            past = pages[request].to(out.dtype)
+            past[position] = cached.copies[request, copied, :, half]
+            out[rows] = past[window]

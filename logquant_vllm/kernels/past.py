@@ -1,0 +1,146 @@
+"""``core.past.gather_past`` as a Triton kernel."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
+from logquant_vllm.core.past import SLICE_STEP, PastSlice
+from logquant_vllm.kernels.attention import page_keys, page_values
+from logquant_vllm.kernels.common import (
+    STEP_COUNTS,
+    STEP_METADATA,
+    count_compactions,
+    find_request,
+    log_slot_of_position,
+    pages_end,
+    read_from_page,
+    read_request,
+    slot_of_position,
+    slot_offset,
+)
+
+
+@triton.jit(do_not_specialize=[*STEP_COUNTS, "first"], do_not_specialize_on_alignment=STEP_METADATA)
+def gather_past_kernel(
+    keys,  # [rows, num_kv_heads, head_size]
+    values,  # likewise
+    start_loc,
+    first,  # first position of the slice
+    pages,  # uint8 [num_blocks, page_bytes]
+    window_bytes,  # uint8 [num_blocks, page_bytes]
+    window,  # the same memory in the model's dtype: [num_blocks, slots, num_kv_heads, 2, head_size]
+    block_table,
+    window_table,
+    query_start_loc,
+    seq_lens,
+    num_reqs,
+    row_stride,
+    row_head_stride,
+    page_byte_stride,
+    window_byte_stride,
+    window_stride,
+    window_slot_stride,
+    window_head_stride,
+    table_stride,
+    window_table_stride,
+    window_table_width,
+    FMT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    SLOTS_PER_BLOCK: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    TOKENS: tl.constexpr,  # tokens of a program; divides key_group_size and ``first``
+):
+    WINDOW: tl.constexpr = LAYOUT.window_length
+    HEAD_SIZE: tl.constexpr = FMT.head_size
+    request, chunk = find_request(start_loc, tl.program_id(0), num_reqs, TOKENS)
+    kv_head = tl.program_id(1)
+    begin = tl.load(start_loc + request)
+    count = tl.load(start_loc + request + 1) - begin
+    _, _, computed, window_start, live = read_request(
+        query_start_loc, seq_lens, window_bytes, window_byte_stride, window_table, request, window_table_stride
+    )
+    if live & (chunk * TOKENS < count):
+        base = first + chunk * TOKENS
+        token, channel = tl.arange(0, TOKENS), tl.arange(0, HEAD_PAD)[None, :]
+        position = base + token
+        exists = chunk * TOKENS + token < count
+        in_head = channel < HEAD_SIZE
+
+        end = pages_end(computed, window_start, WINDOW)
+        from_page = read_from_page(position, end, computed, window_start, WINDOW)
+        from_slot = exists & ~from_page
+        in_page = base % FMT.page_size
+        block = tl.load(block_table + request.to(tl.int64) * table_stride + base // FMT.page_size).to(tl.int64)
+        slab = pages + block * page_byte_stride + kv_head.to(tl.int64) * FMT.head_bytes
+        k = page_keys(slab, in_page, token[:, None], channel, in_head, FMT)
+        v = page_values(slab, in_page, token[:, None], channel, from_page[:, None] & in_head, FMT)
+
+        compactions = count_compactions(computed, WINDOW)
+        slot = tl.where(
+            position < end,
+            log_slot_of_position(position, compactions, WINDOW),
+            slot_of_position(position, compactions, WINDOW),
+        )
+        offset = slot_offset(
+            tl.where(from_slot, slot, 0),
+            window_table + request.to(tl.int64) * window_table_stride,
+            window_table_width,
+            window_stride,
+            window_slot_stride,
+            SLOTS_PER_BLOCK,
+        )
+        copies = window + kv_head.to(tl.int64) * window_head_stride + offset[:, None] + channel
+        mask = from_slot[:, None] & in_head
+        dtype: tl.constexpr = keys.dtype.element_ty
+        k = tl.where(from_slot[:, None], tl.load(copies, mask=mask, other=0.0), k.to(dtype))
+        v = tl.where(from_slot[:, None], tl.load(copies + HEAD_SIZE, mask=mask, other=0.0), v.to(dtype))
+
+        row = (begin + chunk * TOKENS + token).to(tl.int64)[:, None] * row_stride + kv_head * row_head_stride + channel
+        tl.store(keys + row, k, mask=exists[:, None] & in_head)
+        tl.store(values + row, v, mask=exists[:, None] & in_head)
+
+
+def gather_past(
+    keys: Tensor, values: Tensor, piece: PastSlice, cache: PagedCache, batch: Batch, layout: CacheLayout
+) -> None:
+    """Write a slice of the past as keys and values of the model's dtype; see ``core.past.gather_past``."""
+    if keys.stride() != values.stride() or keys.stride(-1) != 1:
+        raise ValueError(
+            f"keys and values must have equal strides and a contiguous last dimension, got {keys.stride()} and "
+            f"{values.stride()}"
+        )
+    fmt, num_kv_heads, num_reqs = layout.fmt, keys.shape[1], batch.seq_lens.shape[0]
+    slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, keys.dtype)
+    gather_past_kernel[(piece.rows // SLICE_STEP + num_reqs, num_kv_heads)](
+        keys,
+        values,
+        piece.start_loc,
+        piece.first,
+        cache.pages,
+        cache.window,
+        slots,
+        cache.block_table,
+        cache.window_block_table,
+        batch.query_start_loc,
+        batch.seq_lens,
+        num_reqs,
+        keys.stride(0),
+        keys.stride(1),
+        cache.pages.stride(0),
+        cache.window.stride(0),
+        slots.stride(0),
+        slots.stride(1),
+        slots.stride(2),
+        cache.block_table.stride(0),
+        cache.window_block_table.stride(0),
+        cache.window_block_table.shape[1],
+        FMT=fmt,
+        LAYOUT=layout,
+        SLOTS_PER_BLOCK=slots.shape[1],
+        HEAD_PAD=triton.next_power_of_2(fmt.head_size),
+        TOKENS=SLICE_STEP,
+        num_warps=4,
+    )

@@ -1,0 +1,112 @@
+"""Attention of long queries on a GPU: FlashAttention over the chunk itself and over the past, joined.
+
+The chunk needs no cache. The past is read from pages and window into a bounded workspace, slice by slice, by
+``gather_past``; FlashAttention then runs at the speed that it has on a bfloat16 cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
+from logquant_vllm.core.past import SLICE_STEP, PastSlice
+
+PAST_TOKENS = 32_768
+"""Tokens of a slice of the past. For an 8B Llama they take 128 MiB, once for all layers."""
+
+
+def past_room(max_num_seqs: int) -> int:
+    """Tokens of the past that the workspace holds."""
+    return max(PAST_TOKENS, SLICE_STEP * max_num_seqs)
+
+
+def flash_attention(head_size: int, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """vLLM's FlashAttention for this platform, or None where the Triton kernel has to serve."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda() or dtype == torch.float32:
+        return None
+    from vllm.v1.attention.backends import fa_utils
+
+    version = fa_utils.get_flash_attn_version(head_size=head_size)
+    if version is None:
+        return None
+
+    def call(**arguments: Any) -> Any:
+        return fa_utils.flash_attn_varlen_func(**arguments, fa_version=version, return_softmax_lse=True)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One attention layer's attention of long queries.
+
+    Args:
+        flash: from :func:`flash_attention`.
+        room: from :func:`past_room`.
+        rotated: the rotation of queries and keys.
+    """
+
+    flash: Callable[..., Any]
+    layout: CacheLayout
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    room: int
+    rotated: Callable[[Tensor], Tensor]
+
+    def workspace(self, tokens: int, dtype: torch.dtype) -> list[Tensor]:
+        """Keys and values of a slice, and attention to it, in the memory that vLLM's layers share for such things.
+
+        The profiling run asks for the largest that any step will, so vLLM counts them before it sizes the cache.
+        """
+        from vllm.v1.worker.workspace import current_workspace_manager
+
+        size = self.layout.fmt.head_size
+        past = ((self.room, self.num_kv_heads, size), dtype)
+        return current_workspace_manager().get_simultaneous(past, past, ((tokens, self.num_heads, size), dtype))
+
+    def attend(
+        self,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: PagedCache,
+        batch: Batch,
+        past: list[PastSlice],
+    ) -> None:
+        """``core.operations.attention`` of chunks, into ``output``.
+
+        Args:
+            output, query: ``[num_tokens, num_heads, head_size]``.
+            key, value: ``[num_tokens, num_kv_heads, head_size]``; keys and queries *not* rotated: the scores within
+                the chunk are the same either way, and without a past nothing else is computed.
+            past: ``core.past.past_slices`` of ``batch``.
+        """
+        starts, longest = batch.query_start_loc, batch.max_query_len
+        queries = {"cu_seqlens_q": starts, "max_seqlen_q": longest, "softmax_scale": self.scale}
+        chunk = {"k": key, "v": value, "cu_seqlens_k": starts, "max_seqlen_k": longest}
+        lse = self.flash(q=query, **chunk, **queries, causal=True, out=output)[1]
+        if not past:
+            return
+        from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+        from logquant_vllm.kernels.past import gather_past
+
+        keys, values, partial = self.workspace(len(query), query.dtype)
+        query = self.rotated(query)
+        for piece in past:
+            gather_past(keys, values, piece, cache, batch, self.layout)
+            cached = {"k": keys[: piece.rows], "v": values[: piece.rows]}
+            lengths = {"cu_seqlens_k": piece.start_loc, "max_seqlen_k": piece.span}
+            partial_lse = self.flash(q=query, **cached, **lengths, **queries, causal=False, out=partial)[1]
+            merged = torch.empty_like(lse)
+            merge_attn_states(output, partial, partial_lse, output, lse, merged)
+            lse = merged
