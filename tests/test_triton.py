@@ -18,6 +18,7 @@ import torch
 
 from logquant_vllm.core import operations as reference
 from logquant_vllm.core import past as past_reference
+from logquant_vllm.core.hadamard import hadamard_matrix, rotate_heads
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
 from tests.paging import PagedBatch, assert_close, random_qkv
@@ -29,11 +30,12 @@ RUNS_HERE = ON_GPU or INTERPRETED
 
 if RUNS_HERE:
     pytest.importorskip("triton", reason="Triton is not installed")
+    from logquant_vllm.kernels import decoding
     from logquant_vllm.kernels import operations as kernels
     from logquant_vllm.kernels import past as past_kernels
 
     if not ON_GPU:
-        kernels.DECODE_PROGRAMS = 8  # the interpreter runs programs one after another: a few splits are enough
+        decoding.DECODE_PROGRAMS = 8  # the interpreter runs programs one after another: a few splits are enough
 
 here = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_in_interpreter's process")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
@@ -75,25 +77,35 @@ class Pair:
             tokens, self.gqa * self.num_kv_heads, self.num_kv_heads, self.layout.fmt.head_size, self.dtype, seed=seed
         )
 
-    def step(self, new: list[int], seed: int = 0, qkv=None, nan_rows=None, max_seq_len: int | None = None):
-        """One step of both; returns the outputs and LSEs of the reference and of the kernels."""
+    def step(
+        self, new: list[int], seed: int = 0, qkv=None, nan_rows=None, max_seq_len: int | None = None, at_once=False
+    ):
+        """One step of both; returns the outputs and LSEs of the reference and of the kernels.
+
+        Args:
+            at_once: store with one launch, after the attention, where that is allowed.
+        """
         q, k, v = qkv or self.qkv(sum(new), seed)
         a, b = self.expected.batch(new), self.actual.batch(new)
         if max_seq_len is not None:
             a, b = a._replace(max_seq_len=max_seq_len), b._replace(max_seq_len=max_seq_len)
         on_device = [x.to(DEVICE) for x in (q, k, v)]
         reference.quantize_pages(k, v, self.expected.cache, a, self.layout)
-        kernels.quantize_pages(*on_device[1:], self.actual.cache, b, self.layout)
-        self.same_bytes(f"pages after {new}")
+        at_once = at_once and a.max_query_len == 1
+        if not at_once:
+            kernels.quantize_pages(*on_device[1:], self.actual.cache, b, self.layout)
+            self.same_bytes(f"pages after {new}")
         expected = reference.attention(q, k, v, self.expected.cache, a, self.layout, self.scale)
         actual = kernels.attention(*on_device, self.actual.cache, b, self.layout, self.scale)
-        self.same_bytes(f"attention of {new} wrote to the cache")
+        if not at_once:
+            self.same_bytes(f"attention of {new} wrote to the cache")
         finite = torch.ones(sum(new), dtype=torch.bool) if nan_rows is None else ~nan_rows
         assert_close(actual[0].cpu()[finite], expected[0][finite], what=f"output of {new}")
         error = (actual[1].cpu()[finite] - expected[1][finite]).abs().max().item() if finite.any() else 0.0
         assert error < 2e-2, f"lse of {new} is off by {error}"
         reference.update_window(k, v, self.expected.cache, a, self.layout)
-        kernels.update_window(*on_device[1:], self.actual.cache, b, self.layout)
+        store = kernels.store_tokens if at_once else kernels.update_window
+        store(*on_device[1:], self.actual.cache, b, self.layout)
         self.same_bytes(f"window after {new}")
         return expected, actual
 
@@ -197,6 +209,38 @@ def test_null_rows_and_long_bounds() -> None:
     assert (out == 0).all()
 
 
+@here
+@pytest.mark.parametrize("case", SMALL[:3], ids=str)
+def test_store_tokens(case) -> None:
+    """Single tokens over the boundaries of groups and windows, stored with one launch."""
+    layout = small_layout(case)
+    pair = Pair(layout, case[8], 1, 2, 400, case[9])
+    w = layout.window_length
+    pair.step([3 * w - 3, layout.fmt.key_group_size - 2])
+    for i in range(5):
+        pair.step([1, 1], seed=i, at_once=True)
+    pair.step([w - 4, 1], seed=9)
+    for i in range(4):
+        pair.step([1, int(i != 2)], seed=10 + i, at_once=True)
+    keys, batch = pair.qkv(4, 0)[1].to(DEVICE), pair.actual.batch([2, 2])
+    with pytest.raises(ValueError, match="one new token per request"):
+        kernels.store_tokens(keys, keys, pair.actual.cache, batch, layout)
+
+
+@here
+@pytest.mark.parametrize(("head_size", "dtype"), [(16, torch.float16), (96, torch.bfloat16), (128, torch.float32)])
+@pytest.mark.parametrize("tokens", [1, 5, 150])
+def test_rotate_heads(head_size: int, dtype: torch.dtype, tokens: int) -> None:
+    matrix = hadamard_matrix(head_size, dtype)
+    q, k, _ = random_qkv(tokens, 12, 3, head_size, dtype)
+    wide = torch.cat([q, k], 1)  # strided, as a model's are
+    q, k = wide.split([12, 3], 1)
+    actual = kernels.rotate_heads(*wide.to(DEVICE).split([12, 3], 1), matrix.to(DEVICE))
+    for x, y in zip(actual, rotate_heads(q, k, matrix), strict=True):
+        assert x.is_contiguous()
+        assert_close(x, y, what="rotated")
+
+
 def past_of_both(pair: Pair, new: list[int], room: int) -> None:
     """The past of a step, slice by slice: equal to the reference's but for the rounding of dequantized tokens."""
     a, b = pair.expected.batch(new), pair.actual.batch(new)
@@ -284,9 +328,8 @@ def test_cuda_graph() -> None:
     lengths, cache = batch.seq_lens, pair.actual.cache
 
     def step():
-        kernels.quantize_pages(k, v, cache, batch, layout)
         result = kernels.attention(q, k, v, cache, batch, layout, pair.scale)
-        kernels.update_window(k, v, cache, batch, layout)
+        kernels.store_tokens(k, v, cache, batch, layout)
         return result
 
     # warm-up and capture run on rows of padding, as the server's do

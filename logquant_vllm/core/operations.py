@@ -242,6 +242,16 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
     cache.window[cache.window_block_table[live, 0].long(), :4] = header[live]
 
 
+def store_tokens(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
+    """:func:`quantize_pages` and :func:`update_window` of a step of one token per request, after its attention.
+
+    That order is free if no request of the step reads a page that another one completes. A prefix hit could; where at
+    least its last page is recomputed (``CacheLayout.may_store_last``), it reads older pages only.
+    """
+    quantize_pages(key, value, cache, batch, layout)
+    update_window(key, value, cache, batch, layout)
+
+
 def merge_states(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Combine attention over two disjoint sets of keys: ``[tokens, heads, head_size]`` and ``[tokens, heads]`` each."""
     lse = torch.logaddexp(lse_a, lse_b)

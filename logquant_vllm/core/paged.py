@@ -53,6 +53,11 @@ class CacheLayout:
         """Full-precision token slots of a request, header not counted: ``3 * window_length``."""
         return 3 * self.window_length
 
+    @property
+    def may_store_last(self) -> bool:
+        """Whether a step of one token per request may store after its attention (``operations.store_tokens``)."""
+        return self.prefix_replay_tokens >= self.fmt.page_size
+
 
 class PagedCache(NamedTuple):
     """One layer's cache memory and the step's block tables. Block 0 is vLLM's null block: never written, never read."""

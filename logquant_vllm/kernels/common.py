@@ -7,10 +7,13 @@ line by line.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from logquant_vllm.core import log_selection, page_format, quantizer
+from logquant_vllm.core.paged import PagedCache
 
 HEADER_SLOTS = tl.constexpr(page_format.HEADER_SLOTS)
 MAX_SHIFT = tl.constexpr(log_selection._MAX_SHIFT)
@@ -24,6 +27,42 @@ ROUNDING = tl.constexpr(12582912.0)
 # of the batch, wherever it begins.
 STEP_COUNTS = ["num_reqs", "num_tokens", "num_splits", "table_stride", "window_table_stride", "window_table_width"]
 STEP_METADATA = ["query_start_loc", "seq_lens", "block_table", "window_table"]
+
+_TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+# -- launching --------------------------------------------------------------------------------------------------------
+def check_tokens(key: Tensor, value: Tensor, cache: PagedCache) -> None:
+    """What every kernel asks of its tensors.
+
+    Raises:
+        TypeError: for other dtypes.
+        ValueError: for a strided last dimension.
+    """
+    if key.dtype not in _TRITON_DTYPES:
+        raise TypeError(f"key and value must be float16, bfloat16 or float32, got {key.dtype}")
+    if value.dtype != key.dtype:
+        raise TypeError(f"key and value must have one dtype, got {key.dtype} and {value.dtype}")
+    for name, tensor in (("key", key), ("value", value), ("pages", cache.pages), ("window", cache.window)):
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"the last dimension of {name} must be contiguous, got stride {tensor.stride(-1)}")
+
+
+def padded(n: int, least: int = 16) -> int:
+    """The power of two, at least ``least``, that ``n`` is padded to."""
+    return max(triton.next_power_of_2(n), least)
+
+
+def copy_operand(dtype: torch.dtype) -> tl.dtype:
+    """Operand type of products with full-precision tokens: the model's, but Triton's interpreter multiplies bfloat16 as
+    integers."""
+    interpreted = triton.knobs.runtime.interpret
+    return tl.float32 if interpreted and dtype == torch.bfloat16 else _TRITON_DTYPES[dtype]
+
+
+def num_chunks(num_tokens: int, num_reqs: int, size: int) -> int:
+    """Programs that cover chunks of ``size`` tokens of every request (:func:`find_request`)."""
+    return num_tokens // size + num_reqs
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
+from logquant_vllm.core.past import past_slices
 from logquant_vllm.kernels import operations
 
 
@@ -27,3 +28,11 @@ def warm_up(layout: CacheLayout, num_heads: int, num_kv_heads: int, dtype: torch
         operations.quantize_pages(k, v, cache, batch, layout)
         operations.attention(q, k, v, cache, batch, layout, 1.0)
         operations.update_window(k, v, cache, batch, layout)
+        if new == 1:
+            matrix = torch.eye(fmt.head_size, dtype=dtype, device=device)
+            operations.rotate_heads(q, k, matrix)
+            operations.store_tokens(k, v, cache, batch, layout)
+            room = 2 * length
+            keys = torch.empty(room, num_kv_heads, fmt.head_size, dtype=dtype, device=device)
+            for piece in past_slices(batch.num_computed, [length] * 2, room):
+                operations.gather_past(keys, torch.empty_like(keys), piece, cache, batch, layout)

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 
 from logquant_vllm.kernels.common import (
-    STEP_COUNTS,
-    STEP_METADATA,
     count_compactions,
     log_slot_position,
     read_request,
@@ -21,12 +19,15 @@ from logquant_vllm.kernels.common import (
 )
 
 
-@triton.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
-def update_window_kernel(
-    key,  # [num_tokens, num_kv_heads, head_size], last dimension contiguous
-    value,  # likewise
-    window_bytes,  # uint8 [num_blocks, page_bytes]
-    window,  # the same memory in the model's dtype: [num_blocks, slots, num_kv_heads, 2, head_size]
+@triton.jit
+def update_slots(
+    request,
+    head,
+    chunk,
+    key,
+    value,
+    window_bytes,
+    window,
     window_table,
     query_start_loc,
     seq_lens,
@@ -40,15 +41,15 @@ def update_window_kernel(
     window_head_stride,
     window_table_stride,
     window_table_width,
-    HEAD_SIZE: tl.constexpr,
     LAYOUT: tl.constexpr,
     SLOTS_PER_BLOCK: tl.constexpr,
-    SLOTS_PAD: tl.constexpr,  # power of two, at least window_length
-    CHANNELS: tl.constexpr,  # channels of a program, a power of two
-    TOKENS: tl.constexpr,  # new tokens copied at a time
+    SLOTS_PAD: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
+    """Bring one chunk of channels of a request's slots up to date; chunks of keys come first, then those of values."""
     WINDOW: tl.constexpr = LAYOUT.window_length
-    request, head = tl.program_id(0), tl.program_id(1)
+    HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
     start, query_len, computed, window_start, live = read_request(
         query_start_loc, seq_lens, window_bytes, window_byte_stride, window_table, request, window_table_stride
     )
@@ -57,10 +58,9 @@ def update_window_kernel(
         before, after = count_compactions(computed, WINDOW), count_compactions(seq_len, WINDOW)
         table_row = window_table + request.to(tl.int64) * window_table_stride
 
-        # program_id(2) counts chunks of channels, keys first
-        chunks_per_half = tl.num_programs(2) // 2
-        is_value = tl.program_id(2) // chunks_per_half
-        channel = (tl.program_id(2) % chunks_per_half) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+        CHUNKS_PER_HALF: tl.constexpr = (HEAD_SIZE + CHANNELS - 1) // CHANNELS
+        is_value = chunk // CHUNKS_PER_HALF
+        channel = (chunk % CHUNKS_PER_HALF) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
         in_head = channel < HEAD_SIZE
         copies = window + head.to(tl.int64) * window_head_stride + is_value * HEAD_SIZE + channel
         if is_value > 0:
@@ -107,6 +107,6 @@ def update_window_kernel(
             tl.store(copies + offset, new, mask=exists)
 
         # programs of other heads read 0 or this: both mean the same window_start
-        if (head == 0) & (tl.program_id(2) == 0):
+        if (head == 0) & (chunk == 0):
             block = tl.load(table_row).to(tl.int64)
             tl.store((window_bytes + block * window_byte_stride).to(tl.pointer_type(tl.int32)), window_start + 1)

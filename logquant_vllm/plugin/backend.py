@@ -277,10 +277,18 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         cache = PagedCache(
             kv_cache[:, 0, 0], self.window_layer.window_bytes(), attn_metadata.block_table, window_metadata.block_table
         )
-        ops, layout, batch, stored_key = self.operations, self.layout, attn_metadata.batch, self._rotated(key)
+        ops, layout, batch = self.operations, self.layout, attn_metadata.batch
         if current_platform.is_cpu():  # one call: a decode step is short enough for Python to show
-            output[:tokens] = ops.step(self._rotated(query), stored_key, value, cache, batch, layout, self.scale)
+            rotated = self._rotated(query), self._rotated(key)
+            output[:tokens] = ops.step(*rotated, value, cache, batch, layout, self.scale)
             return output
+        if batch.max_query_len == 1 and layout.may_store_last:  # as few launches as can be
+            if self._rotation is not None:
+                query, key = ops.rotate_heads(query, key, self._rotation)
+            ops.attention(query, key, value, cache, batch, layout, self.scale, output[:tokens])
+            ops.store_tokens(key, value, cache, batch, layout)
+            return output
+        stored_key = self._rotated(key)
         ops.quantize_pages(stored_key, value, cache, batch, layout)
         for part in attn_metadata.parts:
             view = cache._replace(
