@@ -38,8 +38,14 @@ BY_HEAD = gl.constexpr(gl.SliceLayout(0, MMA.value))
 BY_LANE = gl.constexpr(gl.DistributedLinearLayout([[0, 1]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [8, 8]))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 
-# A value's weight is at most 1, its scale at most 448: times this they fill the range of float16
-WEIGHT_UNIT = gl.constexpr(2.0**7)
+# Weights are relative to a reference that may lie below the largest score by this much (in units of log2): then sums
+# need not be scaled anew for every group. Weight times scale times PRODUCT_UNIT must fit float16, so the reference is
+# the largest score itself where a value's scale is above LARGE_SCALE. Weights are in WEIGHT_UNIT to keep the small ones.
+SLACK = gl.constexpr(5.0)
+LARGE_SCALE = gl.constexpr(15.0)
+PRODUCT_UNIT = gl.constexpr(2.0**7)
+LOG_WEIGHT_UNIT = gl.constexpr(5)
+WEIGHT_UNIT = gl.constexpr(2.0**5)
 CODE_UNIT = gl.constexpr(2.0**24)  # one over the smallest float16
 
 
@@ -166,6 +172,13 @@ def left_operands(words, moved, first: gl.constexpr, STEPS: gl.constexpr, BITS: 
 
 
 @gluon.jit
+def add_offsets(acc, right, zero_memory, ones):
+    """``acc + zeros @ right`` in every row, for zeros in the units of ``right``."""
+    products = multiply_pairs(right, zero_memory.load(gl.SliceLayout(1, RIGHT))[:, None])
+    return mma_v2(ones, products, acc)
+
+
+@gluon.jit
 def add_values(acc, words, right, STEPS: gl.constexpr, BITS: gl.constexpr):
     """``acc + codes @ right`` for ``right`` of ``[16 * STEPS, 8]``."""
     codes = left_operands(words, move_words(words, BITS), 0, STEPS, BITS)
@@ -173,10 +186,27 @@ def add_values(acc, words, right, STEPS: gl.constexpr, BITS: gl.constexpr):
 
 
 @gluon.jit
+def by_lane(x):
+    """``[rows, 8]`` as ``[rows / 8, 8, 8]``: what a lane holds differs in the first index alone."""
+    return gl.reshape(x, (x.shape[0] // 8, 8, 8))
+
+
+@gluon.jit
+def beside(lanes, x):
+    """``[8, 8]`` of lanes as ``[1, 8, 8]``, to go with ``x`` of :func:`by_lane`."""
+    return gl.convert_layout(lanes, gl.SliceLayout(0, x.type.layout), assert_trivial=True)[None, :, :]
+
+
+@gluon.jit
 def lane_sums(x):
     """``[rows, 8]`` to ``[8, 8]`` without a word between lanes; :func:`head_sums` does the rest after the last tile."""
-    sums = gl.sum(gl.reshape(x, (x.shape[0] // 8, 8, 8)), 0)
-    return gl.convert_layout(sums, BY_LANE, assert_trivial=True)
+    return gl.convert_layout(gl.sum(by_lane(x), 0), BY_LANE, assert_trivial=True)
+
+
+@gluon.jit
+def lane_maxima(x):
+    """Like :func:`lane_sums`."""
+    return gl.convert_layout(gl.max(by_lane(x), 0), BY_LANE, assert_trivial=True)
 
 
 @gluon.jit
@@ -186,19 +216,67 @@ def head_sums(sums):
 
 
 @gluon.jit
-def softmax_step(scores, maximum, totals):
-    """``kernels.decode.softmax_step``, with the totals as :func:`lane_sums`."""
-    new_maximum = gl.maximum(maximum, gl.max(scores, 0))
-    reference = gl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    weights = gl.exp2(scores - reference[None, :])
-    decay = gl.exp2(maximum - reference)
-    return new_maximum, totals * lane_factors(decay) + lane_sums(weights), weights, decay
+def of_heads(lanes):
+    """``[8, 8]`` with equal rows to ``[8]``."""
+    return gl.convert_layout(gl.max(lanes, 0), BY_HEAD)
 
 
 @gluon.jit
-def lane_factors(factors):
-    """``[8]`` by head to ``[1, 8]`` beside :func:`lane_sums`."""
-    return gl.convert_layout(factors, gl.SliceLayout(0, BY_LANE), assert_trivial=True)[None, :]
+def scale_rows(x, factors):
+    """``[rows, 8]`` times ``[8, 8]`` with equal rows."""
+    blocks = by_lane(x)
+    return gl.convert_layout(gl.reshape(blocks * beside(factors, blocks), x.shape), MMA, assert_trivial=True)
+
+
+@gluon.jit
+def reference_of(maximum):
+    """What scores are relative to: 0 where no score came yet."""
+    return gl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@gluon.jit
+def softmax_step(scores, maximum, totals):
+    """``kernels.decode.softmax_step``, with the totals as :func:`lane_sums`."""
+    new_maximum = gl.maximum(maximum, gl.max(scores, 0))
+    reference = reference_of(new_maximum)
+    weights = gl.exp2(scores - reference[None, :])
+    decay = gl.exp2(maximum - reference)
+    factors = gl.convert_layout(decay, gl.SliceLayout(0, BY_LANE), assert_trivial=True)[None, :]
+    return new_maximum, totals * factors + lane_sums(weights), weights, decay
+
+
+@gluon.jit
+def transpose_tiles(x):
+    """float16 ``[rows, 8]`` from the registers of a product to those of a right operand: one instruction a tile."""
+    moved = gl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=gl.float16, is_pure=True, pack=2
+    )
+    return gl.convert_layout(gl.reshape(gl.permute(by_lane(moved), (0, 2, 1)), x.shape), RIGHT, assert_trivial=True)
+
+
+@gluon.jit
+def multiply_rows(x, pairs):
+    """float16 ``[rows, 8]`` times one factor for each row, given twice in a word (int32 ``[rows]``)."""
+    x, pairs = gl.broadcast(x, pairs[:, None])
+    return gl.inline_asm_elementwise(
+        "mul.f16x2 $0, $1, $2;", "=r,r,r,r", [x, pairs], dtype=gl.float16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def add_products(a, b, acc):
+    """float16 ``a * b + acc``, two with one instruction."""
+    a, b = gl.broadcast(a, b)
+    return gl.inline_asm_elementwise(
+        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, acc], dtype=gl.float16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def word_of_twice(x):
+    """int32 whose halves are both float16 ``x``."""
+    bits = x.to(gl.uint16, bitcast=True).to(gl.int32)
+    return bits | (bits << 16)
 
 
 @gluon.jit
@@ -320,7 +398,7 @@ def attend_pages(
     SPAN: gl.constexpr = (2 * WINDOW).bit_length()
     KEY_META: gl.constexpr = gl.BlockedLayout([HEAD_SIZE // 32], [32], [1], [0])
     VALUE_META: gl.constexpr = gl.BlockedLayout([GROUP // 32], [32], [1], [0])
-    maximum = gl.full((8,), float("-inf"), gl.float32, BY_HEAD)
+    maximum = gl.full((8, 8), float("-inf"), gl.float32, BY_LANE)
     totals = gl.zeros((8, 8), gl.float32, BY_LANE)
     end = gl.where(live, pages_end(computed, window_start, WINDOW), 0)
     num_groups = gl.cdiv(gl.maximum(end, 0), GROUP)
@@ -351,18 +429,22 @@ def attend_pages(
 
     scale_memory = gl.allocate_shared_memory(gl.float16, [HEAD_SIZE], PLAIN)
     zero_memory = gl.allocate_shared_memory(gl.float16, [HEAD_SIZE], PLAIN)
-    value_scale_memory = gl.allocate_shared_memory(gl.float32, [VALUE_GROUPS * GROUP], PLAIN)
-    value_zero_memory = gl.allocate_shared_memory(gl.float32, [VALUE_GROUPS * GROUP], PLAIN)
+    value_scale_memory = gl.allocate_shared_memory(gl.int32, [VALUE_GROUPS * GROUP], PLAIN)
+    value_zero_memory = gl.allocate_shared_memory(gl.float16, [VALUE_GROUPS * GROUP], PLAIN)
     channel = gl.arange(0, HEAD_SIZE, layout=KEY_META)
     member = gl.arange(0, GROUP, layout=VALUE_META)
     zero_weight = power_of_two(code_shift(channel, FMT.key_words, KEY_BITS) - 8)
-    value_weight = power_of_two(7 - code_shift(member, VALUE_WORDS, VALUE_BITS))
+    value_weight = power_of_two(7 - LOG_WEIGHT_UNIT - code_shift(member, VALUE_WORDS, VALUE_BITS)).to(gl.float16)
+    value_zero_weight = power_of_two(code_shift(member, VALUE_WORDS, VALUE_BITS) - 8)
     token = gl.arange(0, GROUP, layout=BY_ROW)
+    ones = gl.full((16, 16), 1.0, gl.float16, LEFT)
+    token_ones = gl.full((16, GROUP), 1.0, gl.float16, LEFT)
 
     acc_0 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
     acc_1 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
-    offsets_0 = gl.zeros((8, 8), gl.float32, BY_LANE)
-    offsets_1 = gl.zeros((8, 8), gl.float32, BY_LANE)
+    # rows are equal
+    offsets_0 = gl.zeros((16, 8), gl.float32, MMA)
+    offsets_1 = gl.zeros((16, 8), gl.float32, MMA)
     # codes go through shared memory one group ahead, scales through registers, block numbers two groups ahead
     keys_memory = gl.allocate_shared_memory(gl.uint16, [2, GROUP, FMT.key_words], words_memory_layout(FMT.key_words))
     values_memory = gl.allocate_shared_memory(gl.uint16, [2, HEAD_SIZE, VALUE_WORDS], words_memory_layout(VALUE_WORDS))
@@ -395,13 +477,15 @@ def attend_pages(
 
         scale_memory.store(key_scale.to(gl.float8e4nv, bitcast=True).to(gl.float16))
         zero_memory.store((key_zero.to(gl.float32) * zero_weight).to(gl.float16))
-        scale = scale_0.to(gl.float8e4nv, bitcast=True).to(gl.float32)
-        value_scale_memory.slice(0, GROUP).store(scale * value_weight)
-        value_zero_memory.slice(0, GROUP).store(scale * (zero_0.to(gl.float32) * 0.25))
+        scale = scale_0.to(gl.float8e4nv, bitcast=True).to(gl.float16)
+        largest_scale = scale
+        value_scale_memory.slice(0, GROUP).store(word_of_twice(scale * value_weight))
+        value_zero_memory.slice(0, GROUP).store((zero_0.to(gl.float32) * value_zero_weight).to(gl.float16))
         if VALUE_GROUPS == 2:
-            scale = scale_1.to(gl.float8e4nv, bitcast=True).to(gl.float32)
-            value_scale_memory.slice(GROUP, GROUP).store(scale * value_weight)
-            value_zero_memory.slice(GROUP, GROUP).store(scale * (zero_1.to(gl.float32) * 0.25))
+            scale = scale_1.to(gl.float8e4nv, bitcast=True).to(gl.float16)
+            largest_scale = gl.maximum(largest_scale, scale)
+            value_scale_memory.slice(GROUP, GROUP).store(word_of_twice(scale * value_weight))
+            value_zero_memory.slice(GROUP, GROUP).store((zero_1.to(gl.float32) * value_zero_weight).to(gl.float16))
 
         # after the last group these read the null block
         key_scale = gl.load(slab + FMT.key_scale_offset + in_page * HEAD_SIZE + channel)
@@ -419,47 +503,65 @@ def attend_pages(
         scores = gl.zeros((GROUP, 8), gl.float32, MMA)
         offset = gl.zeros((16, 8), gl.float32, MMA)
         moved = move_words(keys, KEY_BITS)
-        for step in gl.static_range(KEY_STEPS):
-            scale16 = scale_memory.slice(16 * step, 16).load(gl.SliceLayout(1, RIGHT))
-            right = multiply_pairs(queries[step], scale16[:, None])
-            scores = mma_v2(left_operand(keys, moved, step, KEY_BITS), right, scores)
-            zero16 = zero_memory.slice(16 * step, 16).load(gl.SliceLayout(0, LEFT))
-            offset = mma_v2(gl.broadcast(zero16[None, :], gl.zeros((16, 16), gl.float16, LEFT))[0], right, offset)
-        scores = scores * (CODE_UNIT * score_unit) + (gl.max(offset, 0) * (64.0 * score_unit))[None, :]
+        for step in gl.static_range(0, KEY_STEPS, 2):
+            pair = gl.zeros((16, 8), gl.float16, RIGHT)
+            for i in gl.static_range(step, step + 2):
+                scale16 = scale_memory.slice(16 * i, 16).load(gl.SliceLayout(1, RIGHT))
+                right = multiply_pairs(queries[i], scale16[:, None])
+                scores = mma_v2(left_operand(keys, moved, i, KEY_BITS), right, scores)
+                zero16 = zero_memory.slice(16 * i, 16).load(gl.SliceLayout(1, RIGHT))
+                pair = add_products(right, zero16[:, None], pair)
+            offset = mma_v2(ones, pair, offset)
+        shift = lane_maxima(offset) * (64.0 * score_unit)
         if (group == 0) | (group >= first_overlaid):
             valid = read_from_page(group * GROUP + token, end, computed, window_start, WINDOW)
             scores = gl.where(valid[:, None], scores, float("-inf"))
 
-        maximum, totals, weights, decay = softmax_step(scores, maximum, totals)
-        acc_0 = acc_0 * decay[None, :]
-        scale = value_scale_memory.slice(0, GROUP).load(BY_ROW)
-        zero = value_zero_memory.slice(0, GROUP).load(BY_ROW)
-        offsets_0 = offsets_0 * lane_factors(decay) + lane_sums(weights * zero[:, None])
-        scaled = gl.convert_layout((weights * scale[:, None]).to(gl.float16), RIGHT)
+        highest = lane_maxima(scores) * (CODE_UNIT * score_unit) + shift
+        excess = gl.max(gl.reshape(highest - maximum, (32, 2)), 1)
+        widest = gl.max(gl.reshape(largest_scale, (32, GROUP // 32)), 1).to(gl.float32)
+        widest = gl.convert_layout(widest, excess.type.layout, assert_trivial=True)
+        if gl.max(gl.where(widest > LARGE_SCALE, float("inf"), excess), 0) > SLACK:
+            row = gl.convert_layout(gl.max(highest, 0), gl.SliceLayout(0, BY_LANE))[None, :]
+            new_maximum = gl.maximum(maximum, row)
+            decay = gl.exp2(maximum - reference_of(new_maximum))
+            maximum = new_maximum
+            totals = totals * decay
+            acc_0 = scale_rows(acc_0, decay)
+            offsets_0 = scale_rows(offsets_0, decay)
+            if VALUE_GROUPS == 2:
+                acc_1 = scale_rows(acc_1, decay)
+                offsets_1 = scale_rows(offsets_1, decay)
+        blocks = by_lane(scores)
+        exponents = blocks * (CODE_UNIT * score_unit) + beside(shift - reference_of(maximum) + LOG_WEIGHT_UNIT, blocks)
+        weights = gl.convert_layout(gl.reshape(gl.exp2(exponents), (GROUP, 8)), MMA, assert_trivial=True)
+        totals += lane_sums(weights)
+        weights16 = weights.to(gl.float16)
+
         values = values_memory.index(stage).slice(0, CHANNELS).load(words_layout(CHANNELS, VALUE_WORDS))
+        scaled = transpose_tiles(multiply_rows(weights16, value_scale_memory.slice(0, GROUP).load(BY_ROW)))
+        offsets_0 = add_offsets(offsets_0, scaled, value_zero_memory.slice(0, GROUP), token_ones)
         acc_0 = add_values(acc_0, values, scaled, VALUE_STEPS, VALUE_BITS)
         if VALUE_GROUPS == 2:
-            acc_1 = acc_1 * decay[None, :]
-            scale = value_scale_memory.slice(GROUP, GROUP).load(BY_ROW)
-            zero = value_zero_memory.slice(GROUP, GROUP).load(BY_ROW)
-            offsets_1 = offsets_1 * lane_factors(decay) + lane_sums(weights * zero[:, None])
-            scaled = gl.convert_layout((weights * scale[:, None]).to(gl.float16), RIGHT)
             values = values_memory.index(stage).slice(CHANNELS, CHANNELS).load(words_layout(CHANNELS, VALUE_WORDS))
+            scaled = transpose_tiles(multiply_rows(weights16, value_scale_memory.slice(GROUP, GROUP).load(BY_ROW)))
+            offsets_1 = add_offsets(offsets_1, scaled, value_zero_memory.slice(GROUP, GROUP), token_ones)
             acc_1 = add_values(acc_1, values, scaled, VALUE_STEPS, VALUE_BITS)
         stage = 1 - stage
 
     total = head_sums(totals)
     if first_group < last_group:
-        inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
+        # weights in the sums are times PRODUCT_UNIT, those of the total times 2**LOG_WEIGHT_UNIT
+        inverse = gl.where(total == 0.0, 0.0, (WEIGHT_UNIT / PRODUCT_UNIT) / total)
         in_group = (gl.arange(0, 8, layout=BY_HEAD) < GQA)[None, :]
         row = gl.arange(0, CHANNELS, layout=BY_ROW)
         address = out[None, :] + row[:, None]
-        result = acc_0 * (CODE_UNIT / WEIGHT_UNIT) + head_sums(offsets_0)[None, :]
+        result = acc_0 * CODE_UNIT + of_heads(lane_maxima(offsets_0) * 64.0)[None, :]
         gl.store(address, result * inverse[None, :], mask=in_group)
         if VALUE_GROUPS == 2:
-            result = acc_1 * (CODE_UNIT / WEIGHT_UNIT) + head_sums(offsets_1)[None, :]
+            result = acc_1 * CODE_UNIT + of_heads(lane_maxima(offsets_1) * 64.0)[None, :]
             gl.store(address + CHANNELS, result * inverse[None, :], mask=in_group)
-    return maximum, total
+    return of_heads(maximum), total / WEIGHT_UNIT
 
 
 @gluon.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)

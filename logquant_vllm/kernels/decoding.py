@@ -24,7 +24,7 @@ WINDOW_SLOTS_PER_TILE = 16
 COMBINE_CHANNELS = 32
 # Decoding with kernels.decode_gluon: registers of a lane, programs that a multiprocessor holds, waves of programs, and
 # the groups that a program should have at least to be worth its start
-GLUON_REGISTERS = 144
+GLUON_REGISTERS = 168
 GLUON_PROGRAMS_PER_SM = 12
 GLUON_WAVES = 4
 GLUON_LEAST_GROUPS = 5
