@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("room", [96, 1024, 8192])
+@pytest.mark.parametrize("room", [512, 1024, 8192])
 @pytest.mark.parametrize(("head_size", "gqa"), [(64, 8), (96, 1), (128, 4), (256, 2)])
 def test_prefill(head_size: int, gqa: int, room: int, dtype: torch.dtype) -> None:
     """Several requests, with a past and without, whose past takes one slice or many."""

@@ -244,7 +244,7 @@ def test_rotate_heads(head_size: int, dtype: torch.dtype, tokens: int) -> None:
 def past_of_both(pair: Pair, new: list[int], room: int) -> None:
     """The past of a step, slice by slice: equal to the reference's but for the rounding of dequantized tokens."""
     a, b = pair.expected.batch(new), pair.actual.batch(new)
-    bounds = a.num_computed.tolist()
+    bounds = [n + 3 for n in a.num_computed.tolist()]  # the host knows upper bounds
     shape = (room, pair.num_kv_heads, pair.layout.fmt.head_size)
     pieces = [past_reference.past_slices(x.num_computed, bounds, room) for x in (a, b)]
     for piece, on_device in zip(*pieces, strict=True):
@@ -254,6 +254,8 @@ def past_of_both(pair: Pair, new: list[int], room: int) -> None:
         past_kernels.gather_past(*actual, on_device, pair.actual.cache, b, pair.layout)
         for x, y in zip(actual, expected, strict=True):
             assert_close(x, y, tolerance=1e-3, what=f"past from {piece.first}")
+            assert (x[int(piece.start_loc[-1]) : piece.rows] == 0).all()
+            assert (x[piece.rows :] == 7).all()
 
 
 @here
@@ -263,6 +265,8 @@ def test_gather_past(case) -> None:
     pair = Pair(layout, case[8], 2, 3, 700, case[9])
     pair.step([430, 1, 64], seed=0)
     past_of_both(pair, [3, 1, 20], room=128)
+    for side in (pair.expected, pair.actual):
+        side.cache.window_block_table[1] = 0  # a row of padding
     past_of_both(pair, [1, 1, 1], room=2000)
 
 

@@ -69,11 +69,13 @@ def gather_past(
 
     Args:
         keys, values: ``[piece.rows or more, num_kv_heads, head_size]`` in the model's dtype, written; keys are rotated
-            as they were stored. Rows of no token are left as they are.
+            as they were stored. The first ``piece.rows`` rows that belong to no token become 0: attention kernels mask
+            weights, but a NaN times 0 is still one.
         piece: one of :func:`past_slices` of the same batch.
     """
     computed = batch.num_computed
     cached = read_cached_tokens(cache, computed, layout, keys.shape[1], keys.dtype)
+    keys[: piece.rows], values[: piece.rows] = 0, 0
     for request, start in enumerate(piece.start_loc[:-1].tolist()):
         n = int(computed[request])
         if cache.window_block_table[request, 0] == 0:

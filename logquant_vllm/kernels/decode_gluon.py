@@ -1,12 +1,10 @@
 """Attention of one new token per request on Hopper and Ada: ``kernels.decode`` with its registers laid out by hand.
 
 The same arithmetic as :func:`logquant_vllm.kernels.decode.decode_kernel`, which stays for other GPUs, for other formats
-and for Triton's interpreter. What Gluon adds: a word of codes is loaded straight into the registers in which the matrix
-unit wants its operand, and one ``and`` makes two operands of it. No code passes through shared memory; only scales do.
+and for Triton's interpreter. No code passes through other lanes; only scales do, through shared memory.
 
 Tokens are rows when scores are computed, channels are rows when values are summed, and the query heads of one KV head
-are the eight columns. Row ``16 * step + k`` of the other operand belongs to slot ``(16 * step + k) // words`` of word
-``k % words``, which is its natural place: with 16 words to a row a step takes one slot, with 8 words two.
+are the eight columns. A program takes a share of the window's slots, then a share of the pages, or only one of the two.
 """
 
 from __future__ import annotations
@@ -25,28 +23,50 @@ from logquant_vllm.kernels.common import (
     slot_offset,
     slot_position,
 )
-
-HEADS = 8  # columns of a matrix instruction
-ROWS = gl.constexpr(16)  # and its rows
-
-MMA = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]))
-LEFT = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=MMA.value, k_width=2))
-RIGHT = gl.constexpr(gl.DotOperandLayout(operand_index=1, parent=MMA.value, k_width=2))
-BY_ROW = gl.constexpr(gl.SliceLayout(1, MMA.value))
-BY_HEAD = gl.constexpr(gl.SliceLayout(0, MMA.value))
-# sums over rows of equal remainder modulo 8, which every lane can form of its own registers
-BY_LANE = gl.constexpr(gl.DistributedLinearLayout([[0, 1]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [8, 8]))
-PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+from logquant_vllm.kernels.gluon_tiles import (
+    BY_HEAD,
+    BY_LANE,
+    BY_ROW,
+    CODE_UNIT,
+    HEADS,
+    LEFT,
+    MMA,
+    PLAIN,
+    RIGHT,
+    ROWS,
+    add_offsets,
+    add_products,
+    add_values,
+    beside,
+    by_lane,
+    code_shift,
+    copy_codes,
+    head_sums,
+    lane_maxima,
+    lane_sums,
+    left_operand,
+    move_words,
+    multiply_pairs,
+    multiply_rows,
+    of_heads,
+    power_of_two,
+    reference_of,
+    scale_rows,
+    softmax_step,
+    transpose_tiles,
+    word_of_twice,
+    words_layout,
+    words_memory_layout,
+)
 
 # Weights are relative to a reference that may lie below the largest score by this much (in units of log2): then sums
 # need not be scaled anew for every group. Weight times scale times PRODUCT_UNIT must fit float16, so the reference is
-# the largest score itself where a value's scale is above LARGE_SCALE. Weights are in WEIGHT_UNIT to keep the small ones.
+# the largest score itself where a value's scale is above LARGE_SCALE. WEIGHT_UNIT keeps the bits of small weights.
 SLACK = gl.constexpr(5.0)
 LARGE_SCALE = gl.constexpr(15.0)
 PRODUCT_UNIT = gl.constexpr(2.0**7)
 LOG_WEIGHT_UNIT = gl.constexpr(5)
 WEIGHT_UNIT = gl.constexpr(2.0**5)
-CODE_UNIT = gl.constexpr(2.0**24)  # one over the smallest float16
 
 
 def supports(fmt: PageFormat, gqa: int) -> bool:
@@ -62,223 +82,6 @@ def supports(fmt: PageFormat, gqa: int) -> bool:
     )
 
 
-@gluon.constexpr_function
-def words_layout(rows, words):
-    """Registers of ``[rows, words]``: the matrix unit's own, or for 8 words its left half."""
-    if words == 16:
-        return LEFT
-    bases = [[0, 1]] + [[r, 0] for r in (8, 16, 32, 64, 128) if r < rows]
-    return gl.DistributedLinearLayout(bases, [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [rows, words])
-
-
-@gluon.constexpr_function
-def words_memory_layout(words):
-    """Shared memory for rows of words, so that eight rows of four bytes a lane lie in different banks."""
-    return (
-        gl.SwizzledSharedLayout(8, 4, 2, order=[1, 0])
-        if words == 16
-        else gl.SwizzledSharedLayout(8, 1, 1, order=[1, 0])
-    )
-
-
-@gluon.jit
-def copy_words(memory, address, ROW_WORDS: gl.constexpr):
-    """Start to copy rows of words, which lie ``ROW_WORDS`` apart, to shared memory: 16 bytes a lane."""
-    NUM_ROWS: gl.constexpr = memory.shape[0]
-    WORDS: gl.constexpr = memory.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WORDS, WORDS // 8], [1, 1], [1, 0])
-    row = gl.arange(0, NUM_ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT))
-    words = address.to(gl.pointer_type(gl.uint16))
-    async_copy.async_copy_global_to_shared(memory, words + row[:, None] * ROW_WORDS + word[None, :])
-
-
-@gluon.jit
-def copy_codes(keys, values, slab, in_page, FMT: gl.constexpr):
-    """Start to copy one group's codes."""
-    copy_words(keys, slab + FMT.key_codes_offset + in_page * (FMT.key_group_size * FMT.key_words * 2), FMT.key_words)
-    copy_words(values, slab + FMT.value_codes_offset + in_page * (FMT.value_words_per_group * 2), FMT.value_words)
-
-
-@gluon.jit
-def code_shift(index, WORDS: gl.constexpr, BITS: gl.constexpr):
-    """Where the masked code of row ``index`` lies in the mantissa."""
-    return index // WORDS % (10 // BITS) * BITS
-
-
-@gluon.jit
-def codes_of_slot(words, moved, slot: gl.constexpr, BITS: gl.constexpr):
-    """float16 ``code * 2**(shift - 24)``; two codes with one instruction."""
-    PER_MANTISSA: gl.constexpr = 10 // BITS
-    MASK: gl.constexpr = ((1 << BITS) - 1) << (slot % PER_MANTISSA * BITS)
-    source = words if slot < PER_MANTISSA else moved
-    mask = gl.full(words.shape, MASK, gl.uint16, words.type.layout)
-    return gl.inline_asm_elementwise(
-        "and.b32 $0, $1, $2;", "=r,r,r", [source, mask], dtype=gl.float16, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
-def left_operand(words, moved, step: gl.constexpr, BITS: gl.constexpr):
-    """Codes ``[rows, 16]`` of one step, in the matrix unit's registers."""
-    NUM_ROWS: gl.constexpr = words.shape[0]
-    if words.shape[1] == 16:
-        return codes_of_slot(words, moved, step, BITS)
-    else:
-        even = codes_of_slot(words, moved, 2 * step, BITS)
-        odd = codes_of_slot(words, moved, 2 * step + 1, BITS)
-        both = gl.reshape(gl.permute(gl.join(even, odd), (0, 2, 1)), (NUM_ROWS, 16))
-        return gl.convert_layout(both, LEFT, assert_trivial=True)
-
-
-@gluon.jit
-def move_words(words, BITS: gl.constexpr):
-    """The words with the slots that do not fit the mantissa moved into it."""
-    if BITS == 2:
-        return gl.inline_asm_elementwise("shr.b32 $0, $1, 10;", "=r,r", [words], dtype=gl.uint16, is_pure=True, pack=2)
-    else:
-        return gl.inline_asm_elementwise("shr.b32 $0, $1, 8;", "=r,r", [words], dtype=gl.uint16, is_pure=True, pack=2)
-
-
-@gluon.jit
-def power_of_two(exponent):
-    """float32 ``2**exponent`` of int32 between -126 and 127."""
-    return ((exponent + 127) << 23).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def multiply_pairs(a, b):
-    """Product of float16 tensors, two with one instruction."""
-    a, b = gl.broadcast(a, b)
-    return gl.inline_asm_elementwise("mul.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.float16, is_pure=True, pack=2)
-
-
-@gluon.jit
-def side_by_side(a, b):
-    """``[rows, n]`` twice to ``[rows, 2 * n]``; a renaming of registers."""
-    return gl.reshape(gl.permute(gl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
-
-
-@gluon.jit
-def left_operands(words, moved, first: gl.constexpr, STEPS: gl.constexpr, BITS: gl.constexpr):
-    """Codes ``[rows, 16 * STEPS]`` of the steps from ``first`` on; ``STEPS`` is a power of two."""
-    if STEPS == 1:
-        return left_operand(words, moved, first, BITS)
-    else:
-        HALF: gl.constexpr = STEPS // 2
-        return side_by_side(
-            left_operands(words, moved, first, HALF, BITS), left_operands(words, moved, first + HALF, HALF, BITS)
-        )
-
-
-@gluon.jit
-def add_offsets(acc, right, zero_memory, ones):
-    """``acc + zeros @ right`` in every row, for zeros in the units of ``right``."""
-    products = multiply_pairs(right, zero_memory.load(gl.SliceLayout(1, RIGHT))[:, None])
-    return mma_v2(ones, products, acc)
-
-
-@gluon.jit
-def add_values(acc, words, right, STEPS: gl.constexpr, BITS: gl.constexpr):
-    """``acc + codes @ right`` for ``right`` of ``[16 * STEPS, 8]``."""
-    codes = left_operands(words, move_words(words, BITS), 0, STEPS, BITS)
-    return mma_v2(gl.convert_layout(codes, LEFT, assert_trivial=True), right, acc)
-
-
-@gluon.jit
-def by_lane(x):
-    """``[rows, 8]`` as ``[rows / 8, 8, 8]``: what a lane holds differs in the first index alone."""
-    return gl.reshape(x, (x.shape[0] // 8, 8, 8))
-
-
-@gluon.jit
-def beside(lanes, x):
-    """``[8, 8]`` of lanes as ``[1, 8, 8]``, to go with ``x`` of :func:`by_lane`."""
-    return gl.convert_layout(lanes, gl.SliceLayout(0, x.type.layout), assert_trivial=True)[None, :, :]
-
-
-@gluon.jit
-def lane_sums(x):
-    """``[rows, 8]`` to ``[8, 8]`` without a word between lanes; :func:`head_sums` does the rest after the last tile."""
-    return gl.convert_layout(gl.sum(by_lane(x), 0), BY_LANE, assert_trivial=True)
-
-
-@gluon.jit
-def lane_maxima(x):
-    """Like :func:`lane_sums`."""
-    return gl.convert_layout(gl.max(by_lane(x), 0), BY_LANE, assert_trivial=True)
-
-
-@gluon.jit
-def head_sums(sums):
-    """``[8, 8]`` of :func:`lane_sums` to ``[8]``."""
-    return gl.convert_layout(gl.sum(sums, 0), BY_HEAD)
-
-
-@gluon.jit
-def of_heads(lanes):
-    """``[8, 8]`` with equal rows to ``[8]``."""
-    return gl.convert_layout(gl.max(lanes, 0), BY_HEAD)
-
-
-@gluon.jit
-def scale_rows(x, factors):
-    """``[rows, 8]`` times ``[8, 8]`` with equal rows."""
-    blocks = by_lane(x)
-    return gl.convert_layout(gl.reshape(blocks * beside(factors, blocks), x.shape), MMA, assert_trivial=True)
-
-
-@gluon.jit
-def reference_of(maximum):
-    """What scores are relative to: 0 where no score came yet."""
-    return gl.where(maximum == float("-inf"), 0.0, maximum)
-
-
-@gluon.jit
-def softmax_step(scores, maximum, totals):
-    """``kernels.decode.softmax_step``, with the totals as :func:`lane_sums`."""
-    new_maximum = gl.maximum(maximum, gl.max(scores, 0))
-    reference = reference_of(new_maximum)
-    weights = gl.exp2(scores - reference[None, :])
-    decay = gl.exp2(maximum - reference)
-    factors = gl.convert_layout(decay, gl.SliceLayout(0, BY_LANE), assert_trivial=True)[None, :]
-    return new_maximum, totals * factors + lane_sums(weights), weights, decay
-
-
-@gluon.jit
-def transpose_tiles(x):
-    """float16 ``[rows, 8]`` from the registers of a product to those of a right operand: one instruction a tile."""
-    moved = gl.inline_asm_elementwise(
-        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=gl.float16, is_pure=True, pack=2
-    )
-    return gl.convert_layout(gl.reshape(gl.permute(by_lane(moved), (0, 2, 1)), x.shape), RIGHT, assert_trivial=True)
-
-
-@gluon.jit
-def multiply_rows(x, pairs):
-    """float16 ``[rows, 8]`` times one factor for each row, given twice in a word (int32 ``[rows]``)."""
-    x, pairs = gl.broadcast(x, pairs[:, None])
-    return gl.inline_asm_elementwise(
-        "mul.f16x2 $0, $1, $2;", "=r,r,r,r", [x, pairs], dtype=gl.float16, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
-def add_products(a, b, acc):
-    """float16 ``a * b + acc``, two with one instruction."""
-    a, b = gl.broadcast(a, b)
-    return gl.inline_asm_elementwise(
-        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, acc], dtype=gl.float16, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
-def word_of_twice(x):
-    """int32 whose halves are both float16 ``x``."""
-    bits = x.to(gl.uint16, bitcast=True).to(gl.int32)
-    return bits | (bits << 16)
-
-
 @gluon.jit
 def row_pointers(new_row, cached_rows, new, LAYOUT: gl.constexpr):
     """Where each row of a tile lies: with this step's token, or with the copies."""
@@ -287,7 +90,6 @@ def row_pointers(new_row, cached_rows, new, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def attend_window(
-    out,
     query_columns,
     new_key,
     new_value,
@@ -297,6 +99,7 @@ def attend_window(
     window_stride,
     window_slot_stride,
     part,
+    parts,
     computed,
     window_start,
     live,
@@ -304,20 +107,22 @@ def attend_window(
     LAYOUT: gl.constexpr,
     SLOTS_PER_BLOCK: gl.constexpr,
     GQA: gl.constexpr,
-    PARTS: gl.constexpr,
 ):
-    """Attention to one part of the full-precision slots; the new token stands in the slot that it will go to.
+    """Attention to one share of the full-precision slots; the new token stands in the slot that it will go to.
 
     Args:
-        out: pointers ``[8]`` to the partial outputs; ``query_columns`` ``[8]`` to the query heads.
+        query_columns: pointers ``[8]`` to the query heads.
         new_key, new_value, copies: pointers of this KV head.
 
     Returns:
-        The largest score in units of log2 and the sum of the weights, ``[8]`` each.
+        The sums of each group of channels, ``[channels, 8]`` in PRODUCT_UNIT; the largest score in units of log2,
+        ``[8, 8]`` with equal rows; the sums of the weights in WEIGHT_UNIT by lane.
     """
     HEAD_SIZE: gl.constexpr = LAYOUT.fmt.head_size
     WINDOW: gl.constexpr = LAYOUT.window_length
-    COALESCED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_SIZE, HEAD_SIZE // 8], [1, 1], [1, 0])
+    VALUE_GROUPS: gl.constexpr = LAYOUT.fmt.value_groups
+    CHANNELS: gl.constexpr = HEAD_SIZE // VALUE_GROUPS
+    COALESCED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // CHANNELS, CHANNELS // 8], [1, 1], [1, 0])
     maximum = gl.full((8,), float("-inf"), gl.float32, BY_HEAD)
     totals = gl.zeros((8, 8), gl.float32, BY_LANE)
     column = gl.arange(0, 8, layout=gl.SliceLayout(0, RIGHT))
@@ -328,11 +133,12 @@ def attend_window(
         other=0.0,
     )
     key_channel = gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(0, LEFT))
-    value_channel = gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(0, COALESCED))
+    value_channel = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, COALESCED))
     # a row of padding attends to nothing, not even to itself
     cached, next_position = gl.where(live, computed, 0), gl.where(live, computed, -1)
-    acc = gl.zeros((HEAD_SIZE, 8), gl.float32, MMA)
-    for first in range(part * ROWS, LAYOUT.num_slots, PARTS * ROWS):
+    acc_0 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
+    acc_1 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
+    for first in range(part * ROWS, LAYOUT.num_slots, parts * ROWS):
         slot = first + gl.arange(0, ROWS, layout=BY_ROW)
         position = slot_position(slot, computed, WINDOW)
         new = (slot < LAYOUT.num_slots) & (position == next_position)
@@ -343,28 +149,29 @@ def attend_window(
             mask=gl.convert_layout(new | held, gl.SliceLayout(1, LEFT))[:, None],
             other=0.0,
         )
-        v = gl.load(
-            row_pointers(new_value, copies + offset + HEAD_SIZE, new, gl.SliceLayout(1, COALESCED))[:, None]
-            + value_channel[None, :],
-            mask=gl.convert_layout(new | held, gl.SliceLayout(1, COALESCED))[:, None],
-            other=0.0,
-        )
+        rows = row_pointers(new_value, copies + offset + HEAD_SIZE, new, gl.SliceLayout(1, COALESCED))[:, None]
+        exists = gl.convert_layout(new | held, gl.SliceLayout(1, COALESCED))[:, None]
+        v_0 = gl.load(rows + value_channel[None, :], mask=exists, other=0.0)
+        v_1 = v_0
+        if VALUE_GROUPS == 2:
+            v_1 = gl.load(rows + (value_channel + CHANNELS)[None, :], mask=exists, other=0.0)
         scores = mma_v2(k, q, gl.zeros((ROWS, 8), gl.float32, MMA)) * qk_scale
         scores = gl.where((held | new)[:, None], scores, float("-inf"))
         maximum, totals, weights, decay = softmax_step(scores, maximum, totals)
-        right = gl.convert_layout(weights.to(v.dtype), RIGHT)
-        acc = mma_v2(gl.convert_layout(gl.permute(v, (1, 0)), LEFT), right, acc * decay[None, :])
-    total = head_sums(totals)
-    inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
-    channel = gl.arange(0, HEAD_SIZE, layout=BY_ROW)
-    address = out[None, :] + channel[:, None]
-    gl.store(address, acc * inverse[None, :], mask=(gl.arange(0, 8, layout=BY_HEAD) < GQA)[None, :])
-    return maximum, total
+        right = gl.convert_layout(weights.to(v_0.dtype), RIGHT)
+        acc_0 = mma_v2(gl.convert_layout(gl.permute(v_0, (1, 0)), LEFT), right, acc_0 * decay[None, :])
+        if VALUE_GROUPS == 2:
+            acc_1 = mma_v2(gl.convert_layout(gl.permute(v_1, (1, 0)), LEFT), right, acc_1 * decay[None, :])
+    maxima = gl.convert_layout(maximum, gl.SliceLayout(0, BY_LANE))[None, :] + gl.zeros((8, 8), gl.float32, BY_LANE)
+    return acc_0 * PRODUCT_UNIT, acc_1 * PRODUCT_UNIT, maxima, totals * WEIGHT_UNIT
 
 
 @gluon.jit
 def attend_pages(
-    out,
+    result_0,
+    result_1,
+    maximum,
+    totals,
     query_columns,
     slabs,
     table_row,
@@ -378,7 +185,7 @@ def attend_pages(
     LAYOUT: gl.constexpr,
     GQA: gl.constexpr,
 ):
-    """Attention to one part of the pages' 2-bit tokens; arguments and results as in :func:`attend_window`.
+    """Attention to one share of the pages' 2-bit tokens, added to what :func:`attend_window` returns.
 
     Args:
         slabs: pointer to this KV head's bytes in page 0.
@@ -398,8 +205,6 @@ def attend_pages(
     SPAN: gl.constexpr = (2 * WINDOW).bit_length()
     KEY_META: gl.constexpr = gl.BlockedLayout([HEAD_SIZE // 32], [32], [1], [0])
     VALUE_META: gl.constexpr = gl.BlockedLayout([GROUP // 32], [32], [1], [0])
-    maximum = gl.full((8, 8), float("-inf"), gl.float32, BY_LANE)
-    totals = gl.zeros((8, 8), gl.float32, BY_LANE)
     end = gl.where(live, pages_end(computed, window_start, WINDOW), 0)
     num_groups = gl.cdiv(gl.maximum(end, 0), GROUP)
     share = gl.cdiv(num_groups, parts)
@@ -440,8 +245,7 @@ def attend_pages(
     ones = gl.full((16, 16), 1.0, gl.float16, LEFT)
     token_ones = gl.full((16, GROUP), 1.0, gl.float16, LEFT)
 
-    acc_0 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
-    acc_1 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
+    acc_0, acc_1 = result_0 / CODE_UNIT, result_1 / CODE_UNIT
     # rows are equal
     offsets_0 = gl.zeros((16, 8), gl.float32, MMA)
     offsets_1 = gl.zeros((16, 8), gl.float32, MMA)
@@ -549,22 +353,14 @@ def attend_pages(
             acc_1 = add_values(acc_1, values, scaled, VALUE_STEPS, VALUE_BITS)
         stage = 1 - stage
 
-    total = head_sums(totals)
-    if first_group < last_group:
-        # weights in the sums are times PRODUCT_UNIT, those of the total times 2**LOG_WEIGHT_UNIT
-        inverse = gl.where(total == 0.0, 0.0, (WEIGHT_UNIT / PRODUCT_UNIT) / total)
-        in_group = (gl.arange(0, 8, layout=BY_HEAD) < GQA)[None, :]
-        row = gl.arange(0, CHANNELS, layout=BY_ROW)
-        address = out[None, :] + row[:, None]
-        result = acc_0 * CODE_UNIT + of_heads(lane_maxima(offsets_0) * 64.0)[None, :]
-        gl.store(address, result * inverse[None, :], mask=in_group)
-        if VALUE_GROUPS == 2:
-            result = acc_1 * CODE_UNIT + of_heads(lane_maxima(offsets_1) * 64.0)[None, :]
-            gl.store(address + CHANNELS, result * inverse[None, :], mask=in_group)
-    return of_heads(maximum), total / WEIGHT_UNIT
+    result_0 = acc_0 * CODE_UNIT + of_heads(lane_maxima(offsets_0) * 64.0)[None, :]
+    result_1 = acc_1 * CODE_UNIT + of_heads(lane_maxima(offsets_1) * 64.0)[None, :]
+    return result_0, result_1, maximum, totals
 
 
-@gluon.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
+@gluon.jit(
+    do_not_specialize=[*STEP_COUNTS, "window_parts", "first_page_part"], do_not_specialize_on_alignment=STEP_METADATA
+)
 def decode_kernel(
     partial,  # as in kernels.decode
     partial_lse,
@@ -593,10 +389,11 @@ def decode_kernel(
     table_stride,
     window_table_stride,
     window_table_width,
+    window_parts,  # the first programs share the window
+    first_page_part,  # the programs from this one on share the pages
     LAYOUT: gl.constexpr,
     SLOTS_PER_BLOCK: gl.constexpr,
     GQA: gl.constexpr,
-    WINDOW_SPLITS: gl.constexpr,
 ):
     """One program for each part, KV head and request; arguments as in ``kernels.decode.decode_kernel``."""
     FMT: gl.constexpr = LAYOUT.fmt
@@ -611,9 +408,14 @@ def decode_kernel(
         out_row = (request.to(gl.int64) * num_heads + head) * num_splits + split
         out = partial + out_row * FMT.head_size
         query_columns = query + start.to(gl.int64) * query_stride + head * query_head_stride
-        if split < WINDOW_SPLITS:
-            maximum, total = attend_window(
-                out,
+        VALUE_GROUPS: gl.constexpr = FMT.value_groups
+        CHANNELS: gl.constexpr = FMT.head_size // VALUE_GROUPS
+        result_0 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
+        result_1 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
+        maximum = gl.full((8, 8), float("-inf"), gl.float32, BY_LANE)
+        totals = gl.zeros((8, 8), gl.float32, BY_LANE)
+        if split < window_parts:
+            result_0, result_1, maximum, totals = attend_window(
                 query_columns,
                 key + start.to(gl.int64) * key_stride + kv_head * key_head_stride,
                 value + start.to(gl.int64) * value_stride + kv_head * value_head_stride,
@@ -623,6 +425,7 @@ def decode_kernel(
                 window_stride,
                 window_slot_stride,
                 split,
+                window_parts,
                 computed,
                 window_start,
                 live,
@@ -630,17 +433,19 @@ def decode_kernel(
                 LAYOUT,
                 SLOTS_PER_BLOCK,
                 GQA,
-                WINDOW_SPLITS,
             )
-        else:
-            maximum, total = attend_pages(
-                out,
+        if split >= first_page_part:
+            result_0, result_1, maximum, totals = attend_pages(
+                result_0,
+                result_1,
+                maximum,
+                totals,
                 query_columns,
                 pages + kv_head.to(gl.int64) * FMT.head_bytes,
                 block_table + request.to(gl.int64) * table_stride,
                 page_byte_stride,
-                split - WINDOW_SPLITS,
-                num_splits - WINDOW_SPLITS,
+                split - first_page_part,
+                num_splits - first_page_part,
                 computed,
                 window_start,
                 live,
@@ -648,5 +453,13 @@ def decode_kernel(
                 LAYOUT,
                 GQA,
             )
-        lse = maximum + gl.log2(gl.where(total == 0.0, 1.0, total))
+        total = head_sums(totals)
+        inverse = gl.where(total == 0.0, 0.0, (WEIGHT_UNIT / PRODUCT_UNIT) / total)
+        row = gl.arange(0, CHANNELS, layout=BY_ROW)
+        address = out[None, :] + row[:, None]
+        is_head = (column < GQA)[None, :]
+        gl.store(address, result_0 * inverse[None, :], mask=is_head)
+        if VALUE_GROUPS == 2:
+            gl.store(address + CHANNELS, result_1 * inverse[None, :], mask=is_head)
+        lse = of_heads(maximum) + gl.log2(gl.where(total == 0.0, 1.0, total / WEIGHT_UNIT))
         gl.store(partial_lse + out_row, lse, mask=column < GQA)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,12 +22,13 @@ DECODE_STAGES = 1
 WINDOW_SLOTS_PER_PROGRAM = 64
 WINDOW_SLOTS_PER_TILE = 16
 COMBINE_CHANNELS = 32
-# Decoding with kernels.decode_gluon: registers of a lane, programs that a multiprocessor holds, waves of programs, and
-# the groups that a program should have at least to be worth its start
+# Decoding with kernels.decode_gluon: registers of a lane, programs that a multiprocessor holds. Then, in units of the
+# time that a group takes: a program's start and end, the whole window, and combining one more share.
 GLUON_REGISTERS = 168
 GLUON_PROGRAMS_PER_SM = 12
-GLUON_WAVES = 4
-GLUON_LEAST_GROUPS = 5
+GLUON_START = 2.0
+GLUON_WINDOW = 6.0
+GLUON_COMBINE = 0.02
 
 
 @functools.cache
@@ -45,20 +46,42 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def gluon_splits(rows: int, max_groups: int, wave: int) -> int:
-    """Shares that the groups of one request and KV head are cut into, for the kernel laid out by hand.
+class Shares(NamedTuple):
+    """How many programs share the cache of one request and KV head, and what they take."""
 
-    Many waves of programs even out; a wave and a bit takes as long as two. So either several waves of programs that
-    still have some groups each, or one that fills the GPU.
+    programs: int
+    window_parts: int  # the first programs share the window
+    first_page_part: int  # the programs from this one on share the pages
+
+
+@functools.lru_cache
+def gluon_shares(rows: int, max_groups: int, wave: int, window_splits: int) -> Shares:
+    """Shares for the kernel laid out by hand: those that should take the least time.
+
+    Programs take pages and window one after the other where the GPU is full anyway. Where it is not, different programs
+    take them side by side.
 
     Args:
         rows: requests times KV heads.
         max_groups: groups of the longest request.
         wave: programs that run at a time.
+        window_splits: programs for the window where it has its own.
     """
-    many = min(GLUON_WAVES * wave // rows, max_groups // GLUON_LEAST_GROUPS)
-    shares = many if many * rows >= (GLUON_WAVES - 1) * wave else min(-(-wave // rows), max_groups // 2)
-    return max(min(shares, MAX_SPLITS), 1)
+
+    def one_by_one(programs: int) -> float:
+        waves = math.ceil(rows * programs / wave)
+        return waves * (GLUON_START + (max_groups + GLUON_WINDOW) / programs) + GLUON_COMBINE * programs
+
+    def side_by_side(pages: int) -> float:
+        waves = math.ceil(rows * (window_splits + pages) / wave)
+        longest = max(max_groups / pages, GLUON_WINDOW / window_splits)
+        return waves * (GLUON_START + longest) + GLUON_COMBINE * (window_splits + pages)
+
+    most = max(min(MAX_SPLITS, max_groups), 1)
+    together, apart = min(range(1, most + 1), key=one_by_one), min(range(1, most + 1), key=side_by_side)
+    if one_by_one(together) <= side_by_side(apart):
+        return Shares(together, together, 0)
+    return Shares(window_splits + apart, window_splits, window_splits)
 
 
 def num_splits(num_reqs: int, num_kv_heads: int, max_pages: int) -> int:
@@ -92,7 +115,8 @@ def decode(
     window_splits = -(-layout.num_slots // WINDOW_SLOTS_PER_PROGRAM)
     if by_hand:
         wave = GLUON_PROGRAMS_PER_SM * _multiprocessors(query.device)
-        splits = window_splits + gluon_splits(num_reqs * num_kv_heads, max_pages * fmt.groups_per_page, wave)
+        rows, max_groups = num_reqs * num_kv_heads, max_pages * fmt.groups_per_page
+        splits, *parts = gluon_shares(rows, max_groups, wave, window_splits)
     else:
         splits = window_splits + num_splits(num_reqs, num_kv_heads, max_pages)
     partial = torch.empty(num_reqs, num_heads, splits, head_size, dtype=torch.float32, device=query.device)
@@ -127,14 +151,15 @@ def decode(
         cache.window_block_table.stride(0),
         cache.window_block_table.shape[1],
     )
-    constants = {"LAYOUT": layout, "SLOTS_PER_BLOCK": slots.shape[1], "GQA": gqa, "WINDOW_SPLITS": window_splits}
+    constants = {"LAYOUT": layout, "SLOTS_PER_BLOCK": slots.shape[1], "GQA": gqa}
     if by_hand:
-        by_hand[grid](*arguments, **constants, num_warps=1, num_stages=1, maxnreg=GLUON_REGISTERS)
+        by_hand[grid](*arguments, *parts, **constants, num_warps=1, num_stages=1, maxnreg=GLUON_REGISTERS)
     else:
         decode_kernel[grid](
             *arguments,
             **constants,
             FMT=fmt,
+            WINDOW_SPLITS=window_splits,
             GQA_PAD=padded(gqa, 8),
             HEAD_PAD=padded(head_size),
             KEY_WORDS_PAD=padded(fmt.key_words),

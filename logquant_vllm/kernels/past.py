@@ -23,12 +23,13 @@ from logquant_vllm.kernels.common import (
 )
 
 
-@triton.jit(do_not_specialize=[*STEP_COUNTS, "first"], do_not_specialize_on_alignment=STEP_METADATA)
+@triton.jit(do_not_specialize=[*STEP_COUNTS, "first", "rows"], do_not_specialize_on_alignment=STEP_METADATA)
 def gather_past_kernel(
     keys,  # [rows, num_kv_heads, head_size]
     values,  # likewise
     start_loc,
     first,  # first position of the slice
+    rows,  # rows to write
     pages,  # uint8 [num_blocks, page_bytes]
     window_bytes,  # uint8 [num_blocks, page_bytes]
     window,  # the same memory in the model's dtype: [num_blocks, slots, num_kv_heads, 2, head_size]
@@ -62,18 +63,21 @@ def gather_past_kernel(
     _, _, computed, window_start, live = read_request(
         query_start_loc, seq_lens, window_bytes, window_byte_stride, window_table, request, window_table_stride
     )
-    if live & (chunk * TOKENS < count):
+    # the last request also clears the rows behind its own
+    owned = tl.where(request == num_reqs - 1, rows - begin, count)
+    if chunk * TOKENS < owned:
         base = first + chunk * TOKENS
         token, channel = tl.arange(0, TOKENS), tl.arange(0, HEAD_PAD)[None, :]
         position = base + token
-        exists = chunk * TOKENS + token < count
+        exists = chunk * TOKENS + token < tl.where(live, count, 0)
         in_head = channel < HEAD_SIZE
 
         end = pages_end(computed, window_start, WINDOW)
-        from_page = read_from_page(position, end, computed, window_start, WINDOW)
+        from_page = exists & read_from_page(position, end, computed, window_start, WINDOW)
         from_slot = exists & ~from_page
         in_page = base % FMT.page_size
-        block = tl.load(block_table + request.to(tl.int64) * table_stride + base // FMT.page_size).to(tl.int64)
+        table_row = block_table + request.to(tl.int64) * table_stride
+        block = tl.load(table_row + base // FMT.page_size, mask=base < computed, other=0).to(tl.int64)
         slab = pages + block * page_byte_stride + kv_head.to(tl.int64) * FMT.head_bytes
         k = page_keys(slab, in_page, token[:, None], channel, in_head, FMT)
         v = page_values(slab, in_page, token[:, None], channel, from_page[:, None] & in_head, FMT)
@@ -95,12 +99,13 @@ def gather_past_kernel(
         copies = window + kv_head.to(tl.int64) * window_head_stride + offset[:, None] + channel
         mask = from_slot[:, None] & in_head
         dtype: tl.constexpr = keys.dtype.element_ty
-        k = tl.where(from_slot[:, None], tl.load(copies, mask=mask, other=0.0), k.to(dtype))
-        v = tl.where(from_slot[:, None], tl.load(copies + HEAD_SIZE, mask=mask, other=0.0), v.to(dtype))
+        k = tl.where(from_page[:, None], k.to(dtype), tl.load(copies, mask=mask, other=0.0))
+        v = tl.where(from_page[:, None], v.to(dtype), tl.load(copies + HEAD_SIZE, mask=mask, other=0.0))
 
+        mask = (chunk * TOKENS + token < owned)[:, None] & in_head
         row = (begin + chunk * TOKENS + token).to(tl.int64)[:, None] * row_stride + kv_head * row_head_stride + channel
-        tl.store(keys + row, k, mask=exists[:, None] & in_head)
-        tl.store(values + row, v, mask=exists[:, None] & in_head)
+        tl.store(keys + row, k, mask=mask)
+        tl.store(values + row, v, mask=mask)
 
 
 def gather_past(
@@ -119,6 +124,7 @@ def gather_past(
         values,
         piece.start_loc,
         piece.first,
+        piece.rows,
         cache.pages,
         cache.window,
         slots,

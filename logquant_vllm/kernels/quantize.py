@@ -112,7 +112,6 @@ def quantize_group(
     table_stride,
     window_table_stride,
     window_table_width,
-    FMT: tl.constexpr,
     LAYOUT: tl.constexpr,
     SLOTS_PER_BLOCK: tl.constexpr,
     KEY_WORDS_PAD: tl.constexpr,
@@ -123,6 +122,7 @@ def quantize_group(
     VALUE_FLOOR: tl.constexpr,
 ):
     """Quantize the ``chunk``-th group that a request completes in this step, for one KV head, if there is one."""
+    FMT: tl.constexpr = LAYOUT.fmt
     GROUP: tl.constexpr = FMT.key_group_size
     WINDOW: tl.constexpr = LAYOUT.window_length
     HEAD_SIZE: tl.constexpr = FMT.head_size

@@ -84,7 +84,8 @@ def store_kernel(
         if ONE_TOKEN:
             request, chunk = tl.program_id(0), 0
         else:
-            request, chunk = find_request(query_start_loc, tl.program_id(0), num_reqs, LAYOUT.fmt.key_group_size)
+            GROUP: tl.constexpr = LAYOUT.fmt.key_group_size
+            request, chunk = find_request(query_start_loc, tl.program_id(0), num_reqs, GROUP)
         quantize_group(
             request,
             chunk,
@@ -110,7 +111,6 @@ def store_kernel(
             table_stride,
             window_table_stride,
             window_table_width,
-            LAYOUT.fmt,
             LAYOUT,
             SLOTS_PER_BLOCK,
             KEY_WORDS_PAD,
