@@ -29,6 +29,9 @@ GLUON_PROGRAMS_PER_SM = 12
 GLUON_START = 2.0
 GLUON_WINDOW = 6.0
 GLUON_COMBINE = 0.02
+# a program on an idle multiprocessor takes this share of the time that it takes on a full one
+GLUON_IDLE = 0.75
+WINDOW_TILES = 12
 
 
 @functools.cache
@@ -68,14 +71,18 @@ def gluon_shares(rows: int, max_groups: int, wave: int, window_splits: int) -> S
         window_splits: programs for the window where it has its own.
     """
 
+    def duration(programs: int, longest: float) -> float:
+        load = rows * programs / wave
+        return max(math.ceil(load) if load > 1 else load, GLUON_IDLE) * (GLUON_START + longest)
+
     def one_by_one(programs: int) -> float:
-        waves = math.ceil(rows * programs / wave)
-        return waves * (GLUON_START + (max_groups + GLUON_WINDOW) / programs) + GLUON_COMBINE * programs
+        longest = math.ceil(max_groups / programs) + GLUON_WINDOW / min(programs, WINDOW_TILES)
+        return duration(programs, longest) + GLUON_COMBINE * programs
 
     def side_by_side(pages: int) -> float:
-        waves = math.ceil(rows * (window_splits + pages) / wave)
-        longest = max(max_groups / pages, GLUON_WINDOW / window_splits)
-        return waves * (GLUON_START + longest) + GLUON_COMBINE * (window_splits + pages)
+        programs = window_splits + pages
+        longest = max(math.ceil(max_groups / pages), GLUON_WINDOW / window_splits)
+        return duration(programs, longest) + GLUON_COMBINE * programs
 
     most = max(min(MAX_SPLITS, max_groups), 1)
     together, apart = min(range(1, most + 1), key=one_by_one), min(range(1, most + 1), key=side_by_side)
@@ -153,6 +160,7 @@ def decode(
     )
     constants = {"LAYOUT": layout, "SLOTS_PER_BLOCK": slots.shape[1], "GQA": gqa}
     if by_hand:
+        constants["WINDOW_TILE"] = 32 if parts[0] <= layout.num_slots // 32 else 16
         by_hand[grid](*arguments, *parts, **constants, num_warps=1, num_stages=1, maxnreg=GLUON_REGISTERS)
     else:
         decode_kernel[grid](
