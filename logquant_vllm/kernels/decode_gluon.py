@@ -33,6 +33,7 @@ from logquant_vllm.kernels.gluon_tiles import (
     MMA,
     PLAIN,
     RIGHT,
+    ROWS,
     add_offsets,
     add_products,
     add_values,
@@ -106,7 +107,6 @@ def attend_window(
     LAYOUT: gl.constexpr,
     SLOTS_PER_BLOCK: gl.constexpr,
     GQA: gl.constexpr,
-    TILE: gl.constexpr,
 ):
     """Attention to one share of the full-precision slots; the new token stands in the slot that it will go to.
 
@@ -138,8 +138,8 @@ def attend_window(
     cached, next_position = gl.where(live, computed, 0), gl.where(live, computed, -1)
     acc_0 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
     acc_1 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
-    for first in range(part * TILE, LAYOUT.num_slots, parts * TILE):
-        slot = first + gl.arange(0, TILE, layout=BY_ROW)
+    for first in range(part * ROWS, LAYOUT.num_slots, parts * ROWS):
+        slot = first + gl.arange(0, ROWS, layout=BY_ROW)
         position = slot_position(slot, computed, WINDOW)
         new = (slot < LAYOUT.num_slots) & (position == next_position)
         held = (slot < LAYOUT.num_slots) & (position < cached) & (position >= window_start)
@@ -155,7 +155,7 @@ def attend_window(
         v_1 = v_0
         if VALUE_GROUPS == 2:
             v_1 = gl.load(rows + (value_channel + CHANNELS)[None, :], mask=exists, other=0.0)
-        scores = mma_v2(k, q, gl.zeros((TILE, 8), gl.float32, MMA)) * qk_scale
+        scores = mma_v2(k, q, gl.zeros((ROWS, 8), gl.float32, MMA)) * qk_scale
         scores = gl.where((held | new)[:, None], scores, float("-inf"))
         maximum, totals, weights, decay = softmax_step(scores, maximum, totals)
         right = gl.convert_layout(weights.to(v_0.dtype), RIGHT)
@@ -395,7 +395,6 @@ def decode_kernel(
     LAYOUT: gl.constexpr,
     SLOTS_PER_BLOCK: gl.constexpr,
     GQA: gl.constexpr,
-    WINDOW_TILE: gl.constexpr,  # slots that a program reads at a time
 ):
     """One program for each part, KV head and request; arguments as in ``kernels.decode.decode_kernel``."""
     FMT: gl.constexpr = LAYOUT.fmt
@@ -435,7 +434,6 @@ def decode_kernel(
                 LAYOUT,
                 SLOTS_PER_BLOCK,
                 GQA,
-                WINDOW_TILE,
             )
         if split >= first_page_part:
             result_0, result_1, maximum, totals = attend_pages(

@@ -27,10 +27,8 @@ COMBINE_CHANNELS = 32
 GLUON_REGISTERS = 168
 GLUON_PROGRAMS_PER_SM = 12
 GLUON_START = 2.0
-GLUON_WINDOW = 6.0
-GLUON_COMBINE = 0.02
-# a program on an idle multiprocessor takes this share of the time that it takes on a full one
-GLUON_IDLE = 0.75
+GLUON_WINDOW = 18.0
+GLUON_COMBINE = 0.01
 WINDOW_TILES = 12
 
 
@@ -72,17 +70,13 @@ def gluon_shares(rows: int, max_groups: int, wave: int, window_splits: int) -> S
     """
 
     def duration(programs: int, longest: float) -> float:
-        load = rows * programs / wave
-        return max(math.ceil(load) if load > 1 else load, GLUON_IDLE) * (GLUON_START + longest)
+        return math.ceil(rows * programs / wave) * (GLUON_START + longest) + GLUON_COMBINE * programs
 
     def one_by_one(programs: int) -> float:
-        longest = math.ceil(max_groups / programs) + GLUON_WINDOW / min(programs, WINDOW_TILES)
-        return duration(programs, longest) + GLUON_COMBINE * programs
+        return duration(programs, math.ceil(max_groups / programs) + GLUON_WINDOW / min(programs, WINDOW_TILES))
 
     def side_by_side(pages: int) -> float:
-        programs = window_splits + pages
-        longest = max(math.ceil(max_groups / pages), GLUON_WINDOW / window_splits)
-        return duration(programs, longest) + GLUON_COMBINE * programs
+        return duration(window_splits + pages, max(math.ceil(max_groups / pages), GLUON_WINDOW / window_splits))
 
     most = max(min(MAX_SPLITS, max_groups), 1)
     together, apart = min(range(1, most + 1), key=one_by_one), min(range(1, most + 1), key=side_by_side)
@@ -160,7 +154,6 @@ def decode(
     )
     constants = {"LAYOUT": layout, "SLOTS_PER_BLOCK": slots.shape[1], "GQA": gqa}
     if by_hand:
-        constants["WINDOW_TILE"] = 32 if parts[0] <= layout.num_slots // 32 else 16
         by_hand[grid](*arguments, *parts, **constants, num_warps=1, num_stages=1, maxnreg=GLUON_REGISTERS)
     else:
         decode_kernel[grid](
@@ -195,5 +188,5 @@ def decode(
         HEAD_SIZE=head_size,
         CHANNELS=COMBINE_CHANNELS,
         SPLITS_PAD=splits_pad,
-        num_warps=min(max(splits_pad // 32, 1), 8),
+        num_warps=min(max(splits_pad // 8, 1), 8),
     )
