@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.config import LogQuantConfig
 
 KV_CACHE_DTYPE = "logquant"
+ENDPOINTS = "vllm.endpoint_plugins"
 DEMO = "demo"
 DEMO_MODEL = Path(logquant_vllm.__file__).parent / "demo" / "model"
 DEMO_FLAGS = {"--served-model-name": DEMO, "--kv-cache-memory-bytes": "1G"}
@@ -48,6 +50,7 @@ def serve(
     """
     with user_errors():
         command = server_command(model, context.args, installed_engine())
+    os.environ.setdefault("VLLM_PLUGINS", ",".join(plugin_names()))
     sys.stdout.flush()
     sys.stderr.flush()
     # The server replaces this process: signals reach it directly, and its exit code is ours.
@@ -86,6 +89,19 @@ def server_command(model: str, flags: Sequence[str], engine: Engine) -> list[str
     # is deprecated in favour of that command, and says so in a warning that would only confuse.
     quiet = ["-W", "ignore::DeprecationWarning:__main__"]
     return [sys.executable, *quiet, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
+
+
+def plugin_names() -> list[str]:
+    """What to allow in ``VLLM_PLUGINS``: all that vLLM would load without it, and our endpoint.
+
+    vLLM loads no endpoint unless it is named there, and with the variable set it loads nothing else.
+    """
+    found = {entry.name for distribution in distributions() for entry in distribution.entry_points if _is_loaded(entry)}
+    return sorted(found | {"logquant"})
+
+
+def _is_loaded(entry: EntryPoint) -> bool:
+    return entry.group.startswith("vllm.") and entry.group != ENDPOINTS
 
 
 def flag_value(flags: Sequence[str], name: str) -> str | None:

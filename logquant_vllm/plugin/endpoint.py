@@ -1,0 +1,44 @@
+"""``GET /logquant``: the active configuration, through vLLM's endpoint plugins.
+
+vLLM loads endpoint plugins only where ``VLLM_PLUGINS`` names them; ``logquant-vllm serve`` sees to that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+
+from logquant_vllm.plugin.introspection import LogQuantInfo, describe, is_active
+
+PATH = "/logquant"
+
+
+class LogQuantEndpoint:
+    """See ``vllm.plugins.endpoint_plugins.interface.EndpointPlugin``."""
+
+    name = "logquant"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the route. vLLM's own authentication guards only some prefixes, and this is none of them."""
+
+        @app.get(PATH, response_model=LogQuantInfo, tags=["logquant"])
+        async def logquant(request: Request) -> LogQuantInfo:
+            """The active configuration of the LogQuant KV cache, its capacity, and versions."""
+            state = request.app.state
+            if state.logquant_keys is not None and not state.logquant_keys.verify_token(request.headers):
+                raise HTTPException(401, "Unauthorized")
+            if state.logquant_config is None:
+                raise HTTPException(404, "this server does not run with --kv-cache-dtype logquant")
+            return describe(state.logquant_config)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Keep the engine's configuration and the keys, by vLLM's own rule for them."""
+        import vllm.envs as envs
+        from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+        keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+        state.logquant_keys = AuthenticationMiddleware(None, keys) if keys else None
+        config = None if engine_client is None else engine_client.vllm_config
+        state.logquant_config = config if config is not None and is_active(config) else None

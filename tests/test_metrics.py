@@ -1,0 +1,110 @@
+"""Metrics and the endpoint of a real server."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from logquant_vllm.demo import tasks
+from tests.serving import Server, free_port
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.server
+
+KEY = {"Authorization": "Bearer none"}
+BLOCKS, MAX_LEN = 1500, 4096
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    flags = ("--max-model-len", str(MAX_LEN), "--num-gpu-blocks-override", str(BLOCKS), "--enforce-eager")
+    with Server("demo", *flags, "--api-key", "none") as running:
+        yield running
+
+
+def test_endpoint(server: Server) -> None:
+    url = f"{server.base_url}/logquant"
+    assert httpx.get(url).status_code == 401
+    assert httpx.get(url, headers={"Authorization": "Bearer wrong"}).status_code == 401
+    info = httpx.get(url, headers=KEY).json()
+    assert info["model"] == server.model
+    assert info["config"]["window_length"] == 64
+    assert info["page"]["num_blocks"] == BLOCKS
+    assert info["capacity"]["max_model_len"] == MAX_LEN
+    assert info["capacity"]["tokens"] == int(info["capacity"]["concurrency"] * MAX_LEN)
+    assert math.isclose(info["capacity"]["tokens"], server.metric("logquant_capacity_tokens"))
+    assert info["versions"]["vllm"]
+    schema = httpx.get(f"{server.base_url}/openapi.json").json()
+    assert "LogQuantInfo" in schema["components"]["schemas"]
+    assert "/logquant" in schema["paths"]
+
+
+def test_counters(server: Server) -> None:
+    """A request of n tokens fills n // 128 pages; again, it fills none and is served from the prefix cache."""
+    case = next(iter(tasks.cases("lookup", 1, seed=5, tokens=500)))
+
+    def ask() -> tuple[int, int, int]:
+        before = server.metric("logquant_pages_quantized_total"), server.metric("logquant_prefix_hit_tokens_total")
+        usage = server.client.completions.create(
+            model=server.model, prompt=case.prompt, max_tokens=8, temperature=0, extra_body={"ignore_eos": True}
+        ).usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        server.wait_idle()
+        pages = server.metric("logquant_pages_quantized_total") - before[0]
+        hits = server.metric("logquant_prefix_hit_tokens_total") - before[1]
+        cached = usage.prompt_tokens_details.cached_tokens or 0
+        assert hits == max(cached - 128, 0)
+        return usage.prompt_tokens, int(pages), cached
+
+    tokens, pages, cached = ask()
+    assert (pages, cached) == ((tokens + 7) // 128, 0)
+    again, pages, cached = ask()
+    assert again == tokens
+    assert cached > 128
+    assert pages == (tokens + 7) // 128 - cached // 128
+    assert server.metric("logquant_kv_bytes_in_use") == 0
+    assert server.metric("logquant_compression_ratio") > 4
+
+
+def test_prometheus_scrapes_it(server: Server, tmp_path: Path) -> None:
+    prometheus = shutil.which("prometheus")
+    if prometheus is None:
+        pytest.skip("prometheus is not installed")
+    port = free_port()
+    target = server.base_url.removeprefix("http://")
+    config = {
+        "global": {"scrape_interval": "1s"},
+        "scrape_configs": [{"job_name": "vllm", "static_configs": [{"targets": [target]}]}],
+    }
+    (tmp_path / "prometheus.yml").write_text(json.dumps(config))
+    command = [
+        prometheus,
+        f"--config.file={tmp_path / 'prometheus.yml'}",
+        f"--storage.tsdb.path={tmp_path / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        found: list[dict[str, object]] = []
+        while not found:
+            assert time.monotonic() < deadline, "Prometheus answered nothing"
+            time.sleep(0.5)
+            try:
+                query = {"query": "logquant_capacity_tokens"}
+                answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params=query).json()
+                found = answer["data"]["result"]
+            except httpx.HTTPError:
+                continue
+        assert float(found[0]["value"][1]) == server.metric("logquant_capacity_tokens")  # type: ignore[index]
+    finally:
+        process.terminate()
+        process.wait(10)
