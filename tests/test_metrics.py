@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import time
@@ -72,6 +73,14 @@ def test_counters(server: Server) -> None:
     assert pages == (tokens + 7) // 128 - cached // 128
     assert server.metric("logquant_kv_bytes_in_use") == 0
     assert server.metric("logquant_compression_ratio") > 4
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(server: Server) -> None:
+    path = Path(__file__).parent.parent / "deploy" / "compose" / "grafana" / "dashboards" / "vllm.json"
+    asked = set(re.findall(r"logquant_\w+", path.read_text()))
+    assert asked
+    for name in asked:
+        server.metric(name)
 
 
 def test_prometheus_scrapes_it(server: Server, tmp_path: Path) -> None:
