@@ -106,14 +106,18 @@ class Server:
         Raises:
             KeyError: if the server does not export it.
         """
-        values = [
-            float(line.rsplit(" ", 1)[1])
-            for line in httpx.get(f"{self.base_url}/metrics").text.splitlines()
-            if line.startswith((name + "{", name + " "))
-        ]
-        if not values:
-            raise KeyError(name)
-        return sum(values)
+        return self.metrics(name)[0]
+
+    def metrics(self, *names: str) -> list[float]:
+        """Several metrics of one moment, as :meth:`metric` gives each."""
+        lines = httpx.get(f"{self.base_url}/metrics", timeout=60).text.splitlines()
+        found = []
+        for name in names:
+            values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + "{", name + " "))]
+            if not values:
+                raise KeyError(name)
+            found.append(sum(values))
+        return found
 
     def wait_idle(self, seconds: float = 30) -> None:
         """Wait until no request holds a block of the cache."""

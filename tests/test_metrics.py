@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -73,6 +74,31 @@ def test_counters(server: Server) -> None:
     assert pages == (tokens + 7) // 128 - cached // 128
     assert server.metric("logquant_kv_bytes_in_use") == 0
     assert server.metric("logquant_compression_ratio") > 4
+
+
+def test_resident_tokens(server: Server) -> None:
+    """While one request runs, its tokens are the gauges; afterwards there are none."""
+    case = next(iter(tasks.cases("lookup", 1, seed=6, tokens=900)))
+
+    def ask(max_tokens: int) -> None:
+        server.client.completions.create(
+            model=server.model, prompt=case.prompt, max_tokens=max_tokens, extra_body={"ignore_eos": True}
+        )
+
+    seen = []
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, 2000)  # long: a scrape of a busy CPU server takes seconds
+        while not running.done():
+            seen.append(server.metrics("logquant_full_precision_tokens", "logquant_quantized_tokens"))
+        running.result()
+    middle = [(full, quantized) for full, quantized in seen if quantized]
+    assert middle
+    for full, quantized in middle:  # W log-selected tokens and W to 2W - 1 of the recent window
+        assert 128 <= full < 192
+        assert quantized >= 600
+    ask(1)  # the gauges move with a step
+    server.wait_idle()
+    assert server.metric("logquant_quantized_tokens") == 0
 
 
 def test_the_dashboard_asks_for_metrics_that_exist(server: Server) -> None:

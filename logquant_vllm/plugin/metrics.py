@@ -13,6 +13,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
 from logquant_vllm.plugin.introspection import describe, is_active
+from logquant_vllm.plugin.residency import Subscriber, shared_file
 
 LABELS = ("model_name", "engine")
 
@@ -24,6 +25,8 @@ class Metrics(NamedTuple):
     bytes_per_token: Gauge
     compression_ratio: Gauge
     bytes_in_use: Gauge
+    full_precision_tokens: Gauge
+    quantized_tokens: Gauge
     pages_quantized: Counter
     prefix_hit_tokens: Counter
 
@@ -40,6 +43,8 @@ def metrics() -> Metrics:
         gauge("bytes_per_token", "Bytes of a token in a request of max_model_len tokens, window included."),
         gauge("compression_ratio", "Bytes of a token in the model's dtype over logquant_bytes_per_token."),
         gauge("kv_bytes_in_use", "Bytes of the blocks that requests hold, pages and window blocks."),
+        gauge("full_precision_tokens", "Tokens of running requests that have a full-precision copy."),
+        gauge("quantized_tokens", "Tokens of running requests that are read from 2-bit pages."),
         Counter(
             "logquant_pages_quantized",
             "Pages of 128 tokens that finished requests completed; recomputation after a preemption is not counted.",
@@ -65,6 +70,7 @@ class LogQuantStatLogger(StatLoggerBase):
         self.metrics = Metrics(*(metric.labels(*labels) for metric in metrics()))
         self.replay_tokens = LogQuantConfig.from_additional_config(vllm_config.additional_config).replay_tokens
         self.usable_bytes = 0
+        self.resident = Subscriber(shared_file(vllm_config.instance_id, engine_index))
 
     def log_engine_initialized(self) -> None:
         """Set what does not change."""
@@ -84,6 +90,9 @@ class LogQuantStatLogger(StatLoggerBase):
             return
         if scheduler_stats is not None:
             self.metrics.bytes_in_use.set(round(scheduler_stats.kv_cache_usage * self.usable_bytes))
+        if (resident := self.resident.read()) is not None:
+            self.metrics.full_precision_tokens.set(resident.full_precision)
+            self.metrics.quantized_tokens.set(resident.quantized)
         if iteration_stats is not None:
             for request in iteration_stats.finished_requests:
                 # the last token that is sampled is never stored; pages of the hit exist already

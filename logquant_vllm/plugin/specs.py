@@ -7,6 +7,7 @@ share one pool: any free block may become either.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from logquant_vllm.core.page_format import num_window_blocks
+from logquant_vllm.plugin.residency import Publisher, Tally, shared_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class WindowSpec(CircularBufferSpec):
     window_length: int
     slots_per_block: int
     replay_tokens: int
+    instance_id: str = ""
+    engine: int = 0
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that a request of ``num_tokens`` tokens holds."""
@@ -56,6 +60,9 @@ class WindowManager(CircularBufferManager):
             raise RuntimeError("logquant-vllm needs vLLM to zero new window blocks, and this vLLM does not")
         # vLLM's ring buffers do without zeroing, our headers do not
         self._record_new_block_ids = True
+        self._tally = Tally(kv_cache_spec.window_length)
+        self._publisher = Publisher(shared_file(kv_cache_spec.instance_id, kv_cache_spec.engine))
+        atexit.register(self._publisher.close)
 
     def _missing_blocks(self, request_id: str, num_tokens: int) -> int:
         held = self.req_to_blocks.get(request_id)
@@ -68,12 +75,25 @@ class WindowManager(CircularBufferManager):
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> Sequence[KVCacheBlock]:
         missing = self._missing_blocks(request_id, num_tokens)
+        self._tally.grow(request_id, num_tokens)
+        self._publisher.publish(self._tally.total)
         if missing == 0:
             return []
         blocks = self.block_pool.get_new_blocks(missing)
         self.req_to_blocks[request_id].extend(blocks)
         self.new_block_ids.extend(block.block_id for block in blocks)
         return blocks
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Any, num_local_computed_tokens: int, *args: Any, **kwargs: Any
+    ) -> None:
+        # the coordinator has already taken the replayed tokens off the hit
+        self._tally.begin(request_id, num_local_computed_tokens)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self._tally.end(request_id)
+        self._publisher.publish(self._tally.total)
+        return super().pop_blocks_for_free(request_id)
 
     def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("logquant-vllm does not support KV connectors")  # refused at start-up

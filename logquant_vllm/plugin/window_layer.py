@@ -97,6 +97,8 @@ class WindowLayer(nn.Module, AttentionLayerBase):
             window_length=self.layout.window_length,
             slots_per_block=fmt.slots_per_block(heads, layer.dtype),
             replay_tokens=self.layout.prefix_replay_tokens if caching else 0,
+            instance_id=vllm_config.instance_id,
+            engine=vllm_config.parallel_config.data_parallel_index,
         )
 
     def window_bytes(self) -> torch.Tensor:
