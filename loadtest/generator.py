@@ -1,8 +1,8 @@
 """``python -m loadtest.generator JOB OUT``: send a scenario's requests with vLLM's own benchmark client.
 
-It is a process of its own, so that vLLM's imports and prints stay here and it can be ended. vLLM's ``benchmark`` decides
-when a request is sent and its request functions send it; what is added is a limit on the time of each request and of the
-run, and that an answer that broke off is a failure.
+It is a process of its own, so that vLLM's imports and prints stay here and it can be ended. vLLM's ``benchmark``
+decides when a request is sent, and its request functions send it; what is added is a limit on the time of each request
+and of the run, and that an answer that broke off is a failure.
 """
 
 from __future__ import annotations

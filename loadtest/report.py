@@ -109,8 +109,8 @@ def _image(draw: Callable[[Axes, Result, str], None], results: Sequence[Result])
     axes = figure.add_subplot()
     for result, color in zip(results, COLORS, strict=False):
         draw(axes, result, color)
-    highest = max((float(max(line.get_ydata(), default=0)) for line in axes.get_lines()), default=0.0)
-    axes.set_ylim(0, 1.1 * highest or 1)
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()] or [np.zeros(1)])
+    axes.set_ylim(0, 1.1 * values.max(initial=0.0) or 1)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)

@@ -230,7 +230,7 @@ def test_wrong_model(server: Server, tmp_path: Path) -> None:
 def test_killed_server(server: Server, tmp_path: Path) -> None:
     """kill -9 under load, and a supervisor that starts the server again: exactly the requests that met the outage
     fail. It leaves the module's server in another process, so it is the last test."""
-    changes = {"arrivals": {"rate": 3}, "requests": 150, "concurrency": 64, "output_tokens": [30, 60], "warmup": 2}
+    changes = {"arrivals": {"rate": 3}, "requests": 180, "concurrency": 64, "output_tokens": [30, 60], "warmup": 2}
     path = write(tmp_path / "small.yaml", **changes)
     arguments = ["run", path, "--base-url", server.base_url, "--output", tmp_path]
     answered = server.metric("vllm:request_success_total")
@@ -257,7 +257,7 @@ def test_killed_server(server: Server, tmp_path: Path) -> None:
         load_test.kill()
     result = load_result(tmp_path)
     assert code == 1
-    assert len(result.records) == 150
+    assert len(result.records) == 180
     for record in result.records:
         if record.sent_s > back or record.ended_s < killed:
             assert not record.error, record
@@ -265,7 +265,7 @@ def test_killed_server(server: Server, tmp_path: Path) -> None:
             # in flight when it was killed, or sent while nothing listened (the port opens a little before /health)
             assert record.error, record
     assert result.errors
-    assert sum(result.errors.values()) + len(result.completed) == 150
+    assert sum(result.errors.values()) + len(result.completed) == 180
     assert any(record.sent_s > back for record in result.completed)
     assert any(record.ended_s < killed for record in result.completed)
 
