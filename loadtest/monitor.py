@@ -43,7 +43,8 @@ def scrape(base_url: str) -> dict[str, float]:
 def _processes(port: int) -> list[psutil.Process]:
     """The process that listens on a port of this machine, and its descendants."""
     for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+        # an address is (host, port), and empty for sockets that have none
+        if connection.status == psutil.CONN_LISTEN and connection.pid and tuple(connection.laddr)[1] == port:
             process = psutil.Process(connection.pid)
             return [process, *process.children(recursive=True)]
     return []
