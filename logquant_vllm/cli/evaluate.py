@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from logquant_vllm.cli.errors import user_errors
+from logquant_vllm.cli.figures import app as figures
 from logquant_vllm.cli.serve import DEMO, DEMO_MODEL
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from logquant_vllm.lab.tasks import Task
 
 app = typer.Typer()
+app.add_typer(figures, name="figure")
 
 Model = Annotated[str, typer.Option(help=f'Model directory, or "{DEMO}".')]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]

@@ -112,7 +112,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     axes.set_title(records[0]["task"])
     axes.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
 
 
 def file_name(task: str, metric: str) -> str:
