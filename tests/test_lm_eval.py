@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,18 @@ COUNT = 24
 FLAGS = ("--max-model-len", "4096", "--num-gpu-blocks-override", "2500", "--enforce-eager")
 
 
-def run_lm_eval(server: Server, directory: Path) -> None:
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server("demo", *FLAGS) as running:
+        yield running
+
+
+def run_lm_eval(server: Server, directory: Path, requests: str) -> None:
     """The command of docs/accuracy.md, in ``directory``, without the network."""
-    model = f"model={server.model},base_url={server.base_url}/v1/completions,num_concurrent=4"
+    model = f"model={server.model},base_url={server.base_url}/v1/completions,num_concurrent=4,{requests}"
     command = [
         *(sys.executable, "-m", "lm_eval", "--model", "local-completions"),
-        *("--model_args", f"{model},tokenized_requests=False,tokenizer={MODEL}"),
+        *("--model_args", f"{model},tokenizer={MODEL}"),
         *("--include_path", str(directory), "--tasks", "local_arithmetic"),
         *("--output_path", str(directory / "results"), "--log_samples"),
     ]
@@ -48,15 +55,16 @@ def run_lm_eval(server: Server, directory: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_local_task_scores_as_the_project_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("requests", ["tokenized_requests=False", "tokenized_requests=True,max_length=4096"])
+def test_local_task_scores_as_the_project_does(server: Server, tmp_path: Path, requests: str) -> None:
     """The harness's verdict on every sample is that of ``tasks.score`` on the same text."""
     cases = list(tasks.cases("arithmetic", COUNT, seed=23, shots=8))
     rows = [json.dumps({"prompt": case.prompt, "answer": case.answer}) for case in cases]
     (tmp_path / "cases.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     shutil.copy(TEMPLATE, tmp_path)
-    with Server("demo", *FLAGS) as server:
-        run_lm_eval(server, tmp_path)
-        assert server.metric("vllm:request_success_total") >= COUNT
+    answered = server.metric("vllm:request_success_total")
+    run_lm_eval(server, tmp_path, requests)
+    assert server.metric("vllm:request_success_total") >= answered + COUNT
     (summary,) = (tmp_path / "results").rglob("results_*.json")
     score = json.loads(summary.read_text(encoding="utf-8"))["results"]["local_arithmetic"]["exact_match,answer"]
     (written,) = (tmp_path / "results").rglob("samples_*.jsonl")
