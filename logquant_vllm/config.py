@@ -52,6 +52,11 @@ class LogQuantConfig(BaseModel):
     rotation: bool = Field(
         True, description="rotate queries and keys by a Hadamard matrix, so that no channel's outliers fill the range"
     )
+    calibration: str | None = Field(
+        "auto",
+        description="a file of `logquant-vllm calibrate`: keys in the model's own basis, rounded with error feedback; "
+        '"auto": the one beside the model, if there is one; null: none',
+    )
     prefix_replay_tokens: int | None = Field(
         None,
         ge=0,
@@ -67,6 +72,8 @@ class LogQuantConfig(BaseModel):
                 f"keys is quantized from the recent window. Use a window_length of at least {self.key_group_size}"
                 + (f", or a key_group_size of {self._largest_group()}" if self.window_length >= 32 else "")
             )
+        if self.calibration not in (None, "auto") and not self.rotation:
+            raise ValueError("a calibration replaces the rotation by the model's own: leave rotation true to use it")
         return self
 
     def _largest_group(self) -> int:

@@ -18,9 +18,10 @@ import torch
 
 from logquant_vllm.core import operations as reference
 from logquant_vllm.core import past as past_reference
-from logquant_vllm.core.hadamard import hadamard_matrix, rotate_heads
+from logquant_vllm.core.calibration import Basis, rotate_heads
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
+from tests.calibrations import feedback_of
 from tests.paging import PagedBatch, assert_close, random_qkv
 
 ON_GPU = torch.cuda.is_available()
@@ -229,16 +230,45 @@ def test_store_tokens(case) -> None:
 
 @here
 @pytest.mark.parametrize(("head_size", "dtype"), [(16, torch.float16), (96, torch.bfloat16), (128, torch.float32)])
-@pytest.mark.parametrize("tokens", [1, 5, 150])
-def test_rotate_heads(head_size: int, dtype: torch.dtype, tokens: int) -> None:
-    matrix = hadamard_matrix(head_size, dtype)
+@pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (5, 3), (150, 1), (150, 3)])
+def test_rotate_heads(head_size: int, dtype: torch.dtype, tokens: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(2, groups, head_size, head_size, generator=generator).to(dtype) / head_size**0.5
     q, k, _ = random_qkv(tokens, 12, 3, head_size, dtype)
     wide = torch.cat([q, k], 1)  # strided, as a model's are
     q, k = wide.split([12, 3], 1)
-    actual = kernels.rotate_heads(*wide.to(DEVICE).split([12, 3], 1), matrix.to(DEVICE))
-    for x, y in zip(actual, rotate_heads(q, k, matrix), strict=True):
+    actual = kernels.rotate_heads(*wide.to(DEVICE).split([12, 3], 1), Basis(*matrices.to(DEVICE)))
+    for x, y in zip(actual, rotate_heads(q, k, Basis(*matrices)), strict=True):
         assert x.is_contiguous()
         assert_close(x, y, what="rotated")
+
+
+@here
+@pytest.mark.parametrize("case", [SMALL[0], *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:])], ids=str)
+@pytest.mark.parametrize("new", [[130, 70], [1, 1]])
+def test_feedback(case, new: list[int]) -> None:
+    """Bytes of the reference, where no sum is rounded; fewer errors that count, where sums are."""
+    layout = small_layout(case)
+    group = layout.fmt.key_group_size
+    for dense in (False, True):
+        feedback = feedback_of(layout.fmt.head_size, 2, dense)[0]
+        pair = Pair(layout, 1, 2, 2, 4 * group + 130, case[9])
+        # the second step completes a group of each request, with one token or with many
+        for i, step in enumerate([[3 * group - 1, 2 * group - 1], new]):
+            _, k, v = pair.qkv(sum(step), seed=i)
+            k = k if dense else (k * 8).round() / 8
+            for requests, ops, device in ((pair.expected, reference, "cpu"), (pair.actual, kernels, DEVICE)):
+                batch = requests.batch(step)
+                tensors = [x.to(device) for x in (k, v)]
+                store = ops.store_tokens if max(step) == 1 else ops.quantize_pages
+                store(*tensors, requests.cache, batch, layout, feedback.to(device))
+                if max(step) > 1:
+                    ops.update_window(*tensors, requests.cache, batch, layout)
+        expected, actual = (x.cache.pages.cpu() for x in (pair.expected, pair.actual))
+        if not dense:
+            assert torch.equal(expected, actual)
+        else:
+            assert (expected != actual).float().mean() < 0.02
 
 
 def past_of_both(pair: Pair, new: list[int], room: int) -> None:

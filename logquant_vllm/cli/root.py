@@ -8,6 +8,7 @@ import typer
 
 from logquant_vllm import __version__
 from logquant_vllm.cli.bench import app as bench
+from logquant_vllm.cli.calibrate import calibrate
 from logquant_vllm.cli.doctor import doctor
 from logquant_vllm.cli.evaluate import app as evaluation
 from logquant_vllm.cli.plan import plan
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command(context_settings=SERVE_CONTEXT)(serve)
 app.command()(plan)
 app.command()(doctor)
+app.command()(calibrate)
 app.add_typer(evaluation, name="eval")
 app.add_typer(bench, name="bench")
 

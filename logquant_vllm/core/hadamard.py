@@ -55,8 +55,3 @@ def hadamard_matrix(head_size: int, dtype: torch.dtype = torch.float32, device: 
 def rotate(x: Tensor, matrix: Tensor) -> Tensor:
     """``x @ matrix`` over the last dimension, in the dtype of ``x`` (``[..., head_size]``)."""
     return x @ matrix
-
-
-def rotate_heads(query: Tensor, key: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`rotate` of a step's queries ``[tokens, num_heads, head_size]`` and of its keys."""
-    return rotate(query, matrix), rotate(key, matrix)

@@ -46,12 +46,16 @@ def shared_prefix_end(window_start: Tensor, layout: CacheLayout) -> Tensor:
     return torch.where(window_start > 0, window_start + layout.prefix_replay_tokens, 0)
 
 
-def quantize_pages(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
+def quantize_pages(
+    key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor | None = None
+) -> None:
     """Quantize every group of tokens that this step completes into its page.
 
     Args:
         key, value: this step's ``[num_tokens, num_kv_heads, head_size]``; keys rotated.
         cache: ``cache.pages`` is written.
+        feedback: of :class:`logquant_vllm.core.calibration.Basis`; sums are rounded differently in each implementation,
+            so with it two of them may choose different codes for a few channels, of equal merit.
     """
     fmt, size = layout.fmt, layout.fmt.key_group_size
     num_kv_heads = key.shape[1]
@@ -64,7 +68,7 @@ def quantize_pages(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, 
         return
     position = group[:, None] * size + torch.arange(size, device=key.device)
     tokens = gather_tokens(position, request[:, None].expand_as(position), key, value, cache, batch, layout)
-    keys = quantize_key_group(tokens[..., 0, :].transpose(1, 2), fmt)
+    keys = quantize_key_group(tokens[..., 0, :].transpose(1, 2), fmt, feedback)
     values = quantize_value_group(tokens[..., 1, :].transpose(1, 2), fmt)
 
     block = cache.block_table[request, group // fmt.groups_per_page].long()
@@ -242,13 +246,15 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
     cache.window[cache.window_block_table[live, 0].long(), :4] = header[live]
 
 
-def store_tokens(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
+def store_tokens(
+    key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor | None = None
+) -> None:
     """:func:`quantize_pages` and :func:`update_window` of a step of one token per request, after its attention.
 
     That order is free if no request of the step reads a page that another one completes. A prefix hit could; where at
     least its last page is recomputed (``CacheLayout.may_store_last``), it reads older pages only.
     """
-    quantize_pages(key, value, cache, batch, layout)
+    quantize_pages(key, value, cache, batch, layout, feedback)
     update_window(key, value, cache, batch, layout)
 
 

@@ -85,6 +85,29 @@ def quantize(x: Tensor, dim: int, bits: int, scale_bits: int, range_shrink: floa
     return Quantized(codes.nan_to_num(0.0).to(torch.int32), scale, zero)
 
 
+def round_with_feedback(x: Tensor, q: Quantized, bits: int, feedback: Tensor) -> Quantized:
+    """Other codes for what :func:`quantize` made of ``x``: each channel takes up errors of those before it.
+
+    A group with a NaN or an infinity keeps its codes.
+
+    Args:
+        x: ``[..., heads, tokens, channels]``, grouped over tokens.
+        q: its quantization, scales ``[..., heads, channels]``.
+        feedback: float32 ``[heads, channels, channels]``, see :class:`logquant_vllm.core.calibration.Basis`.
+    """
+    scale, zero = q.scale.float(), dequantized_zero(q.scale, q.zero)
+    inverse, levels = 1.0 / scale, (1 << bits) - 1
+    codes, errors = q.codes.clone(), torch.zeros_like(x, dtype=torch.float32)
+    for c in range(x.shape[-1]):
+        wanted = x[..., c].float() - (errors[..., :c] @ feedback[:, c, :c, None])[..., 0]
+        code = ((wanted - zero[..., c, None]) * inverse[..., c, None]).round().clamp(0, levels).nan_to_num(0.0)
+        error = wanted - (code * scale[..., c, None] + zero[..., c, None])
+        codes[..., c] = code.to(torch.int32)
+        # what is not finite must not reach other channels
+        errors[..., c] = torch.where(torch.isfinite(error), error, 0.0)
+    return Quantized(codes, q.scale, q.zero)
+
+
 def dequantize(q: Quantized, dim: int) -> Tensor:
     """float32 values of :func:`quantize`'s result."""
     return q.codes.float() * q.scale.float().unsqueeze(dim) + dequantized_zero(q.scale, q.zero).unsqueeze(dim)
@@ -125,9 +148,14 @@ def unpack_values(words: Tensor, fmt: PageFormat) -> Tensor:
     return _unpack(words, fmt.value_bits).flatten(-2).transpose(-1, -2)
 
 
-def quantize_key_group(keys: Tensor, fmt: PageFormat) -> Quantized:
-    """Keys ``[..., key_group_size, head_size]``, one scale per channel (``[..., head_size]``)."""
-    return quantize(keys, -2, fmt.key_bits, fmt.scale_bits, fmt.range_shrink)
+def quantize_key_group(keys: Tensor, fmt: PageFormat, feedback: Tensor | None = None) -> Quantized:
+    """Keys ``[..., num_kv_heads, key_group_size, head_size]``, one scale per channel (``[..., head_size]``).
+
+    Args:
+        feedback: of :class:`logquant_vllm.core.calibration.Basis`.
+    """
+    q = quantize(keys, -2, fmt.key_bits, fmt.scale_bits, fmt.range_shrink)
+    return q if feedback is None else round_with_feedback(keys, q, fmt.key_bits, feedback)
 
 
 def quantize_value_group(values: Tensor, fmt: PageFormat) -> Quantized:

@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <limits>
+#include <optional>
 
 #include "cache.h"
 
@@ -53,6 +54,7 @@ Args read_args(const Tensor& key, const Tensor& value, const Tensor& pages, cons
     c.window_table_stride = window_table.stride(0);
     c.window_columns = window_table.size(1);
     c.num_kv_heads = heads;
+    c.feedback = nullptr;
     const int32_t* start = query_start_loc.const_data_ptr<int32_t>();
     const int32_t* lens = seq_lens.const_data_ptr<int32_t>();
     c.requests.resize(num_reqs);
@@ -94,8 +96,21 @@ void dispatch(const Tensor& key, F&& f) {
 #define LOGQUANT_ARGS \
     read_args(key, value, pages, window, block_table, window_table, query_start_loc, seq_lens, constants, factors)
 
-void quantize_pages_op(const Tensor& key, const Tensor& value, LOGQUANT_CACHE) {
-    const Args a = LOGQUANT_ARGS;
+using Feedback = std::optional<Tensor>;
+
+const float* feedback_of(const Feedback& feedback, const Args& a) {
+    if (!feedback) return nullptr;
+    const int64_t heads = a.cache.num_kv_heads, size = a.layout.head_size;
+    TORCH_CHECK(feedback->sizes() == at::IntArrayRef({heads, size, size}) && feedback->is_contiguous() &&
+                    feedback->scalar_type() == at::kFloat,
+                "logquant: feedback must be contiguous float32 [", heads, ", ", size, ", ", size, "], got ",
+                feedback->sizes());
+    return feedback->const_data_ptr<float>();
+}
+
+void quantize_pages_op(const Tensor& key, const Tensor& value, LOGQUANT_CACHE, const Feedback& feedback) {
+    Args a = LOGQUANT_ARGS;
+    a.cache.feedback = feedback_of(feedback, a);
     dispatch(key, [&](auto zero) {
         using T = decltype(zero);
         quantize_pages<T>(rows_of<T>(key), rows_of<T>(value), a.cache, a.layout, a.quantizer);
@@ -132,8 +147,10 @@ std::pair<Tensor, Tensor> attention_op(const Tensor& query, const Tensor& key, c
     return attend(query, key, value, LOGQUANT_ARGS, scale);
 }
 
-Tensor step_op(const Tensor& query, const Tensor& key, const Tensor& value, LOGQUANT_CACHE, double scale) {
-    const Args a = LOGQUANT_ARGS;
+Tensor step_op(const Tensor& query, const Tensor& key, const Tensor& value, LOGQUANT_CACHE, double scale,
+               const Feedback& feedback) {
+    Args a = LOGQUANT_ARGS;
+    a.cache.feedback = feedback_of(feedback, a);
     Tensor output;
     dispatch(key, [&](auto zero) {
         using T = decltype(zero);

@@ -50,6 +50,7 @@ struct Cache {
     const int32_t* window_table;
     int64_t window_table_stride, window_columns;
     int64_t num_kv_heads;
+    const float* feedback;  // [num_kv_heads, head_size, head_size], or null: see core/calibration.py
     std::vector<Request> requests;
 
     uint8_t* slab(int64_t request, int64_t page, int64_t head, const Layout& f) const {

@@ -33,9 +33,11 @@ def _constants(layout: CacheLayout) -> tuple[Tensor, Tensor]:
     return torch.tensor(integers), torch.tensor([*spread, *floor, *limits], dtype=torch.float64)
 
 
-def quantize_pages(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
+def quantize_pages(
+    key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor | None = None
+) -> None:
     """See :func:`logquant_vllm.core.operations.quantize_pages`; the bytes are the same."""
-    load().quantize_pages(key, value, *cache, batch.query_start_loc, batch.seq_lens, *_constants(layout))
+    load().quantize_pages(key, value, *cache, batch.query_start_loc, batch.seq_lens, *_constants(layout), feedback)
 
 
 def attention(
@@ -61,7 +63,16 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
 
 
 def step(
-    query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    layout: CacheLayout,
+    scale: float,
+    feedback: Tensor | None = None,
 ) -> Tensor:
     """:func:`quantize_pages`, :func:`attention` and :func:`update_window` in this order; the output of the second."""
-    return load().step(query, key, value, *cache, batch.query_start_loc, batch.seq_lens, *_constants(layout), scale)
+    return load().step(
+        query, key, value, *cache, batch.query_start_loc, batch.seq_lens, *_constants(layout), scale, feedback
+    )

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "cache.h"
 
@@ -20,9 +21,14 @@ struct GroupQuantizer {
     int64_t bits, scale_bits;
     float spread_factor, floor_factor, scale_min, scale_max;
 
+    // what dequantization will use; a NaN scale for a group that is not finite
+    struct Stored {
+        float scale, zero;
+    };
+
     // count values, stride apart, become codes, stride apart; scale and zero are stored
-    void operator()(const float* x, uint8_t* codes, int64_t count, int64_t stride, uint8_t* scale_out,
-                    uint8_t* zero_out) const {
+    Stored operator()(const float* x, uint8_t* codes, int64_t count, int64_t stride, uint8_t* scale_out,
+                      uint8_t* zero_out) const {
         const float levels = static_cast<float>((1 << bits) - 1);
         float low = x[0], high = x[0];
         bool finite = true;
@@ -59,8 +65,35 @@ struct GroupQuantizer {
             const float code = std::nearbyint((x[i * stride] - zero) * inverse);
             codes[i * stride] = finite ? static_cast<uint8_t>(std::min(std::max(code, 0.0f), levels)) : 0;
         }
+        return {finite ? scale : std::numeric_limits<float>::quiet_NaN(), zero};
     }
 };
+
+// core/quantizer.py's round_with_feedback for one group and head: other codes, each channel taking up errors of those
+// before it. x and codes are [tokens, channels]; errors is scratch, [channels, tokens].
+void round_with_feedback(const float* x, uint8_t* codes, const GroupQuantizer::Stored* stored, const float* feedback,
+                         int64_t tokens, int64_t channels, int64_t bits, std::vector<float>& errors) {
+    const float levels = static_cast<float>((1 << bits) - 1);
+    errors.resize(channels * tokens);
+    for (int64_t c = 0; c < channels; ++c) {
+        float* wanted = &errors[c * tokens];
+        for (int64_t t = 0; t < tokens; ++t) wanted[t] = x[t * channels + c];
+        for (int64_t b = 0; b < c; ++b) {
+            const float share = feedback[c * channels + b];
+            const float* error = &errors[b * tokens];
+            for (int64_t t = 0; t < tokens; ++t) wanted[t] -= share * error[t];
+        }
+        const auto [scale, zero] = stored[c];
+        const float inverse = 1.0f / scale;
+        for (int64_t t = 0; t < tokens; ++t) {
+            const float code = std::nearbyint((wanted[t] - zero) * inverse);
+            const float clamped = code >= 0.0f ? std::min(code, levels) : 0.0f;  // a NaN is not
+            codes[t * channels + c] = static_cast<uint8_t>(clamped);
+            const float error = wanted[t] - (clamped * scale + zero);
+            wanted[t] = std::isfinite(error) ? error : 0.0f;
+        }
+    }
+}
 
 // Word w of a row holds codes w, w + words, w + 2 * words, ... of the row.
 void pack_row(const uint8_t* codes, int64_t stride, int64_t words, int64_t bits, uint8_t* out) {
@@ -73,7 +106,8 @@ void pack_row(const uint8_t* codes, int64_t stride, int64_t words, int64_t bits,
 }
 
 struct Scratch {
-    std::vector<float> x;
+    std::vector<float> x, errors;
+    std::vector<GroupQuantizer::Stored> stored;
     std::vector<uint8_t> codes;
 };
 
@@ -89,6 +123,7 @@ void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>&
                                 float(q.value_floor), lowest,       highest};
     scratch.x.resize(tokens * channels);
     scratch.codes.resize(tokens * channels);
+    scratch.stored.resize(channels);
     float* x = scratch.x.data();
     uint8_t* codes = scratch.codes.data();
 
@@ -103,8 +138,11 @@ void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>&
     read(false);
     for (int64_t c = 0; c < channels; ++c) {
         const int64_t at = (in_page * channels + c) * scale_bytes;
-        keys(x + c, codes + c, tokens, channels, slab + f.key_scale + at, slab + f.key_zero + at);
+        scratch.stored[c] = keys(x + c, codes + c, tokens, channels, slab + f.key_scale + at, slab + f.key_zero + at);
     }
+    if (cache.feedback != nullptr)
+        round_with_feedback(x, codes, scratch.stored.data(), cache.feedback + head * channels * channels, tokens,
+                            channels, f.key_bits, scratch.errors);
     for (int64_t t = 0; t < tokens; ++t)
         pack_row(codes + t * channels, 1, f.key_words, f.key_bits, slab + f.key_codes + (first + t) * f.key_words * 2);
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+import itertools
+from collections.abc import Sequence
 
 from transformers.cache_utils import Cache
 
 from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.core.calibration import Moments
 from logquant_vllm.hf.layer import LogQuantLayer
 
 
@@ -19,17 +21,25 @@ class LogQuantCache(Cache):
     not time: for speed, serve the model.
 
     Args:
-        config: the settings; those of prefix hits do not apply, since a transformers cache begins at its first token.
+        config: the settings; those of prefix hits do not apply, since a transformers cache begins at its first token,
+            and a calibration is given as such.
+        calibration: of every layer, from ``logquant_vllm.calibration.load``.
     """
 
-    def __init__(self, config: LogQuantConfig | None = None) -> None:
+    def __init__(self, config: LogQuantConfig | None = None, calibration: Sequence[Moments] | None = None) -> None:
         config = LogQuantConfig() if config is None else config
         if not isinstance(config, LogQuantConfig):
             raise ValueError(
                 f"LogQuantCache takes a LogQuantConfig, got {type(config).__name__}; for example "
                 "LogQuantCache(LogQuantConfig(window_length=64))"
             )
-        super().__init__(layer_class_to_replicate=partial(LogQuantLayer, config))
+        layers = itertools.count()
+
+        def next_layer() -> LogQuantLayer:
+            i = next(layers)
+            return LogQuantLayer(config, None if calibration is None else calibration[i])
+
+        super().__init__(layer_class_to_replicate=next_layer)
         self.config = config
 
     @property

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from logquant_vllm.config import LogQuantConfig
-from logquant_vllm.core.hadamard import hadamard_matrix, rotate
+from logquant_vllm.core.calibration import Basis, Moments, calibrated_basis, change_basis, rotation_basis
 from logquant_vllm.core.log_selection import num_compactions
 from logquant_vllm.core.operations import quantize_pages, read_cached_tokens, update_window
 from logquant_vllm.core.paged import Batch
@@ -28,9 +28,9 @@ class LogQuantLayer(CacheLayerMixin):
     # what transformers asks here is whether a crop never leaves a trace: see :meth:`crop`
     is_croppable = False
 
-    def __init__(self, config: LogQuantConfig) -> None:
+    def __init__(self, config: LogQuantConfig, moments: Moments | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.moments = config, moments
         self.seq_len = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -46,10 +46,16 @@ class LogQuantLayer(CacheLayerMixin):
         self.layout = self.config.layout(head_size)
         # keys are rotated, and rotated back, in at least float32: a copy is then off by its storage's rounding alone
         self.compute = torch.promote_types(self.dtype, torch.float32)
-        self.rotation = hadamard_matrix(head_size, self.compute, self.device) if self.config.rotation else None
+        self.basis = self._make_basis(head_size) if self.config.rotation else None
         self.blocks = BlockColumns(self.layout, batch_size, num_kv_heads, self.dtype, self.device)
         self.seq_len = 0
         self.is_initialized = True
+
+    def _make_basis(self, head_size: int) -> Basis:
+        if self.moments is None:
+            return rotation_basis(head_size, self.compute, self.device)
+        basis = calibrated_basis(Moments(*(x.to(self.device) for x in self.moments)))
+        return Basis(basis.query.to(self.compute), basis.key.to(self.compute), basis.feedback)
 
     @property
     def batch_size(self) -> int:
@@ -109,9 +115,9 @@ class LogQuantLayer(CacheLayerMixin):
         cache, batch = self.blocks.paged(), self._batch(self.seq_len, seq_len)
         # [batch, heads, tokens, channels] to [batch * tokens, heads, channels]: the sequences' tokens one after another
         key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
-        if self.rotation is not None:
-            key = rotate(key.to(self.compute), self.rotation).to(self.dtype)
-        quantize_pages(key, value, cache, batch, self.layout)
+        if self.basis is not None:
+            key = change_basis(key.to(self.compute), self.basis.key).to(self.dtype)
+        quantize_pages(key, value, cache, batch, self.layout, self.basis.feedback if self.basis else None)
         result = self._returned(key_states, value_states)
         update_window(key, value, cache, batch, self.layout)
         self.seq_len = seq_len
@@ -122,8 +128,8 @@ class LogQuantLayer(CacheLayerMixin):
         if self.seq_len == 0:
             return key_states, value_states
         keys, values = self._read()
-        if self.rotation is not None:
-            keys = rotate(keys, self.rotation.T)
+        if self.basis is not None:  # a query's matrix, transposed, undoes the key's
+            keys = change_basis(keys, self.basis.query.mT)
         keys, values = (x.to(self.dtype).transpose(1, 2) for x in (keys, values))
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
 

@@ -1,4 +1,4 @@
-"""The rotation of a decode step's queries and keys with one launch; ``core.hadamard.rotate_heads`` in Triton."""
+"""The basis of a decode step's queries and keys with one launch; ``core.calibration.rotate_heads`` in Triton."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from logquant_vllm.core.calibration import Basis
 from logquant_vllm.kernels.common import copy_operand, padded
 
 FEW_ROWS = 2048
@@ -18,8 +19,9 @@ def rotate_kernel(
     rotated_key,  # [tokens, num_kv_heads, head_size], contiguous
     query,
     key,
-    matrix,  # [head_size, head_size], contiguous
-    query_rows,  # tokens times heads
+    query_matrices,  # [groups, head_size, head_size], contiguous: groups of heads that share a matrix
+    key_matrices,
+    query_rows,  # tokens times heads of a group
     key_rows,
     query_stride,
     query_head_stride,
@@ -27,48 +29,55 @@ def rotate_kernel(
     key_head_stride,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     query_tiles = (query_rows + ROWS - 1) // ROWS
-    tile = tl.program_id(0)
+    tile, group = tl.program_id(0), tl.program_id(1)
+    QUERY_HEADS: tl.constexpr = NUM_HEADS // GROUPS
+    KEY_HEADS: tl.constexpr = NUM_KV_HEADS // GROUPS
     row = tl.arange(0, ROWS)
     channel = tl.arange(0, HEAD_PAD)
     in_head = channel < HEAD_SIZE
     if tile < query_tiles:
         row += tile * ROWS
         exists = row < query_rows
-        token = (row // NUM_HEADS).to(tl.int64)
-        source = query + token * query_stride + row % NUM_HEADS * query_head_stride
-        target = rotated_query + row.to(tl.int64) * HEAD_SIZE
+        token, head = (row // QUERY_HEADS).to(tl.int64), group * QUERY_HEADS + row % QUERY_HEADS
+        source = query + token * query_stride + head * query_head_stride
+        target = rotated_query + (token * NUM_HEADS + head) * HEAD_SIZE
+        matrix = query_matrices
     else:
         row += (tile - query_tiles) * ROWS
         exists = row < key_rows
-        token = (row // NUM_KV_HEADS).to(tl.int64)
-        source = key + token * key_stride + row % NUM_KV_HEADS * key_head_stride
-        target = rotated_key + row.to(tl.int64) * HEAD_SIZE
+        token, head = (row // KEY_HEADS).to(tl.int64), group * KEY_HEADS + row % KEY_HEADS
+        source = key + token * key_stride + head * key_head_stride
+        target = rotated_key + (token * NUM_KV_HEADS + head) * HEAD_SIZE
+        matrix = key_matrices
     mask = exists[:, None] & in_head[None, :]
     x = tl.load(source[:, None] + channel[None, :], mask=mask, other=0.0)
     square = in_head[:, None] & in_head[None, :]
+    matrix += group * HEAD_SIZE * HEAD_SIZE
     m = tl.load(matrix + channel[:, None] * HEAD_SIZE + channel[None, :], mask=square, other=0.0)
     y = tl.dot(x.to(OPERAND), m.to(OPERAND), input_precision="ieee")
     tl.store(target[:, None] + channel[None, :], y.to(rotated_query.dtype.element_ty), mask=mask)
 
 
-def rotate_heads(query: Tensor, key: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys times the rotation matrix, contiguous; see ``core.hadamard.rotate_heads``."""
-    head_size = matrix.shape[0]
+def rotate_heads(query: Tensor, key: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    """Queries and keys times the matrices of their heads, contiguous; see ``core.calibration.rotate_heads``."""
+    groups, head_size, _ = basis.query.shape
     rotated = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
-    counts = [x.shape[0] * x.shape[1] for x in (query, key)]
+    counts = [x.shape[0] * x.shape[1] // groups for x in (query, key)]
     rows = 16 if sum(counts) <= FEW_ROWS else 64
     if query.shape[0]:
-        rotate_kernel[(sum(-(-n // rows) for n in counts),)](
+        rotate_kernel[(sum(-(-n // rows) for n in counts), groups)](
             *rotated,
             query,
             key,
-            matrix,
+            basis.query,
+            basis.key,
             *counts,
             query.stride(0),
             query.stride(1),
@@ -76,6 +85,7 @@ def rotate_heads(query: Tensor, key: Tensor, matrix: Tensor) -> tuple[Tensor, Te
             key.stride(1),
             NUM_HEADS=query.shape[1],
             NUM_KV_HEADS=key.shape[1],
+            GROUPS=groups,
             HEAD_SIZE=head_size,
             HEAD_PAD=padded(head_size),
             ROWS=rows,

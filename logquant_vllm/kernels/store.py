@@ -9,6 +9,7 @@ from torch import Tensor
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
 from logquant_vllm.core.quantizer import scale_floor_divisor
 from logquant_vllm.kernels.common import STEP_COUNTS, STEP_METADATA, check_tokens, find_request, num_chunks, padded
+from logquant_vllm.kernels.feedback import round_with_feedback
 from logquant_vllm.kernels.quantize import quantize_group
 from logquant_vllm.kernels.window import update_slots
 
@@ -180,9 +181,13 @@ def _store(
     )
 
 
-def quantize_pages(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
+def quantize_pages(
+    key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor | None = None
+) -> None:
     """Quantize every group of tokens that this step completes into its page; see ``core.operations.quantize_pages``."""
     _store(key, value, cache, batch, layout, quantize=True, update=False)
+    if feedback is not None:
+        round_with_feedback(key, cache, batch, layout, feedback)
 
 
 def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
@@ -190,7 +195,9 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
     _store(key, value, cache, batch, layout, quantize=False, update=True)
 
 
-def store_tokens(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
+def store_tokens(
+    key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor | None = None
+) -> None:
     """Both of one new token for each request with one launch; see ``core.operations.store_tokens``.
 
     No program reads what another one writes: a group lies in the ring, whole, when its last token comes, and what moves
@@ -198,4 +205,8 @@ def store_tokens(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, la
     """
     if batch.max_query_len != 1:
         raise ValueError(f"store_tokens is for one new token per request, got queries of {batch.max_query_len}")
-    _store(key, value, cache, batch, layout, quantize=True, update=True)
+    if feedback is None:
+        _store(key, value, cache, batch, layout, quantize=True, update=True)
+    else:  # codes are chosen from the window as it was
+        quantize_pages(key, value, cache, batch, layout, feedback)
+        update_window(key, value, cache, batch, layout)

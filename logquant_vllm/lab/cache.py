@@ -8,13 +8,16 @@ loses, not what it saves), and each step reads the image wherever the method kee
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from logquant_vllm.core.calibration import Basis
 from logquant_vllm.lab.methods import Method
 from logquant_vllm.lab.selection import Everything, Kept
 
@@ -62,11 +65,17 @@ class LabCache(Cache):
         prompt: exact keys and values. Shared with other caches one after another, not at the same time: what a method
             writes lies behind the prompt (the caller copies it where a prompt's own tokens are computed again).
         prompt_len: int64 ``[batch]``, on the CPU.
+        bases: of every layer, for a method with a calibrated quantizer.
     """
 
-    def __init__(self, method: Method, prompt: list[Layer], prompt_len: Tensor) -> None:
+    def __init__(
+        self, method: Method, prompt: list[Layer], prompt_len: Tensor, bases: Sequence[Basis] | None = None
+    ) -> None:
         super().__init__(layers=[])
         self.method = method
+        if method.quantizer.calibrated and bases is None:
+            raise ValueError(f"{method.name} needs a calibration beside the model: `logquant-vllm calibrate MODEL`")
+        self.bases: Sequence[Basis | None] = bases or [None] * len(prompt)
         self.device = prompt[0].keys.device
         self.room = prompt[0].keys.shape[2]
         self.position = torch.arange(self.room, device=self.device)[None]
@@ -79,8 +88,8 @@ class LabCache(Cache):
         self.stored = [
             Layer(x.keys, x.values)
             if self.exact
-            else Layer(x.keys, x.values, quantizer.keys(x.keys), quantizer.values(x.values))
-            for x in prompt
+            else Layer(x.keys, x.values, quantizer.keys(x.keys, basis), quantizer.values(x.values))
+            for x, basis in zip(prompt, self.bases, strict=True)
         ]
 
     def hit(self, hit_len: Tensor, replay: int) -> None:
@@ -138,9 +147,10 @@ class LabCache(Cache):
         )
         if self.complete is not None:
             rows, positions = self.complete  # [groups, 1] and [groups, unit]
+            basis, quantizer = self.bases[layer_idx], self.method.quantizer
             for source, image, quantize in (
-                (layer.keys, layer.key_image, self.method.quantizer.keys),
-                (layer.values, layer.value_image, self.method.quantizer.values),
+                (layer.keys, layer.key_image, partial(quantizer.keys, basis=basis)),
+                (layer.values, layer.value_image, quantizer.values),
             ):
                 tokens = source[rows, :, positions]  # [groups, unit, heads, channels]
                 image[rows, :, positions] = quantize(tokens.transpose(1, 2)).transpose(1, 2)

@@ -86,6 +86,7 @@ def kivi_quantizer(group: int = 32) -> Quantizer:
 
 
 K4V2 = Quantizer(key_bits=4)
+CALIBRATED = Quantizer(calibrated=True)
 
 
 def all_methods() -> dict[str, Method]:
@@ -93,17 +94,20 @@ def all_methods() -> dict[str, Method]:
     chosen = [
         Method("bf16", Everything(), duplicates=False),
         Method("logquant-w64", LogSelection(64)),
+        Method("calibrated-w64", LogSelection(64), CALIBRATED),
         Method("kivi-g32-r160", KiviResidual(160), kivi_quantizer(), duplicates=False),
         Method("sink-window-w64", SinkWindow(64)),
         Method("hf-kivi-r128", GeneratedResidual(128), PLAIN, duplicates=False),
         Method("fp8", Selection(), Quantizer(key_bits=8, value_bits=8, rotation=False), duplicates=False),
         Method("2bit-token", Selection(), PLAIN),
         Method("2bit", Selection()),
+        Method("2bit-calibrated", Selection(), CALIBRATED),
         # one selection, several quantizers
         Method("log-w64-plain", LogSelection(64), PLAIN),
         Method("log-w64-kivi32", LogSelection(64), kivi_quantizer(32)),
         Method("log-w64-kivi64", LogSelection(64), kivi_quantizer(64)),
         Method("log-w64-k4v2", LogSelection(64), K4V2),
+        Method("calibrated-w64-k4v2", LogSelection(64), Quantizer(key_bits=4, calibrated=True)),
         Method("log-w64-k4v4", LogSelection(64), Quantizer(key_bits=4, value_bits=4)),
         Method("log-w64-g32", LogSelection(64), Quantizer(key_group=32, value_group=32)),
         Method("log-w64-g128", LogSelection(64), Quantizer(key_group=128, value_group=128)),
@@ -116,6 +120,7 @@ def all_methods() -> dict[str, Method]:
         Method("residual128", KiviResidual(128)),
         Method("log-w64-first", LogSelection(64), keeps_first_after_hit=True),
         # more of the crossing
+        Method("sink-window-w64-calibrated", SinkWindow(64), CALIBRATED),
         Method("sink-window-w64-plain", SinkWindow(64), PLAIN),
         Method("sink-window-w64-kivi32", SinkWindow(64), kivi_quantizer(32)),
         Method("2bit-kivi32", Selection(), kivi_quantizer(32)),
@@ -124,6 +129,7 @@ def all_methods() -> dict[str, Method]:
     for window in (32, 128):
         chosen += [
             Method(f"logquant-w{window}", LogSelection(window)),
+            Method(f"calibrated-w{window}", LogSelection(window), CALIBRATED),
             Method(f"sink-window-w{window}", SinkWindow(window)),
             Method(f"partial-log-w{window}", LogSelection(window, partial=True)),
             Method(f"random-w{window}", RandomSelection(window)),

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from logquant_vllm.core.calibration import Basis
 from logquant_vllm.core.hadamard import hadamard_matrix, rotate
-from logquant_vllm.core.quantizer import E4M3_MAX, dequantize, quantize
+from logquant_vllm.core.quantizer import E4M3_MAX, dequantize, quantize, round_with_feedback
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Quantizer:
         scale_bits: 8 or 16 for scale and zero each.
         shrink: factor on a group's range.
         rotation: quantize keys in a Hadamard basis.
+        calibrated: quantize keys in the model's own basis and with error feedback.
     """
 
     key_bits: int = 2
@@ -34,6 +36,7 @@ class Quantizer:
     scale_bits: int = 8
     shrink: float = 0.9
     rotation: bool = True
+    calibrated: bool = False
 
     @property
     def name(self) -> str:
@@ -42,7 +45,7 @@ class Quantizer:
         axis = "ch" if self.key_axis == "channel" else "tok"
         parts = [f"k{self.key_bits}v{self.value_bits}", f"{axis}{self.key_group}-t{self.value_group}"]
         parts += [f"s{self.scale_bits}", f"x{self.shrink:g}"]
-        return "-".join(parts + (["H"] if self.rotation else []))
+        return "-".join(parts + (["C"] if self.calibrated else ["H"] if self.rotation else []))
 
     @property
     def unit(self) -> int:
@@ -64,10 +67,20 @@ class Quantizer:
         """Mean over keys and values."""
         return (self.key_storage_bits + self.value_storage_bits) / 2
 
-    def keys(self, x: Tensor) -> Tensor:
-        """What is read back of keys ``[..., tokens, channels]``; tokens a multiple of :attr:`unit`. In x's dtype."""
+    def keys(self, x: Tensor, basis: Basis | None = None) -> Tensor:
+        """What is read back of keys ``[..., heads, tokens, channels]``, in their dtype; tokens a multiple of :attr:`unit`.
+
+        Args:
+            basis: the layer's, float32; a calibrated quantizer needs it.
+        """
         if self.key_bits == 8:
             return _fp8(x)
+        if self.calibrated:
+            assert basis is not None and basis.feedback is not None
+            stored = (x.float() @ basis.key).to(x.dtype).unflatten(-2, (-1, self.key_group)).transpose(-4, -3)
+            q = quantize(stored, -2, self.key_bits, self.scale_bits, self.shrink)
+            q = round_with_feedback(stored, q, self.key_bits, basis.feedback)
+            return (dequantize(q, -2).transpose(-4, -3).flatten(-3, -2) @ basis.query.mT).to(x.dtype)
         matrix = hadamard_matrix(x.shape[-1], torch.float32, x.device) if self.rotation else None
         # a rotated key passes through the model's dtype on its way to the cache
         rotated = x if matrix is None else rotate(x.float(), matrix).to(x.dtype)

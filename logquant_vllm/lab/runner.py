@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from logquant_vllm import calibration
+from logquant_vllm.core.calibration import Basis, Moments, calibrated_basis
 from logquant_vllm.lab.cache import ROOM, LabCache, Layer, PromptCache
 from logquant_vllm.lab.methods import Method
 
@@ -38,9 +40,20 @@ class Runner:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype)
         self.model, self.device = model.to(device).eval(), torch.device(device)
         self.head_size = int(model.config.head_dim)
+        self.bases = self._load_bases(Path(directory) / calibration.FILE_NAME)
         # an answer is one line, so any token that holds a newline ends it
         stops = [i for i in range(len(self.tokenizer)) if "\n" in self.tokenizer.decode([i])]
         self.stops = torch.tensor([*stops, self.tokenizer.eos_token_id], device=self.device)
+
+    def _load_bases(self, path: Path) -> list[Basis] | None:
+        """The basis of every layer in float32; None without a calibration beside the model."""
+        if not path.is_file():
+            return None
+        bases = []
+        for moments in calibration.load(path):
+            basis = calibrated_basis(Moments(*(x.to(self.device) for x in moments)))
+            bases.append(Basis(basis.query.float(), basis.key.float(), basis.feedback))
+        return bases
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Prompts:
@@ -73,7 +86,7 @@ class Runner:
                 holds the last token, of which so many tokens are computed again.
         """
         if replay is None:
-            cache, logits = LabCache(method, prompts.layers, prompts.lens), prompts.logits
+            cache, logits = LabCache(method, prompts.layers, prompts.lens, self.bases), prompts.logits
         else:
             cache, logits = self._after_hit(method, prompts, replay)
         one = torch.ones_like(prompts.lens)
@@ -92,7 +105,7 @@ class Runner:
 
     def _after_hit(self, method: Method, prompts: Prompts, replay: int) -> tuple[LabCache, Tensor]:
         layers = [Layer(x.keys.clone(), x.values.clone()) for x in prompts.layers]
-        cache = LabCache(method, layers, prompts.lens)
+        cache = LabCache(method, layers, prompts.lens, self.bases)
         cache.hit((prompts.lens - 1) // ROOM * ROOM, replay)
         count = prompts.lens - cache.seq_len
         width = int(count.max())
@@ -111,7 +124,7 @@ class Runner:
         Returns:
             float32 ``[batch, keep, vocabulary]``; the last row predicts the last token of the suffix.
         """
-        cache = LabCache(method, prompts.layers, prompts.lens)
+        cache = LabCache(method, prompts.layers, prompts.lens, self.bases)
         suffix = suffix.to(self.device)
         parts, fed = [prompts.logits[:, None]], suffix[:, :-1]
         for piece in fed.split(chunk, 1):

@@ -28,10 +28,11 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig
-from logquant_vllm.core.hadamard import hadamard_matrix, rotate
+from logquant_vllm.core.calibration import Basis, change_basis
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
 from logquant_vllm.core.past import PastSlice, past_slices
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
+from logquant_vllm.plugin.basis import layer_basis
 from logquant_vllm.plugin.prefill import Prefill, flash_attention, past_room
 from logquant_vllm.plugin.window_layer import WindowLayer
 
@@ -160,17 +161,17 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
         return past_slices(part.batch.num_computed, (lens - new).tolist(), room)
 
 
-@cache
-def _rotation_matrix(head_size: int, dtype: torch.dtype, device: str) -> Tensor:
-    return hadamard_matrix(head_size, dtype, device)
+_warmed_up = set[Any]()
 
 
-@cache
-def _warm_up(layout: CacheLayout, num_heads: int, num_kv_heads: int, dtype: torch.dtype, device: torch.device) -> None:
+def _warm_up(layout: CacheLayout, num_heads: int, num_kv_heads: int, dtype: torch.dtype, basis: Basis | None) -> None:
     """Compile the kernels, once for all layers of a shape; C++ is compiled when it is loaded."""
     from logquant_vllm.kernels.warm_up import warm_up
 
-    warm_up(layout, num_heads, num_kv_heads, dtype, device)
+    shape = (layout, num_heads, num_kv_heads, dtype)
+    if shape not in _warmed_up:
+        _warmed_up.add(shape)
+        warm_up(*shape, torch.device("cuda", torch.cuda.current_device()), basis)
 
 
 def _operations() -> ModuleType:
@@ -222,7 +223,9 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         self.operations = _operations()
         self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._window_layer: WindowLayer | None = None
-        self._rotation: Tensor | None = None
+        self._model = str(vllm_config.model_config.model)
+        self._basis: Basis | None = None
+        self._feedback: Tensor | None = None
         self._prefill: Prefill | None = None
         self._past_room = past_room(vllm_config.scheduler_config.max_num_seqs)
 
@@ -234,23 +237,27 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Configure the layer and create its companion: the first call that comes when vLLM has named the layer."""
+        name, layer = next((n, m) for n, m in self._layers.items() if getattr(m, "impl", None) is self)
         if self.config.rotation:
-            self._rotation = _rotation_matrix(self.head_size, act_dtype, current_platform.device_type)
+            shape = (self.num_kv_heads, self.head_size)
+            self._basis = layer_basis(self.config, self._model, name, *shape, act_dtype, current_platform.device_type)
+            self._feedback = self._basis.feedback
         if self._window_layer is None:
-            name, layer = next((n, m) for n, m in self._layers.items() if getattr(m, "impl", None) is self)
             layer.attn_backend = configured_backend(self.config)
             self._window_layer = WindowLayer(name + WINDOW_SUFFIX, layer, self.layout)
             self._layers[name + WINDOW_SUFFIX] = self._window_layer
         if current_platform.is_cuda():
             if flash := flash_attention(self.head_size, act_dtype):
                 self._prefill = Prefill(
-                    flash, self.layout, self.num_heads, self.num_kv_heads, self.scale, self._past_room, self._rotated
+                    flash, self.layout, self.num_heads, self.num_kv_heads, self.scale, self._past_room, self._queries
                 )
-            device = torch.device("cuda", torch.cuda.current_device())
-            _warm_up(self.layout, self.num_heads, self.num_kv_heads, act_dtype, device)
+            _warm_up(self.layout, self.num_heads, self.num_kv_heads, act_dtype, self._basis)
 
-    def _rotated(self, x: Tensor) -> Tensor:
-        return x if self._rotation is None else rotate(x, self._rotation)
+    def _queries(self, x: Tensor) -> Tensor:
+        return x if self._basis is None else change_basis(x, self._basis.query)
+
+    def _keys(self, x: Tensor) -> Tensor:
+        return x if self._basis is None else change_basis(x, self._basis.key)
 
     def forward(
         self,
@@ -279,17 +286,17 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         )
         ops, layout, batch = self.operations, self.layout, attn_metadata.batch
         if current_platform.is_cpu():  # one call: a decode step is short enough for Python to show
-            rotated = self._rotated(query), self._rotated(key)
-            output[:tokens] = ops.step(*rotated, value, cache, batch, layout, self.scale)
+            rotated = self._queries(query), self._keys(key)
+            output[:tokens] = ops.step(*rotated, value, cache, batch, layout, self.scale, self._feedback)
             return output
         if batch.max_query_len == 1 and layout.may_store_last:  # as few launches as can be
-            if self._rotation is not None:
-                query, key = ops.rotate_heads(query, key, self._rotation)
+            if self._basis is not None:
+                query, key = ops.rotate_heads(query, key, self._basis)
             ops.attention(query, key, value, cache, batch, layout, self.scale, output[:tokens])
-            ops.store_tokens(key, value, cache, batch, layout)
+            ops.store_tokens(key, value, cache, batch, layout, self._feedback)
             return output
-        stored_key = self._rotated(key)
-        ops.quantize_pages(stored_key, value, cache, batch, layout)
+        stored_key = self._keys(key)
+        ops.quantize_pages(stored_key, value, cache, batch, layout, self._feedback)
         for part in attn_metadata.parts:
             view = cache._replace(
                 block_table=cache.block_table[part.requests],
@@ -297,7 +304,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             )
             t = part.tokens
             if self._prefill is None or part.batch.max_query_len == 1:
-                q = self._rotated(query[t])
+                q = self._queries(query[t])
                 ops.attention(q, stored_key[t], value[t], view, part.batch, layout, self.scale, output[t])
             else:
                 self._prefill.attend(output[t], query[t], key[t], value[t], view, part.batch, part.past)

@@ -50,7 +50,7 @@ class Prefill:
     Args:
         flash: from :func:`flash_attention`.
         room: from :func:`past_room`.
-        rotated: the rotation of queries and keys.
+        rotated: puts queries into the basis of the stored keys.
     """
 
     flash: Callable[..., Any]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from logquant_vllm import calibration
 from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
 from logquant_vllm.plugin import KV_CACHE_DTYPE
 
@@ -79,6 +80,9 @@ def _model_problems(model: Any, config: LogQuantConfig) -> Iterator[str]:
         yield f"--dtype {model.dtype}: use float16 or bfloat16 (or float32 on CPU)"
     try:
         config.layout(model.get_head_size())
+        if (path := calibration.find(config, str(model.model))) is not None:
+            shape = (model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size())
+            calibration.check(calibration.load(path), path, *shape)
     except ValueError as error:
         yield str(error)
 

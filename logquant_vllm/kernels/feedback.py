@@ -1,0 +1,160 @@
+"""``core.quantizer.round_with_feedback`` on groups that a step completed: other codes under the same scales.
+
+A program owns a group of tokens of one KV head, whose scales and zeros lie in the page already. Channels follow one
+another; the errors so far are held as a tile ``[token, channel]`` whose product with a row of the feedback matrix is
+what the next channel takes up.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
+from logquant_vllm.kernels.common import (
+    STEP_COUNTS,
+    STEP_METADATA,
+    find_request,
+    load_scale_zero,
+    num_chunks,
+    padded,
+    read_request,
+    round_half_even,
+    slot_of_position,
+    slot_offset,
+)
+
+
+@triton.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
+def feedback_kernel(
+    key,  # [num_tokens, num_kv_heads, head_size], last dimension contiguous
+    feedback,  # float32 [num_kv_heads, head_size, head_size]
+    pages,  # uint8 [num_blocks, page_bytes]
+    window_bytes,  # uint8 [num_blocks, page_bytes]
+    window,  # the same memory in the model's dtype: [num_blocks, slots, num_kv_heads, 2, head_size]
+    block_table,
+    window_table,
+    query_start_loc,
+    seq_lens,
+    num_reqs,
+    key_stride,
+    key_head_stride,
+    page_byte_stride,
+    window_byte_stride,
+    window_stride,
+    window_slot_stride,
+    window_head_stride,
+    table_stride,
+    window_table_stride,
+    window_table_width,
+    LAYOUT: tl.constexpr,
+    SLOTS_PER_BLOCK: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    WORDS_PAD: tl.constexpr,
+    ONE_TOKEN: tl.constexpr,
+):
+    FMT: tl.constexpr = LAYOUT.fmt
+    GROUP: tl.constexpr = FMT.key_group_size
+    WINDOW: tl.constexpr = LAYOUT.window_length
+    LEVELS: tl.constexpr = (1 << FMT.key_bits) - 1
+    HEAD_SIZE: tl.constexpr = FMT.head_size
+    head = tl.program_id(1)
+    if ONE_TOKEN:
+        request, chunk = tl.program_id(0), 0
+    else:
+        request, chunk = find_request(query_start_loc, tl.program_id(0), num_reqs, GROUP)
+    start, query_len, computed, window_start, live = read_request(
+        query_start_loc, seq_lens, window_bytes, window_byte_stride, window_table, request, window_table_stride
+    )
+    shared = tl.where(window_start > 0, window_start + LAYOUT.prefix_replay_tokens, 0)
+    group = computed // GROUP + chunk
+    wanted = live & (query_len > 0) & (group < (computed + query_len) // GROUP) & (group * GROUP >= shared)
+    if wanted:
+        block = tl.load(block_table + request.to(tl.int64) * table_stride + group // FMT.groups_per_page)
+        if block > 0:
+            in_page = group % FMT.groups_per_page
+            slab = pages + block.to(tl.int64) * page_byte_stride + head.to(tl.int64) * FMT.head_bytes
+            token = tl.arange(0, GROUP)
+            position = group * GROUP + token
+            fresh = position >= computed
+            new_key = key + (start + position - computed).to(tl.int64) * key_stride + head * key_head_stride
+            copy = slot_offset(
+                slot_of_position(position, tl.maximum(computed // WINDOW - 2, 0), WINDOW),
+                window_table + request.to(tl.int64) * window_table_stride,
+                window_table_width,
+                window_stride,
+                window_slot_stride,
+                SLOTS_PER_BLOCK,
+            )
+            kept_key = window + copy + head * window_head_stride
+            shares = feedback + head.to(tl.int64) * HEAD_SIZE * HEAD_SIZE
+
+            channel = tl.arange(0, HEAD_PAD)
+            word = tl.arange(0, WORDS_PAD)[None, :]
+            errors = tl.zeros((GROUP, HEAD_PAD), tl.float32)
+            packed = tl.zeros((GROUP, WORDS_PAD), tl.int32)
+            for c in range(HEAD_SIZE):
+                x = tl.load(new_key + c, mask=fresh, other=0.0).to(tl.float32)
+                x += tl.load(kept_key + c, mask=~fresh, other=0.0).to(tl.float32)
+                share = tl.load(shares + c * HEAD_SIZE + channel, mask=channel < c, other=0.0)
+                x -= tl.sum(errors * share[None, :], 1)
+                scale, zero = load_scale_zero(
+                    slab, FMT.key_scale_offset, FMT.key_zero_offset, in_page * HEAD_SIZE + c, True, FMT
+                )
+                scaled = (x - zero) * tl.div_rn(1.0, scale)
+                finite = tl.abs(scaled) < float("inf")  # false for NaN, and for a group with a NaN scale
+                code = round_half_even(tl.minimum(tl.maximum(tl.where(finite, scaled, 0.0), 0.0), 1.0 * LEVELS))
+                error = tl.where(finite, x - (code * scale + zero), 0.0)
+                errors = tl.where((channel == c)[None, :], error[:, None], errors)
+                bits = code.to(tl.int32) << (c // FMT.key_words * FMT.key_bits)
+                packed += tl.where(word == c % FMT.key_words, bits[:, None], 0)
+            words = (slab + FMT.key_codes_offset).to(tl.pointer_type(tl.uint16))
+            address = words + (in_page * GROUP + token[:, None]) * FMT.key_words + word
+            tl.store(address, packed.to(tl.uint16), mask=word < FMT.key_words)
+
+
+def round_with_feedback(key: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor) -> None:
+    """Choose the key codes again of every group that ``quantize_pages`` has written in this step.
+
+    Args:
+        key: this step's ``[num_tokens, num_kv_heads, head_size]``, in the basis that ``feedback`` belongs to.
+        feedback: contiguous float32 ``[num_kv_heads, head_size, head_size]``.
+    """
+    fmt, num_kv_heads, num_reqs = layout.fmt, key.shape[1], batch.seq_lens.shape[0]
+    expected = (num_kv_heads, fmt.head_size, fmt.head_size)
+    if tuple(feedback.shape) != expected or not feedback.is_contiguous():
+        raise ValueError(f"feedback must be contiguous {expected}, got {tuple(feedback.shape)}")
+    if num_reqs == 0 or key.shape[0] == 0:
+        return
+    one_token = batch.max_query_len == 1
+    slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
+    programs = num_reqs if one_token else num_chunks(key.shape[0], num_reqs, fmt.key_group_size)
+    feedback_kernel[(programs, num_kv_heads)](
+        key,
+        feedback,
+        cache.pages,
+        cache.window,
+        slots,
+        cache.block_table,
+        cache.window_block_table,
+        batch.query_start_loc,
+        batch.seq_lens,
+        num_reqs,
+        key.stride(0),
+        key.stride(1),
+        cache.pages.stride(0),
+        cache.window.stride(0),
+        slots.stride(0),
+        slots.stride(1),
+        slots.stride(2),
+        cache.block_table.stride(0),
+        cache.window_block_table.stride(0),
+        cache.window_block_table.shape[1],
+        LAYOUT=layout,
+        SLOTS_PER_BLOCK=slots.shape[1],
+        HEAD_PAD=padded(fmt.head_size),
+        WORDS_PAD=triton.next_power_of_2(fmt.key_words),
+        ONE_TOKEN=one_token,
+        num_warps=8,
+    )

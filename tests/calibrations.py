@@ -1,0 +1,35 @@
+"""Feedback matrices and moments for tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from logquant_vllm.core.calibration import Moments, calibrated_basis
+
+
+def uneven_moments(head_size: int, num_kv_heads: int, seed: int = 0) -> Moments:
+    """Moments of channels that differ in size and hang together."""
+    g = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(2, num_kv_heads, head_size, head_size, generator=g, dtype=torch.float64)
+    mixed *= (3 * torch.rand(2, num_kv_heads, 1, head_size, generator=g, dtype=torch.float64)).exp()
+    return Moments(*(mixed @ mixed.mT / head_size))
+
+
+def feedback_of(head_size: int, num_kv_heads: int, dense: bool) -> tuple[Tensor, Tensor]:
+    """float32 feedback and the query moments that it is for.
+
+    Args:
+        dense: of uneven moments. Otherwise every second channel takes half the error of the one before: with keys that
+            are multiples of 1/8 no sum is rounded then, whatever its order.
+    """
+    moments = uneven_moments(head_size, num_kv_heads)
+    basis = calibrated_basis(moments)
+    assert basis.feedback is not None
+    weight = basis.query.mT @ moments.query @ basis.query
+    if dense:
+        return basis.feedback, weight
+    sparse = torch.zeros(num_kv_heads, head_size, head_size)
+    pairs = torch.arange(0, head_size, 2)
+    sparse[:, pairs + 1, pairs] = 0.5
+    return sparse, weight

@@ -1,0 +1,130 @@
+"""The calibrated basis, error feedback, and the file that holds a calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from logquant_vllm import calibration
+from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.core import operations as reference
+from logquant_vllm.core.calibration import calibrated_basis, change_basis, rotate_heads, rotation_basis
+from logquant_vllm.core.hadamard import hadamard_matrix
+from logquant_vllm.core.page_format import PageFormat
+from logquant_vllm.core.paged import CacheLayout
+from logquant_vllm.core.quantizer import dequantize, quantize, round_with_feedback
+from logquant_vllm.cpu import operations as cpp
+from tests.calibrations import feedback_of, uneven_moments
+from tests.paging import PagedBatch, assert_close, random_qkv
+
+pytestmark = pytest.mark.usefixtures("few_threads")
+
+
+@pytest.mark.parametrize(("head_size", "heads"), [(16, 1), (64, 3), (96, 2), (128, 2)])
+def test_scores_are_unchanged(head_size: int, heads: int) -> None:
+    basis = calibrated_basis(uneven_moments(head_size, heads))
+    q, k, _ = random_qkv(20, 4 * heads, heads, head_size, torch.float64)
+    expected = torch.einsum("qhgd,khd->hgqk", q.unflatten(1, (heads, 4)), k)
+    q, k = rotate_heads(q, k, basis)
+    assert_close(torch.einsum("qhgd,khd->hgqk", q.unflatten(1, (heads, 4)), k), expected, 1e-9, "scores")
+    assert_close(change_basis(k, basis.query.mT), change_basis(k, torch.linalg.inv(basis.key)), 1e-9, "the way back")
+
+
+def test_without_calibration_it_is_the_rotation() -> None:
+    q, k, _ = random_qkv(5, 8, 2, 64, torch.float32)
+    matrix = hadamard_matrix(64)
+    for x, y in zip(
+        rotate_heads(q, k, rotation_basis(64, torch.float32, "cpu")), (q @ matrix, k @ matrix), strict=True
+    ):
+        assert torch.equal(x, y)
+
+
+def cost(x: torch.Tensor, image: torch.Tensor, weight: torch.Tensor) -> float:
+    """Mean of (q . error)^2 for queries of the given moments."""
+    error = (image - x).double()
+    return float(torch.einsum("...htd,hde,...hte->...ht", error, weight, error).mean())
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_basis_and_feedback_lower_what_errors_cost(bits: int) -> None:
+    heads, size = 2, 64
+    moments = uneven_moments(size, heads)
+    roots = torch.linalg.cholesky(moments.key)
+    x = torch.randn(40, heads, 64, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) @ roots.mT
+    costs = []
+    for basis in (rotation_basis(size, torch.float64, "cpu"), calibrated_basis(moments)):
+        rotated = x @ basis.key
+        weight = basis.query.mT @ moments.query @ basis.query
+        q = quantize(rotated, -2, bits, 8, 0.9)
+        costs.append(cost(rotated, dequantize(q, -2), weight))
+        if basis.feedback is not None:
+            fed = round_with_feedback(rotated, q, bits, basis.feedback)
+            assert torch.equal(fed.scale.view(torch.uint8), q.scale.view(torch.uint8))
+            costs.append(cost(rotated, dequantize(fed, -2), weight))
+    assert costs[0] > 1.2 * costs[1] > 1.4 * costs[2], costs
+
+
+def test_no_feedback_is_plain_rounding_and_nan_stays_in_its_channel() -> None:
+    x = torch.randn(3, 1, 64, 32, generator=torch.Generator().manual_seed(0))
+    x[1, 0, 5, 7] = torch.nan
+    q = quantize(x, -2, 2, 8, 0.9)
+    same = round_with_feedback(x, q, 2, torch.zeros(1, 32, 32))
+    assert torch.equal(same.codes, q.codes)
+    fed = round_with_feedback(x, q, 2, feedback_of(32, 1, dense=True)[0])
+    assert fed.codes[1, 0, :, 7].eq(0).all()
+    assert torch.isfinite(dequantize(fed, -2)[1, 0, :, torch.arange(32) != 7]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("head_size", "key_bits", "scale_bits"), [(64, 2, 8), (128, 4, 8), (96, 2, 16)])
+def test_cpp_equals_the_reference(head_size: int, key_bits: int, scale_bits: int, dtype: torch.dtype) -> None:
+    """The same bytes where no sum is rounded; and where sums are, a few codes of equal merit differ."""
+    layout, heads = CacheLayout(PageFormat(head_size, key_bits=key_bits, scale_bits=scale_bits)), 2
+    for dense in (False, True):
+        feedback, _ = feedback_of(head_size, heads, dense)
+        expected, actual, plain = (PagedBatch(layout, heads, 2, 400, dtype) for _ in range(3))
+        for i, new in enumerate([[190, 127], [1, 1], [1, 1], [100, 64]]):
+            q, k, v = random_qkv(sum(new), heads, heads, head_size, dtype, seed=i)
+            k = k if dense else (k * 8).round() / 8
+            batch = expected.batch(new)
+            reference.store_tokens(k, v, expected.cache, batch, layout, feedback)
+            cpp.step(q, k, v, actual.cache, actual.batch(new), layout, 1.0, feedback)
+            cpp.step(q, k, v, plain.cache, plain.batch(new), layout, 1.0)
+        different = (expected.cache.pages != actual.cache.pages).float().mean()
+        by_feedback = (plain.cache.pages != actual.cache.pages).float().mean()
+        assert by_feedback > 0.001
+        assert different == 0 if not dense else different < 0.2 * by_feedback
+    with pytest.raises(RuntimeError, match="feedback must be contiguous float32"):
+        cpp.quantize_pages(k, v, actual.cache, batch, layout, feedback[:1])
+
+
+def test_file(tmp_path: Path) -> None:
+    path = tmp_path / calibration.FILE_NAME
+    moments = [uneven_moments(64, 2, seed) for seed in range(3)]
+    calibration.save(moments, path)
+    found = calibration.load(path)
+    calibration.check(found, path, 3, 2, 64)
+    for layer, read in zip(moments, found, strict=True):
+        ratio = layer.query.diagonal(dim1=1, dim2=2) / read.query.double().diagonal(dim1=1, dim2=2)
+        assert_close(ratio, ratio.mean(1, keepdim=True).expand_as(ratio), what="shape of the moments")
+    with pytest.raises(ValueError, match=r"\(3, 2, 64, 64\), this model \(3, 4, 64, 64\)"):
+        calibration.check(found, path, 3, 4, 64)
+    path.write_bytes(b"no")
+    with pytest.raises(ValueError, match="is not a calibration"):
+        calibration.load(path)
+
+
+def test_where_it_is_looked_for(tmp_path: Path) -> None:
+    beside = tmp_path / calibration.FILE_NAME
+    assert calibration.find(LogQuantConfig(), str(tmp_path)) is None
+    beside.write_bytes(b"")
+    assert calibration.find(LogQuantConfig(), str(tmp_path)) == beside
+    assert calibration.find(LogQuantConfig(calibration=None), str(tmp_path)) is None
+    assert calibration.find(LogQuantConfig(rotation=False), str(tmp_path)) is None
+    assert calibration.find(LogQuantConfig(calibration=str(beside)), "elsewhere/model") == beside
+    with pytest.raises(ValueError, match=r"there is no file .*missing"):
+        calibration.find(LogQuantConfig(calibration=str(tmp_path / "missing")), str(tmp_path))
+    with pytest.raises(ValueError, match="leave rotation true"):
+        LogQuantConfig.from_options({"calibration": "x", "rotation": False})
