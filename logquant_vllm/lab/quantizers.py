@@ -68,7 +68,7 @@ class Quantizer:
         return (self.key_storage_bits + self.value_storage_bits) / 2
 
     def keys(self, x: Tensor, basis: Basis | None = None) -> Tensor:
-        """What is read back of keys ``[..., heads, tokens, channels]``, in their dtype; tokens a multiple of :attr:`unit`.
+        """What is read back of keys ``[..., heads, tokens, channels]``, in their dtype; whole groups of tokens.
 
         Args:
             basis: the layer's, float32; a calibrated quantizer needs it.
