@@ -12,8 +12,8 @@ from pathlib import Path
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core.calibration import Moments
 
-FILE_NAME = "logquant_calibration.safetensors"
-"""Found beside a model's weights."""
+FILE_NAME = "calibration.logquant"
+"""Found beside a model's weights. In safetensors' format, but not named so: engines load every such file as weights."""
 
 
 def save(moments: Sequence[Moments], path: Path) -> None:

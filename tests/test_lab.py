@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from logquant_vllm import calibration
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core.log_selection import log_selected_positions, recent_window_start
 from logquant_vllm.demo import tasks
@@ -50,6 +51,7 @@ def prompts(runner: Runner, lengths: tuple[int, ...]) -> list[list[int]]:
         ("logquant-w64", LogQuantConfig()),
         ("logquant-w32", None),
         ("log-w64-k4v2", LogQuantConfig(key_bits=4)),
+        ("calibrated-w64", LogQuantConfig()),
         (
             "log-w64-kivi32",
             LogQuantConfig(key_group_size=32, value_group_size=32, scale_bits=16, range_shrink=1.0, rotation=False),
@@ -65,11 +67,12 @@ def test_logquant_is_the_products(runner: Runner, method: str, config: LogQuantC
         config = LogQuantConfig(window_length=32, key_group_size=32, value_group_size=32)
         quantizer = all_methods()["log-w64-g32"].quantizer
         chosen = type(chosen)("w32-g32", chosen.selection, quantizer)
+    moments = calibration.load(MODEL / calibration.FILE_NAME)
     rows = prompts(runner, lengths)
     suffix = torch.tensor(rows[2][:steps]).expand(len(lengths), -1)
     scored = runner.score(chosen, runner.prefill(rows, steps), suffix, chunk=1, keep=steps)
     for row, ids, got in zip(rows, suffix, scored, strict=True):
-        cache = LogQuantCache(config)
+        cache = LogQuantCache(config, moments if chosen.quantizer.calibrated else None)
         logits = runner.model(torch.tensor([row]), past_key_values=cache).logits[:, -1:]
         expected = [logits]
         for token in ids[:-1]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import openai
 import pytest
@@ -211,6 +212,7 @@ def test_same_tokens_as_transformers(server: Server) -> None:
     """``LogQuantCache`` in transformers and the server share the algorithm: greedy text is the same, token by token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from logquant_vllm import calibration
     from logquant_vllm.config import LogQuantConfig
     from logquant_vllm.hf import LogQuantCache
 
@@ -218,9 +220,10 @@ def test_same_tokens_as_transformers(server: Server) -> None:
     model = AutoModelForCausalLM.from_pretrained("logquant_vllm/demo/model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained("logquant_vllm/demo/model")
     model.generation_config.eos_token_id = None
+    moments = calibration.load(Path("logquant_vllm/demo/model") / calibration.FILE_NAME)
     for case, served in zip(cases, answers(server, cases, concurrency=1, go_on_for=16), strict=True):
         inputs = tokenizer(case.prompt, return_tensors="pt")
-        cache = LogQuantCache(LogQuantConfig())
+        cache = LogQuantCache(LogQuantConfig(), moments)  # what the server finds beside the model
         tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=16, do_sample=False)
         local = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert local == served
