@@ -39,13 +39,18 @@ class _Sums:
 
 
 @contextmanager
-def _watching(seen: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+def watching(seen: Callable[[int, Tensor, Tensor, float], None]) -> Iterator[None]:
+    """Call ``seen`` with the layer, queries, keys and scale of every call of transformers' SDPA interface.
+
+    Queries are ``[batch, heads, tokens, channels]``, keys ``[batch, num_kv_heads, tokens, channels]``, after RoPE.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def watch(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen(module.layer_idx, query, key)
+        scale = kwargs.get("scaling")
+        seen(module.layer_idx, query, key, query.shape[-1] ** -0.5 if scale is None else scale)
         return original(module, query, key, value, *args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = watch
@@ -69,10 +74,10 @@ def measure(model: Any, sequences: Iterable[Sequence[int]], group: int = 64) -> 
     """
     sums: dict[int, _Sums] = {}
 
-    def seen(layer: int, query: Tensor, key: Tensor) -> None:
+    def seen(layer: int, query: Tensor, key: Tensor, scale: float) -> None:
         sums.setdefault(layer, _Sums(group)).add(query, key)
 
-    with _watching(seen):
+    with watching(seen):
         for ids in sequences:
             model.model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     if not sums:

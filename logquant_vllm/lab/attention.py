@@ -7,16 +7,15 @@ under every method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from logquant_vllm.demo import tasks
+from logquant_vllm.hf.calibrate import watching
 from logquant_vllm.lab.runner import Runner
 from logquant_vllm.lab.selection import LogSelection, RandomSelection, Selection, SinkWindow, count_kept
 
@@ -83,25 +82,6 @@ class Sample:
     layers: list[Attention]
 
 
-@contextmanager
-def _watched(seen: Callable[[int, Tensor, Tensor, float], None]) -> Iterator[None]:
-    """Call ``seen`` with the layer, queries, keys and scale of every call of transformers' SDPA interface."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def watch(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        scale = kwargs.get("scaling")
-        seen(module.layer_idx, query, key, query.shape[-1] ** -0.5 if scale is None else scale)
-        return original(module, query, key, value, *args, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = watch
-    try:
-        yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = original
-
-
 @torch.inference_mode()
 def capture(runner: Runner, ids: Sequence[int], prompt_len: int) -> list[Attention]:
     """The attention of all layers at the steps that predict ``ids[prompt_len:]``, the first :data:`MOST_QUERIES`.
@@ -119,7 +99,7 @@ def capture(runner: Runner, ids: Sequence[int], prompt_len: int) -> list[Attenti
     def seen(layer: int, query: Tensor, key: Tensor, scale: float) -> None:
         layers[layer] = Attention(query[0, :, -steps:].clone(), key[0].clone(), scale, cached)
 
-    with _watched(seen):
+    with watching(seen):
         runner.model.model(input_ids=torch.tensor([list(ids)], device=runner.device), use_cache=False)
     if not layers:
         raise ValueError(
