@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from logquant_vllm.kernels.common import (
+    LN2,
     STEP_COUNTS,
     STEP_METADATA,
     find_request,
@@ -20,8 +21,6 @@ from logquant_vllm.kernels.common import (
     slot_offset,
     slot_position,
 )
-
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

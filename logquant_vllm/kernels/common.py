@@ -15,6 +15,7 @@ from torch import Tensor
 from logquant_vllm.core import log_selection, page_format, quantizer
 from logquant_vllm.core.paged import PagedCache
 
+LN2 = tl.constexpr(0.6931471805599453)
 HEADER_SLOTS = tl.constexpr(page_format.HEADER_SLOTS)
 MAX_SHIFT = tl.constexpr(log_selection._MAX_SHIFT)
 E4M3_NAN = tl.constexpr(0x7F)
@@ -169,12 +170,18 @@ def slot_position(slot, computed, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def slot_offset(slot, table_row, table_width, block_stride, slot_stride, SLOTS_PER_BLOCK: tl.constexpr):
-    """Offset of a window slot in elements of the model's dtype (int64, shape of ``slot``)."""
+def slot_block(slot, table_row, table_width, SLOTS_PER_BLOCK: tl.constexpr):
+    """Block of a window slot and its place there (int32, shape of ``slot``)."""
     index = slot + HEADER_SLOTS
     column = tl.minimum(index // SLOTS_PER_BLOCK, table_width - 1)
-    block = tl.load(table_row + column).to(tl.int64)
-    return block * block_stride + (index % SLOTS_PER_BLOCK).to(tl.int64) * slot_stride
+    return tl.load(table_row + column), index % SLOTS_PER_BLOCK
+
+
+@triton.jit
+def slot_offset(slot, table_row, table_width, block_stride, slot_stride, SLOTS_PER_BLOCK: tl.constexpr):
+    """Offset of a window slot in elements of the model's dtype (int64, shape of ``slot``)."""
+    block, place = slot_block(slot, table_row, table_width, SLOTS_PER_BLOCK)
+    return block.to(tl.int64) * block_stride + place.to(tl.int64) * slot_stride
 
 
 @triton.jit

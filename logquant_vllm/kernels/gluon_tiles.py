@@ -2,14 +2,15 @@
 
 A word of codes is loaded straight into the registers in which the matrix unit wants its operand, and one ``and`` makes
 two operands of it. Row ``16 * step + k`` of the other operand belongs to slot ``(16 * step + k) // words`` of word
-``k % words``, which is its natural place: with 16 words to a row a step takes one slot, with 8 words two.
+``k % words``, which is its natural place: with 16 words to a row a step takes one slot, with 8 words two, with 32 words
+half a slot.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 HEADS = 8  # columns of a matrix instruction
 ROWS = gl.constexpr(16)  # and its rows
@@ -19,11 +20,33 @@ LEFT = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=MMA.value, k_wid
 RIGHT = gl.constexpr(gl.DotOperandLayout(operand_index=1, parent=MMA.value, k_width=2))
 BY_ROW = gl.constexpr(gl.SliceLayout(1, MMA.value))
 BY_HEAD = gl.constexpr(gl.SliceLayout(0, MMA.value))
-# sums over rows of equal remainder modulo 8, which every lane can form of its own registers
+# what every lane can form of its own registers: results over the rows of equal remainder modulo 8
 BY_LANE = gl.constexpr(gl.DistributedLinearLayout([[0, 1]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [8, 8]))
+LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+# eight rows of a left operand, and what a lane holds of 32 rows of a right one (see ``store_factors``)
+EIGHT_ROWS = gl.constexpr(
+    gl.DistributedLinearLayout([[0, 1], [0, 8]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [8, 16])
+)
+TWO_STEPS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0]],
+        [[1, 0, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
+        [],
+        [],
+        [4, 2, 2, 2],
+    )
+)
+FACTOR_WORDS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]))
+FACTORS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0]))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 
 CODE_UNIT = gl.constexpr(2.0**24)  # one over the smallest float16
+
+# Weights are relative to a reference that may lie below the largest score by this much (in units of log2): then sums
+# need not be scaled anew for every tile. WEIGHT_UNIT keeps the bits of small weights in float16.
+SLACK = gl.constexpr(5.0)
+LOG_WEIGHT_UNIT = gl.constexpr(5)
+WEIGHT_UNIT = gl.constexpr(2.0**5)
 
 
 @gluon.constexpr_function
@@ -36,32 +59,31 @@ def words_layout(rows, words):
 
 
 @gluon.constexpr_function
-def words_memory_layout(words):
-    """Shared memory for rows of words, so that eight rows of four bytes a lane lie in different banks."""
-    return (
-        gl.SwizzledSharedLayout(8, 4, 2, order=[1, 0])
-        if words == 16
-        else gl.SwizzledSharedLayout(8, 1, 1, order=[1, 0])
-    )
+def rows_memory(elements):
+    """Shared memory for rows of 16-bit elements, eight of which (16 bytes) lie together: the same eight of eight rows lie
+    in different banks."""
+    phases = min(elements // 8, 8)
+    return gl.SwizzledSharedLayout(8, 8 // phases, phases, order=[1, 0])
 
 
+@gluon.constexpr_function
+def copy_layout(elements):
+    """Who copies rows of 16-bit elements: 16 bytes a lane."""
+    lanes = min(elements // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [1, 1], [1, 0])
+
+
+# -- codes ------------------------------------------------------------------------------------------------------------
 @gluon.jit
-def copy_words(memory, address, ROW_WORDS: gl.constexpr):
-    """Start to copy rows of words, which lie ``ROW_WORDS`` apart, to shared memory: 16 bytes a lane."""
-    NUM_ROWS: gl.constexpr = memory.shape[0]
+def copy_words(memory, address):
+    """Start to copy rows of words, which lie one after another at ``address``, to shared memory."""
+    ROWS: gl.constexpr = memory.shape[0]
     WORDS: gl.constexpr = memory.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WORDS, WORDS // 8], [1, 1], [1, 0])
-    row = gl.arange(0, NUM_ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    LAYOUT: gl.constexpr = copy_layout(WORDS)
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT))
     words = address.to(gl.pointer_type(gl.uint16))
-    async_copy.async_copy_global_to_shared(memory, words + row[:, None] * ROW_WORDS + word[None, :])
-
-
-@gluon.jit
-def copy_codes(keys, values, slab, in_page, FMT: gl.constexpr):
-    """Start to copy one group's codes."""
-    copy_words(keys, slab + FMT.key_codes_offset + in_page * (FMT.key_group_size * FMT.key_words * 2), FMT.key_words)
-    copy_words(values, slab + FMT.value_codes_offset + in_page * (FMT.value_words_per_group * 2), FMT.value_words)
+    async_copy.async_copy_global_to_shared(memory, words + (row[:, None] * WORDS + word[None, :]))
 
 
 @gluon.jit
@@ -83,16 +105,13 @@ def codes_of_slot(words, moved, slot: gl.constexpr, BITS: gl.constexpr):
 
 
 @gluon.jit
-def left_operand(words, moved, step: gl.constexpr, BITS: gl.constexpr):
-    """Codes ``[rows, 16]`` of one step, in the matrix unit's registers."""
-    NUM_ROWS: gl.constexpr = words.shape[0]
-    if words.shape[1] == 16:
-        return codes_of_slot(words, moved, step, BITS)
+def load_words(memory):
+    """The words of ``[rows, words]`` as tuples of ``[rows, 16]`` (or ``[rows, 8]``), as they are and moved."""
+    WORDS: gl.constexpr = memory.shape[1]
+    if WORDS == 32:
+        return (memory.slice(0, 16, 1).load(LEFT), memory.slice(16, 16, 1).load(LEFT))
     else:
-        even = codes_of_slot(words, moved, 2 * step, BITS)
-        odd = codes_of_slot(words, moved, 2 * step + 1, BITS)
-        both = gl.reshape(gl.permute(gl.join(even, odd), (0, 2, 1)), (NUM_ROWS, 16))
-        return gl.convert_layout(both, LEFT, assert_trivial=True)
+        return (memory.load(words_layout(memory.shape[0], WORDS)),)
 
 
 @gluon.jit
@@ -105,9 +124,153 @@ def move_words(words, BITS: gl.constexpr):
 
 
 @gluon.jit
-def power_of_two(exponent):
-    """float32 ``2**exponent`` of int32 between -126 and 127."""
-    return ((exponent + 127) << 23).to(gl.float32, bitcast=True)
+def move_all(words, BITS: gl.constexpr):
+    """:func:`move_words` of a tuple."""
+    if len(words) == 2:
+        return (move_words(words[0], BITS), move_words(words[1], BITS))
+    else:
+        return (move_words(words[0], BITS),)
+
+
+@gluon.jit
+def left_operand(words, moved, step: gl.constexpr, BITS: gl.constexpr):
+    """Codes ``[rows, 16]`` of one step, in the matrix unit's registers, of :func:`load_words`."""
+    if len(words) == 2:
+        return codes_of_slot(words[step % 2], moved[step % 2], step // 2, BITS)
+    elif words[0].shape[1] == 16:
+        return codes_of_slot(words[0], moved[0], step, BITS)
+    else:
+        even = codes_of_slot(words[0], moved[0], 2 * step, BITS)
+        odd = codes_of_slot(words[0], moved[0], 2 * step + 1, BITS)
+        return gl.convert_layout(side_by_side(even, odd), LEFT, assert_trivial=True)
+
+
+@gluon.jit
+def side_by_side(a, b):
+    """``[rows, n]`` twice to ``[rows, 2 * n]``; a renaming of registers."""
+    return gl.reshape(gl.permute(gl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@gluon.jit
+def on_top(a, b):
+    """``[n, columns]`` twice to ``[2 * n, columns]``; a renaming of registers."""
+    return gl.reshape(gl.permute(gl.join(a, b), (2, 0, 1)), (2 * a.shape[0], a.shape[1]))
+
+
+@gluon.jit
+def row_steps(x):
+    """``[16 * steps, columns]`` as a tuple of right operands ``[16, columns]``; a renaming of registers."""
+    ROWS: gl.constexpr = x.shape[0]
+    if ROWS == 16:
+        return (gl.convert_layout(x, RIGHT, assert_trivial=True),)
+    else:
+        halves = gl.permute(gl.reshape(x, (2, ROWS // 2, x.shape[1])), (1, 2, 0))
+        first, second = gl.split(halves)
+        return row_steps(first) + row_steps(second)
+
+
+# -- scales and zeros -------------------------------------------------------------------------------------------------
+@gluon.jit
+def decode_scales(words):
+    """Four e4m3 numbers in each int32 word to two words of two float16."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        mov.b32 {low, high}, $2;
+        cvt.rn.f16x2.e4m3x2 $0, low;
+        cvt.rn.f16x2.e4m3x2 $1, high;
+        }""",
+        "=r,=r,r",
+        [words],
+        dtype=(gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def decode_zeros(words):
+    """Four int8 numbers in each int32 word to two words of two float16: the byte, plus 128, is a mantissa of 1024."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 bytes, magic, offset;
+        xor.b32 bytes, $2, 0x80808080;
+        mov.b32 magic, 0x64646464;
+        mov.b32 offset, 0x64806480;
+        prmt.b32 $0, bytes, magic, 0x4140;
+        prmt.b32 $1, bytes, magic, 0x4342;
+        sub.f16x2 $0, $0, offset;
+        sub.f16x2 $1, $1, offset;
+        }""",
+        "=&r,=&r,r",
+        [words],
+        dtype=(gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def multiply_words(a, b):
+    """Two float16 products in each int32 word."""
+    return gl.inline_asm_elementwise("mul.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def larger_words(a, b):
+    """The larger of two float16 in each int32 word."""
+    return gl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def power_word(exponent):
+    """int32 whose halves are both float16 ``2**exponent``, for an int32 exponent between -14 and 15."""
+    return ((exponent + 15) << 10) * 0x10001
+
+
+@gluon.jit
+def store_factors(memory, words, PAIRED: gl.constexpr):
+    """Store float16 factors of rows, so that a lane finds those of two steps of a right operand in 16 bytes.
+
+    Row ``16 * step + 8 * h + 2 * t + e`` is the lane's of column ``t``, element ``(step % 2, h, e)``.
+
+    Args:
+        memory: int32 ``[rows / 32, 4, 4]``, :func:`factors_memory`.
+        words: low and high of ``[rows / 4]``, each two rows' factors.
+        PAIRED: the rows come as ``[..., 2, 64]`` and a step takes eight of either half.
+    """
+    low, high = words
+    WORDS: gl.constexpr = low.shape[0]
+    both = gl.join(low, high)
+    if PAIRED:
+        # rows (chunk, h, step, t, e) of 128
+        ordered = gl.permute(gl.reshape(both, (WORDS // 32, 2, 4, 2, 2, 2)), (0, 2, 4, 5, 3, 1))
+    else:
+        ordered = gl.permute(gl.reshape(both, (WORDS // 8, 2, 2, 2, 2)), (0, 3, 4, 1, 2))
+    memory.store(gl.reshape(ordered, (WORDS // 8, 4, 4)))
+
+
+@gluon.jit
+def factors_memory(ROWS: gl.constexpr):
+    """Shared memory for :func:`store_factors`."""
+    return gl.allocate_shared_memory(gl.int32, [ROWS // 32, 4, 4], FACTOR_WORDS)
+
+
+@gluon.jit
+def load_factors(memory, chunk: gl.constexpr):
+    """float16 factors ``[4, 2, 2, 2]`` of two steps, from :func:`factors_memory`."""
+    halves = memory._reinterpret(gl.float16, [memory.shape[0], 4, 2, 2, 2], FACTORS)
+    return halves.index(chunk).load(TWO_STEPS)
+
+
+@gluon.jit
+def factors_of_step(factors, LAYOUT: gl.constexpr):
+    """The two vectors ``[16]`` of :func:`load_factors`."""
+    first, second = gl.split(gl.permute(factors, (2, 0, 3, 1)))
+    return (
+        gl.convert_layout(gl.reshape(first, (16,)), LAYOUT, assert_trivial=True),
+        gl.convert_layout(gl.reshape(second, (16,)), LAYOUT, assert_trivial=True),
+    )
 
 
 @gluon.jit
@@ -118,35 +281,30 @@ def multiply_pairs(a, b):
 
 
 @gluon.jit
-def side_by_side(a, b):
-    """``[rows, n]`` twice to ``[rows, 2 * n]``; a renaming of registers."""
-    return gl.reshape(gl.permute(gl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+def eight_rows(vector):
+    """``[16]`` as eight equal rows of a left operand."""
+    zeros = gl.zeros((8, 16), gl.float16, EIGHT_ROWS)
+    rows, unused = gl.broadcast(vector[None, :], zeros)
+    return rows
 
 
 @gluon.jit
-def left_operands(words, moved, first: gl.constexpr, STEPS: gl.constexpr, BITS: gl.constexpr):
-    """Codes ``[rows, 16 * STEPS]`` of the steps from ``first`` on; ``STEPS`` is a power of two."""
-    if STEPS == 1:
-        return left_operand(words, moved, first, BITS)
-    else:
-        HALF: gl.constexpr = STEPS // 2
-        return side_by_side(
-            left_operands(words, moved, first, HALF, BITS), left_operands(words, moved, first + HALF, HALF, BITS)
-        )
+def stacked(upper, lower):
+    """A left operand ``[16, 16]`` of eight rows ``upper`` and eight rows ``lower``, both ``[16]``."""
+    return gl.convert_layout(on_top(eight_rows(upper), eight_rows(lower)), LEFT, assert_trivial=True)
+
+
+# -- arithmetic -------------------------------------------------------------------------------------------------------
+@gluon.jit
+def power_of_two(exponent):
+    """float32 ``2**exponent`` of int32 between -126 and 127."""
+    return ((exponent + 127) << 23).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def add_offsets(acc, right, zero_memory, ones):
-    """``acc + zeros @ right`` in every row, for zeros in the units of ``right``."""
-    products = multiply_pairs(right, zero_memory.load(gl.SliceLayout(1, RIGHT))[:, None])
-    return mma_v2(ones, products, acc)
-
-
-@gluon.jit
-def add_values(acc, words, right, STEPS: gl.constexpr, BITS: gl.constexpr):
-    """``acc + codes @ right`` for ``right`` of ``[16 * STEPS, 8]``."""
-    codes = left_operands(words, move_words(words, BITS), 0, STEPS, BITS)
-    return mma_v2(gl.convert_layout(codes, LEFT, assert_trivial=True), right, acc)
+def exp2(x):
+    """``2**x`` of float32 with one instruction; results below the normal numbers are 0."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -162,27 +320,10 @@ def beside(lanes, x):
 
 
 @gluon.jit
-def lane_sums(x):
-    """``[rows, 8]`` to ``[8, 8]`` without a word between lanes; :func:`head_sums` does the rest after the last tile."""
-    return gl.convert_layout(gl.sum(by_lane(x), 0), BY_LANE, assert_trivial=True)
-
-
-@gluon.jit
-def lane_maxima(x):
-    """Like :func:`lane_sums`."""
-    return gl.convert_layout(gl.max(by_lane(x), 0), BY_LANE, assert_trivial=True)
-
-
-@gluon.jit
-def head_sums(sums):
-    """``[8, 8]`` of :func:`lane_sums` to ``[8]``."""
-    return gl.convert_layout(gl.sum(sums, 0), BY_HEAD)
-
-
-@gluon.jit
-def of_heads(lanes):
-    """``[8, 8]`` with equal rows to ``[8]``."""
-    return gl.convert_layout(gl.max(lanes, 0), BY_HEAD)
+def scale_and_shift(x, factor, shifts):
+    """``[rows, 8]`` times a number plus ``[8, 8]`` with equal rows."""
+    blocks = by_lane(x)
+    return gl.convert_layout(gl.reshape(blocks * factor + beside(shifts, blocks), x.shape), MMA, assert_trivial=True)
 
 
 @gluon.jit
@@ -193,51 +334,79 @@ def scale_rows(x, factors):
 
 
 @gluon.jit
+def halves_of(x):
+    """The upper and the lower eight rows of ``[16, 8]``, as ``[8, 8]`` by lane; a renaming of registers."""
+    upper, lower = gl.split(gl.permute(by_lane(x), (1, 2, 0)))
+    return gl.convert_layout(upper, BY_LANE, assert_trivial=True), gl.convert_layout(
+        lower, BY_LANE, assert_trivial=True
+    )
+
+
+@gluon.jit
+def lane_maxima(x):
+    """``[rows, 8]`` to ``[8, 8]`` without a word between lanes."""
+    return gl.convert_layout(gl.max(by_lane(x), 0), BY_LANE, assert_trivial=True)
+
+
+@gluon.jit
+def column_maxima(lanes):
+    """The largest of each column of ``[8, 8]``, as ``[8, 8]`` with equal rows."""
+    row = gl.convert_layout(gl.max(lanes, 0), gl.SliceLayout(0, BY_LANE), assert_trivial=True)
+    rows, unused = gl.broadcast(row[None, :], lanes)
+    return rows
+
+
+@gluon.jit
+def larger_pairs(a, b):
+    """The larger of float16 tensors, two with one instruction; NaN if either is."""
+    return gl.inline_asm_elementwise(
+        "max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.float16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def fold_maxima(x):
+    """The largest of float16 ``[8, 8, n]`` along the last index, ``[8, 8]``."""
+    N: gl.constexpr = x.shape[2]
+    if N == 1:
+        return gl.reshape(x, (8, 8))
+    else:
+        a, b = gl.split(gl.reshape(x, (8, 8, N // 2, 2)))
+        return fold_maxima(larger_pairs(a, b))
+
+
+@gluon.jit
+def peak_bits(x):
+    """Bits (int32) of the largest of non-negative float16 ``[rows, 8]``; those of a NaN are larger than any number's."""
+    lanes = fold_maxima(gl.permute(by_lane(x), (1, 2, 0)))
+    return gl.max(gl.reshape(lanes.to(gl.uint16, bitcast=True).to(gl.int32), (64,)), 0)
+
+
+@gluon.jit
+def of_heads(lanes):
+    """``[8, 8]`` with equal rows to ``[8]``."""
+    return gl.convert_layout(gl.max(lanes, 0), BY_HEAD)
+
+
+@gluon.jit
 def reference_of(maximum):
     """What scores are relative to: 0 where no score came yet."""
     return gl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @gluon.jit
-def softmax_step(scores, maximum, totals):
-    """``kernels.decode.softmax_step``, with the totals as :func:`lane_sums`."""
-    new_maximum = gl.maximum(maximum, gl.max(scores, 0))
-    reference = reference_of(new_maximum)
-    weights = gl.exp2(scores - reference[None, :])
-    decay = gl.exp2(maximum - reference)
-    factors = gl.convert_layout(decay, gl.SliceLayout(0, BY_LANE), assert_trivial=True)[None, :]
-    return new_maximum, totals * factors + lane_sums(weights), weights, decay
-
-
-@gluon.jit
 def transpose_tiles(x):
-    """float16 ``[rows, 8]`` from the registers of a product to those of a right operand: one instruction a tile."""
+    """16-bit ``[rows, 8]`` from the registers of a product to ``[rows / 8, 8, 8]`` in those of a right operand: one
+    instruction a tile."""
     moved = gl.inline_asm_elementwise(
-        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=gl.float16, is_pure=True, pack=2
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2
     )
-    return gl.convert_layout(gl.reshape(gl.permute(by_lane(moved), (0, 2, 1)), x.shape), RIGHT, assert_trivial=True)
+    return gl.permute(by_lane(moved), (0, 2, 1))
 
 
 @gluon.jit
-def multiply_rows(x, pairs):
-    """float16 ``[rows, 8]`` times one factor for each row, given twice in a word (int32 ``[rows]``)."""
-    x, pairs = gl.broadcast(x, pairs[:, None])
-    return gl.inline_asm_elementwise(
-        "mul.f16x2 $0, $1, $2;", "=r,r,r,r", [x, pairs], dtype=gl.float16, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
-def add_products(a, b, acc):
-    """float16 ``a * b + acc``, two with one instruction."""
-    a, b = gl.broadcast(a, b)
-    return gl.inline_asm_elementwise(
-        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, acc], dtype=gl.float16, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
-def word_of_twice(x):
-    """int32 whose halves are both float16 ``x``."""
-    bits = x.to(gl.uint16, bitcast=True).to(gl.int32)
-    return bits | (bits << 16)
+def on_top_blocks(first, last, PAIRED: gl.constexpr):
+    """Two of :func:`transpose_tiles` as ``[rows, 8]``: one behind the other, or a tile of each in turn."""
+    both = gl.join(first, last)
+    TILES: gl.constexpr = first.shape[0]
+    return gl.reshape(gl.permute(both, (0, 3, 1, 2) if PAIRED else (3, 0, 1, 2)), (16 * TILES, 8))

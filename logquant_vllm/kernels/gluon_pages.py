@@ -1,0 +1,395 @@
+"""The 2-bit part of ``kernels.decode_gluon``: one program's share of a request's pages, a page at a time.
+
+Keys and values of a page take turns in a ring of three tiles of shared memory, so that the copy of what is needed next is
+always under way. Scales and zeros pass through registers into a layout of their own (:func:`store_factors`).
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from logquant_vllm.kernels.common import pages_end, read_from_page
+from logquant_vllm.kernels.gluon_tiles import (
+    BY_ROW,
+    CODE_UNIT,
+    EIGHT_ROWS,
+    LANES,
+    LEFT,
+    LOG_WEIGHT_UNIT,
+    MMA,
+    RIGHT,
+    code_shift,
+    column_maxima,
+    copy_words,
+    decode_scales,
+    decode_zeros,
+    exp2,
+    factors_of_step,
+    halves_of,
+    lane_maxima,
+    larger_words,
+    left_operand,
+    load_factors,
+    load_words,
+    move_all,
+    multiply_pairs,
+    multiply_words,
+    on_top_blocks,
+    peak_bits,
+    power_of_two,
+    power_word,
+    reference_of,
+    row_steps,
+    rows_memory,
+    scale_and_shift,
+    scale_rows,
+    stacked,
+    store_factors,
+    transpose_tiles,
+)
+
+# A weight times a value's scale, in PRODUCT_UNIT, must fit float16. So weights may be up to LIMIT, but where a scale is
+# above LARGE_SCALE they are relative to the largest score itself, and at most EXACT_LIMIT. All are float16's bits.
+LIMIT = gl.constexpr(0x6400)  # 2**10: SLACK and WEIGHT_UNIT
+EXACT_LIMIT = gl.constexpr(0x5000)  # 2**5: WEIGHT_UNIT
+LARGE_SCALE = gl.constexpr(0x4B80)  # 15
+LOG_PRODUCT_UNIT = gl.constexpr(7)
+PRODUCT_UNIT = gl.constexpr(2.0**7)
+
+
+@gluon.jit
+def load_metadata(slab, FMT: gl.constexpr):
+    """Words of four scales or zeros each: of keys ``[groups * head_size / 4]``, of values ``[groups * page_size / 4]``."""
+    KEYS: gl.constexpr = FMT.groups_per_page * FMT.head_size // 4
+    VALUES: gl.constexpr = FMT.value_groups * FMT.page_size // 4
+    key = gl.arange(0, KEYS, layout=gl.BlockedLayout([KEYS // 32], [32], [1], [0]))
+    value = gl.arange(0, VALUES, layout=gl.BlockedLayout([VALUES // 32], [32], [1], [0]))
+    WORDS: gl.constexpr = gl.pointer_type(gl.int32)
+    return (
+        gl.load((slab + FMT.key_scale_offset).to(WORDS) + key),
+        gl.load((slab + FMT.key_zero_offset).to(WORDS) + key),
+        gl.load((slab + FMT.value_scale_offset).to(WORDS) + value),
+        gl.load((slab + FMT.value_zero_offset).to(WORDS) + value),
+    )
+
+
+@gluon.jit
+def store_metadata(
+    key_scales, key_zeros, value_scales, value_zeros, key_scale, key_zero, value_scale, value_zero, complete, FMT
+):
+    """Bring :func:`load_metadata` to float16 in shared memory; whether a value's scale is above LARGE_SCALE.
+
+    Zeros are stored times scale. Key zeros and value scales also take the weights of their codes' slots.
+
+    Args:
+        complete: tokens of the page whose groups are complete; what lies behind is stale and may be NaN.
+    """
+    PAIRED: gl.constexpr = FMT.value_words_per_group == 8
+    KEYS: gl.constexpr = key_scale.shape[0]
+    VALUES: gl.constexpr = value_scale.shape[0]
+    channel = 4 * gl.arange(0, KEYS, layout=key_scale.type.layout) % FMT.head_size
+    token = 4 * gl.arange(0, VALUES, layout=value_scale.type.layout) % FMT.page_size
+    low, high = decode_scales(key_scale)
+    store_factors(key_scales, (low, high), False)
+    weight = power_word(code_shift(channel, FMT.key_words, FMT.key_bits) - 8)
+    zero_low, zero_high = decode_zeros(key_zero)
+    low, high = multiply_words(low, weight), multiply_words(high, weight)
+    store_factors(key_zeros, (multiply_words(low, zero_low), multiply_words(high, zero_high)), False)
+
+    low, high = decode_scales(gl.where(token < complete, value_scale, 0))
+    zero_low, zero_high = decode_zeros(value_zero)
+    store_factors(value_zeros, (multiply_words(low, zero_low), multiply_words(high, zero_high)), PAIRED)
+    largest = larger_words(low, high)
+    shift = code_shift(token % FMT.key_group_size, FMT.value_words_per_group, FMT.value_bits)
+    weight = power_word(LOG_PRODUCT_UNIT - LOG_WEIGHT_UNIT - shift)
+    store_factors(value_scales, (multiply_words(low, weight), multiply_words(high, weight)), PAIRED)
+    return gl.max(gl.maximum(largest & 0xFFFF, largest >> 16), 0) > LARGE_SCALE
+
+
+@gluon.jit
+def load_queries(query_columns, GQA: gl.constexpr, FMT: gl.constexpr):
+    """The query's steps of ``[16, 8]``, divided by a power of two near its largest element, times the slots' weights.
+
+    Returns:
+        The steps, and the exponent that was taken out.
+    """
+    KEY_STEPS: gl.constexpr = FMT.head_size // 16
+    depth = gl.arange(0, 16, layout=gl.SliceLayout(1, RIGHT))
+    column = gl.arange(0, 8, layout=gl.SliceLayout(0, RIGHT))
+    query_columns = gl.convert_layout(query_columns, gl.SliceLayout(0, RIGHT))[None, :]
+    is_head = (column < GQA)[None, :]
+    largest = gl.zeros((16, 8), gl.float32, RIGHT)
+    for step in gl.static_range(KEY_STEPS):
+        q = gl.load(query_columns + (depth + 16 * step)[:, None], mask=is_head, other=0.0)
+        largest = gl.maximum(largest, gl.abs(q.to(gl.float32)))
+    exponent = (gl.max(gl.max(largest, 0), 0).to(gl.int32, bitcast=True) >> 23) - 127
+    exponent = gl.maximum(gl.minimum(exponent, 100), -100)
+    queries = ()
+    for step in gl.static_range(KEY_STEPS):
+        index = depth + 16 * step
+        q = gl.load(query_columns + index[:, None], mask=is_head, other=0.0).to(gl.float32)
+        weight = power_of_two(5 - exponent - code_shift(index, FMT.key_words, FMT.key_bits))
+        queries = queries + ((q * weight[:, None]).to(gl.float16),)  # type: ignore[assignment]  # noqa: RUF005
+    return queries, exponent
+
+
+@gluon.jit
+def group_scores(memory, group: gl.constexpr, queries, key_scales, FMT: gl.constexpr):
+    """Codes of a group of tokens times the queries, float32 ``[key_group_size, 8]``."""
+    GROUP: gl.constexpr = FMT.key_group_size
+    BITS: gl.constexpr = FMT.key_bits
+    words = load_words(memory.slice(group * GROUP, GROUP))
+    moved = move_all(words, BITS)
+    scores = gl.zeros((GROUP, 8), gl.float32, MMA)
+    CHUNKS: gl.constexpr = FMT.head_size // 32
+    for chunk in gl.static_range(CHUNKS):
+        factors = load_factors(key_scales, group * CHUNKS + chunk)
+        even, odd = factors_of_step(factors, gl.SliceLayout(1, RIGHT))
+        right = multiply_pairs(queries[2 * chunk], even[:, None])
+        scores = mma_v2(left_operand(words, moved, 2 * chunk, BITS), right, scores)
+        right = multiply_pairs(queries[2 * chunk + 1], odd[:, None])
+        scores = mma_v2(left_operand(words, moved, 2 * chunk + 1, BITS), right, scores)
+    return scores
+
+
+@gluon.jit
+def zero_scores(queries, key_zeros, FMT: gl.constexpr):
+    """Zeros of the first and of the last group times the queries, ``[8, 8]`` with equal rows each."""
+    CHUNKS: gl.constexpr = FMT.head_size // 32
+    LAST: gl.constexpr = (FMT.groups_per_page - 1) * CHUNKS
+    VECTOR: gl.constexpr = gl.SliceLayout(0, EIGHT_ROWS)
+    offsets = gl.zeros((16, 8), gl.float32, MMA)
+    for chunk in gl.static_range(CHUNKS):
+        upper_even, upper_odd = factors_of_step(load_factors(key_zeros, chunk), VECTOR)
+        lower_even, lower_odd = factors_of_step(load_factors(key_zeros, LAST + chunk), VECTOR)
+        offsets = mma_v2(stacked(upper_even, lower_even), queries[2 * chunk], offsets)
+        offsets = mma_v2(stacked(upper_odd, lower_odd), queries[2 * chunk + 1], offsets)
+    return halves_of(offsets)
+
+
+@gluon.jit
+def weigh(scores, factor, shifts):
+    """float16 weights of a group."""
+    return exp2(scale_and_shift(scores, factor, shifts)).to(gl.float16)
+
+
+@gluon.jit
+def right_steps(first, last, FMT: gl.constexpr):
+    """The weights of a page's groups as right operands, in the order in which the words of values hold tokens."""
+    if FMT.groups_per_page == 1:
+        return row_steps(gl.reshape(transpose_tiles(first), (FMT.page_size, 8)))
+    else:
+        PAIRED: gl.constexpr = FMT.value_words_per_group == 8
+        return row_steps(on_top_blocks(transpose_tiles(first), transpose_tiles(last), PAIRED))
+
+
+@gluon.constexpr_function
+def value_step(step, fmt):
+    """Which step of the words the tokens of ``step`` lie in: of 32 words to a row, 16 belong to either group."""
+    slots = 16 // fmt.value_bits
+    return step if fmt.value_words == 16 else step % slots * 2 + step // slots
+
+
+@gluon.jit
+def add_values(acc, memory, rights, factors, group: gl.constexpr, FMT: gl.constexpr):
+    """``acc`` plus the values of one group of channels, weighted."""
+    BITS: gl.constexpr = FMT.value_bits
+    CHUNKS: gl.constexpr = FMT.page_size // 32
+    words = load_words(memory)
+    moved = move_all(words, BITS)
+    for chunk in gl.static_range(CHUNKS):
+        even, odd = factors_of_step(load_factors(factors, group * CHUNKS + chunk), gl.SliceLayout(1, RIGHT))
+        scaled = multiply_pairs(rights[2 * chunk], even[:, None])
+        acc = mma_v2(left_operand(words, moved, value_step(2 * chunk, FMT), BITS), scaled, acc)
+        scaled = multiply_pairs(rights[2 * chunk + 1], odd[:, None])
+        acc = mma_v2(left_operand(words, moved, value_step(2 * chunk + 1, FMT), BITS), scaled, acc)
+    return acc
+
+
+@gluon.jit
+def add_weights(totals, offsets, rights, value_zeros, FMT: gl.constexpr):
+    """The sums of the weights, and of the weights times the zeros of the first and of the last group of channels."""
+    CHUNKS: gl.constexpr = FMT.page_size // 32
+    LAST: gl.constexpr = (FMT.value_groups - 1) * CHUNKS
+    VECTOR: gl.constexpr = gl.SliceLayout(0, EIGHT_ROWS)
+    ones = gl.full((16, 16), 1.0, gl.float16, LEFT)
+    for chunk in gl.static_range(CHUNKS):
+        upper_even, upper_odd = factors_of_step(load_factors(value_zeros, chunk), VECTOR)
+        lower_even, lower_odd = factors_of_step(load_factors(value_zeros, LAST + chunk), VECTOR)
+        offsets = mma_v2(stacked(upper_even, lower_even), rights[2 * chunk], offsets)
+        totals = mma_v2(ones, rights[2 * chunk], totals)
+        offsets = mma_v2(stacked(upper_odd, lower_odd), rights[2 * chunk + 1], offsets)
+        totals = mma_v2(ones, rights[2 * chunk + 1], totals)
+    return totals, offsets
+
+
+@gluon.jit
+def attend_pages(
+    acc_0,
+    acc_1,
+    maximum,
+    totals,
+    ring,
+    key_scales,
+    key_zeros,
+    value_scales,
+    value_zeros,
+    query_columns,
+    slabs,
+    table_row,
+    page_byte_stride,
+    first_page,
+    end_page,
+    computed,
+    window_start,
+    live,
+    qk_scale,
+    LAYOUT: gl.constexpr,
+    GQA: gl.constexpr,
+):
+    """Attention to the pages from ``first_page`` to ``end_page``.
+
+    Args:
+        acc_0, acc_1, maximum, totals, ring: as in ``gluon_window.attend_window``.
+        key_scales, key_zeros, value_scales, value_zeros: :func:`factors_memory` of a page.
+        slabs: pointer to this KV head's bytes in page 0.
+
+    Returns:
+        acc_0, acc_1: in PRODUCT_UNIT.
+        maximum, totals: as they were, with the pages added.
+    """
+    FMT: gl.constexpr = LAYOUT.fmt
+    WINDOW: gl.constexpr = LAYOUT.window_length
+    GROUP: gl.constexpr = FMT.key_group_size
+    PAGE: gl.constexpr = FMT.page_size
+    VALUE_GROUPS: gl.constexpr = FMT.value_groups
+    CHANNELS: gl.constexpr = FMT.head_size // VALUE_GROUPS
+    KEYS: gl.constexpr = rows_memory(FMT.key_words)
+    VALUES: gl.constexpr = rows_memory(FMT.value_words)
+    SPAN: gl.constexpr = (2 * WINDOW).bit_length()  # chunks of W tokens below the recent window that can hold copies
+    UNIT: gl.constexpr = 2.0 ** (LOG_PRODUCT_UNIT - LOG_WEIGHT_UNIT) / CODE_UNIT
+    acc_0, acc_1 = acc_0 * UNIT, acc_1 * UNIT
+    offsets = gl.zeros((16, 8), gl.float32, MMA)
+    end = gl.where(live, pages_end(computed, window_start, WINDOW), 0)
+    complete_end = computed // GROUP * GROUP
+    end_page = gl.minimum(end_page, gl.cdiv(gl.minimum(gl.maximum(end, 0), complete_end), PAGE))
+    if first_page < end_page:
+        # pages between the first and this one hold no token that has a copy
+        first_overlaid = (computed // WINDOW - 1 - SPAN) * WINDOW // PAGE
+        queries, exponent = load_queries(query_columns, GQA, FMT)
+        score_unit = power_of_two(exponent - 5) * qk_scale
+        factor = CODE_UNIT * score_unit
+        lane = gl.arange(0, 32, layout=LANES)
+        token = gl.arange(0, GROUP, layout=BY_ROW)
+        base = first_page
+        blocks = gl.load(table_row + base + lane, mask=base + lane < end_page, other=0)
+        block = gl.sum(gl.where(lane == 0, blocks, 0), 0)
+        slab = slabs + block.to(gl.int64) * page_byte_stride
+        copy_words(ring.index(0)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS), slab + FMT.key_codes_offset)
+        async_copy.commit_group()
+        copy_words(
+            ring.index(1)._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], VALUES),
+            slab + FMT.value_codes_offset,
+        )
+        async_copy.commit_group()
+        key_scale, key_zero, value_scale, value_zero = load_metadata(slab, FMT)
+        large = store_metadata(
+            key_scales,
+            key_zeros,
+            value_scales,
+            value_zeros,
+            key_scale,
+            key_zero,
+            value_scale,
+            value_zero,
+            complete_end - first_page * PAGE,
+            FMT,
+        )
+        stage = 0
+        for page in range(first_page, end_page):
+            more = page + 1 < end_page
+            spare = (stage + 2) % 3
+            if page + 1 - base == 32:
+                base += 32
+                blocks = gl.load(table_row + base + lane, mask=base + lane < end_page, other=0)
+            # behind the last page comes the null block, whose scales are not used
+            block = gl.sum(gl.where(lane == page + 1 - base, blocks, 0), 0)
+            slab = slabs + block.to(gl.int64) * page_byte_stride
+            if more:
+                memory = ring.index(spare)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS)
+                copy_words(memory, slab + FMT.key_codes_offset)
+            async_copy.commit_group()
+            key_scale, key_zero, value_scale, value_zero = load_metadata(slab, FMT)
+
+            async_copy.wait_group(2)
+            memory = ring.index(stage)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS)
+            first_scores = group_scores(memory, 0, queries, key_scales, FMT)
+            last_scores = first_scores
+            if FMT.groups_per_page == 2:
+                last_scores = group_scores(memory, 1, queries, key_scales, FMT)
+            first_shift, last_shift = zero_scores(queries, key_zeros, FMT)
+            first_shift, last_shift = first_shift * (64.0 * score_unit), last_shift * (64.0 * score_unit)
+            if more:
+                memory = ring.index(stage)._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], VALUES)
+                copy_words(memory, slab + FMT.value_codes_offset)
+            async_copy.commit_group()
+            if (page == 0) | (page >= first_overlaid):
+                valid = read_from_page(page * PAGE + token, end, computed, window_start, WINDOW)
+                first_scores = gl.where(valid[:, None], first_scores, float("-inf"))
+                if FMT.groups_per_page == 2:
+                    valid = read_from_page(page * PAGE + GROUP + token, end, computed, window_start, WINDOW)
+                    last_scores = gl.where(valid[:, None], last_scores, float("-inf"))
+
+            # weights relative to the reference as it is; with none yet they are infinite or NaN
+            first_weights = weigh(first_scores, factor, first_shift - maximum + LOG_WEIGHT_UNIT)
+            last_weights = first_weights
+            peak = peak_bits(first_weights)
+            if FMT.groups_per_page == 2:
+                last_weights = weigh(last_scores, factor, last_shift - maximum + LOG_WEIGHT_UNIT)
+                peak = gl.maximum(peak, peak_bits(last_weights))
+            if peak > gl.where(large, EXACT_LIMIT, LIMIT):
+                highest = lane_maxima(first_scores) * factor + first_shift
+                if FMT.groups_per_page == 2:
+                    highest = gl.maximum(highest, lane_maxima(last_scores) * factor + last_shift)
+                new_maximum = gl.maximum(maximum, column_maxima(highest))
+                reference = reference_of(new_maximum)
+                decay = exp2(maximum - reference)
+                maximum = new_maximum
+                totals, offsets = scale_rows(totals, decay), scale_rows(offsets, decay)
+                acc_0 = scale_rows(acc_0, decay)
+                if VALUE_GROUPS == 2:
+                    acc_1 = scale_rows(acc_1, decay)
+                first_weights = weigh(first_scores, factor, first_shift - reference + LOG_WEIGHT_UNIT)
+                last_weights = first_weights
+                if FMT.groups_per_page == 2:
+                    last_weights = weigh(last_scores, factor, last_shift - reference + LOG_WEIGHT_UNIT)
+
+            rights = right_steps(first_weights, last_weights, FMT)
+            totals, offsets = add_weights(totals, offsets, rights, value_zeros, FMT)
+            async_copy.wait_group(2)
+            memory = ring.index((stage + 1) % 3)
+            memory = memory._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], VALUES)
+            acc_0 = add_values(acc_0, memory.slice(0, CHANNELS), rights, value_scales, 0, FMT)
+            if VALUE_GROUPS == 2:
+                acc_1 = add_values(acc_1, memory.slice(CHANNELS, CHANNELS), rights, value_scales, 1, FMT)
+            large = store_metadata(
+                key_scales,
+                key_zeros,
+                value_scales,
+                value_zeros,
+                key_scale,
+                key_zero,
+                value_scale,
+                value_zero,
+                complete_end - (page + 1) * PAGE,
+                FMT,
+            )
+            stage = spare
+        async_copy.wait_group(0)
+
+    upper, lower = halves_of(offsets)
+    acc_0 = scale_and_shift(acc_0, CODE_UNIT, upper)
+    acc_1 = scale_and_shift(acc_1, CODE_UNIT, lower)
+    return acc_0, acc_1, maximum, totals

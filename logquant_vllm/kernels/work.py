@@ -1,0 +1,106 @@
+"""How the work of decoding is shared out: every program takes the same number of units, whatever the lengths.
+
+A *unit* is a page, or ``WINDOW_UNIT`` slots of the window, of one request and KV head: things that take about as long. The
+units of a request and head lie in a row, those of the window first; the rows lie one after another, request by request,
+head by head. Program ``p`` takes the units from ``p * share`` on. So one long request among short ones is
+spread over the GPU, and a short batch wakes few programs. Lengths are read on the device, so a captured graph stays right.
+
+A program that takes a whole row writes its output. The others write *pieces* for ``combine_kernel``: each program has
+room for two, one of the row in whose middle it begins and one of a row that it begins and does not finish.
+
+``index`` in these functions is a tensor of request numbers, and Gluon calls them too: they create no tensors.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+WINDOW_UNIT = tl.constexpr(32)  # slots
+# A program's start takes about as long as this many units, so fewer are not worth one.
+LEAST_UNITS = tl.constexpr(2)
+REQUESTS = 256  # requests that are looked at together
+PIECES = 2  # of a program
+
+
+def window_units(num_slots: int) -> int:
+    """Units of a request's window."""
+    return -(-num_slots // WINDOW_UNIT.value)
+
+
+def row_units_bound(max_seq_len: int, num_slots: int, page_size: int) -> int:
+    """No request of up to ``max_seq_len`` tokens has more units for a KV head."""
+    return window_units(num_slots) + -(-max_seq_len // page_size)
+
+
+@triton.jit
+def row_units(query_len, computed, LAYOUT: tl.constexpr):
+    """Units of a request and KV head; the last pages may turn out to hold nothing that is read from them."""
+    GROUP: tl.constexpr = LAYOUT.fmt.key_group_size
+    PER_PAGE: tl.constexpr = LAYOUT.fmt.groups_per_page
+    WINDOW_UNITS: tl.constexpr = (LAYOUT.num_slots + WINDOW_UNIT - 1) // WINDOW_UNIT
+    pages = (computed // GROUP + (PER_PAGE - 1)) // PER_PAGE
+    return tl.where(query_len > 0, WINDOW_UNITS + pages, 0)
+
+
+@triton.jit
+def load_units(query_start_loc, seq_lens, index, num_reqs, LAYOUT: tl.constexpr):
+    """:func:`row_units` of the requests ``index``, 0 from ``num_reqs`` on."""
+    exists = index < num_reqs
+    start = tl.load(query_start_loc + index, mask=exists, other=0)
+    query_len = tl.load(query_start_loc + index + 1, mask=exists, other=0) - start
+    computed = tl.load(seq_lens + index, mask=exists, other=0) - query_len
+    return row_units(query_len, computed, LAYOUT)
+
+
+@triton.jit
+def share_of(total, num_programs):
+    """Units of a program if there are ``total``."""
+    return tl.maximum((total + num_programs - 1) // num_programs, LEAST_UNITS)
+
+
+@triton.jit
+def units_before(query_start_loc, seq_lens, request, index, num_reqs, LAYOUT: tl.constexpr):
+    """Units of one KV head, of the requests before ``request`` and of all.
+
+    Args:
+        index: ``0 .. REQUESTS``.
+    """
+    before, total = request * 0, request * 0
+    for first in range(0, num_reqs, index.shape[0]):
+        units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT)
+        before += tl.sum(tl.where(first + index < request, units, 0), 0)
+        total += tl.sum(units, 0)
+    return before, total
+
+
+@triton.jit
+def find_units(query_start_loc, seq_lens, program, num_programs, index, num_reqs, num_kv_heads, LAYOUT: tl.constexpr):
+    """What a program takes.
+
+    Args:
+        index: ``0 .. REQUESTS``.
+
+    Returns:
+        request, kv_head, unit: where it begins.
+        count: how many units it takes.
+    """
+    unused, total = units_before(query_start_loc, seq_lens, program, index, num_reqs, LAYOUT)
+    total *= num_kv_heads
+    share = share_of(total, num_programs)
+    begin = program * share
+    count = tl.maximum(tl.minimum(share, total - begin), 0)
+    request, before, end = program * 0, program * 0, program * 0
+    if count > 0:
+        for first in range(0, num_reqs, index.shape[0]):
+            units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT) * num_kv_heads
+            ends = end + tl.cumsum(units, 0)
+            passed = (ends <= begin) & (first + index < num_reqs)
+            request += tl.sum(passed.to(tl.int32), 0)
+            before = tl.maximum(before, tl.max(tl.where(passed, ends, 0), 0))
+            end += tl.sum(units, 0)
+    start = tl.load(query_start_loc + request)
+    query_len = tl.load(query_start_loc + request + 1) - start
+    units = tl.maximum(row_units(query_len, tl.load(seq_lens + request) - query_len, LAYOUT), 1)
+    kv_head = (begin - before) // units
+    return request, kv_head, begin - before - kv_head * units, count
