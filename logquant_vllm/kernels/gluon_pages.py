@@ -19,6 +19,7 @@ from logquant_vllm.kernels.gluon_tiles import (
     LEFT,
     LOG_WEIGHT_UNIT,
     MMA,
+    PLAIN,
     RIGHT,
     code_shift,
     column_maxima,
@@ -60,46 +61,39 @@ PRODUCT_UNIT = gl.constexpr(2.0**7)
 
 
 @gluon.jit
-def load_metadata(slab, FMT: gl.constexpr):
-    """Words of four scales or zeros each: of keys ``[groups * head_size / 4]``, of values ``[groups * page_size / 4]``."""
-    KEYS: gl.constexpr = FMT.groups_per_page * FMT.head_size // 4
-    VALUES: gl.constexpr = FMT.value_groups * FMT.page_size // 4
-    key = gl.arange(0, KEYS, layout=gl.BlockedLayout([KEYS // 32], [32], [1], [0]))
-    value = gl.arange(0, VALUES, layout=gl.BlockedLayout([VALUES // 32], [32], [1], [0]))
-    WORDS: gl.constexpr = gl.pointer_type(gl.int32)
-    return (
-        gl.load((slab + FMT.key_scale_offset).to(WORDS) + key),
-        gl.load((slab + FMT.key_zero_offset).to(WORDS) + key),
-        gl.load((slab + FMT.value_scale_offset).to(WORDS) + value),
-        gl.load((slab + FMT.value_zero_offset).to(WORDS) + value),
-    )
+def copy_bytes(memory, address):
+    """Start to copy as many bytes as the int32 ``memory`` holds."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    word = gl.arange(0, memory.shape[0], layout=LAYOUT)
+    async_copy.async_copy_global_to_shared(memory, address.to(gl.pointer_type(gl.int32)) + word)
 
 
 @gluon.jit
-def store_metadata(
-    key_scales, key_zeros, value_scales, value_zeros, key_scale, key_zero, value_scale, value_zero, complete, FMT
-):
-    """Bring :func:`load_metadata` to float16 in shared memory; whether a value's scale is above LARGE_SCALE.
+def store_metadata(raw_keys, raw_values, key_scales, key_zeros, value_scales, value_zeros, complete, FMT: gl.constexpr):
+    """Bring scales and zeros to float16, for :func:`load_factors`; whether a value's scale is above LARGE_SCALE.
 
     Zeros are stored times scale. Key zeros and value scales also take the weights of their codes' slots.
 
     Args:
+        raw_keys, raw_values: a page's scales, then its zeros: int32 words of four.
         complete: tokens of the page whose groups are complete; what lies behind is stale and may be NaN.
     """
     PAIRED: gl.constexpr = FMT.value_words_per_group == 8
-    KEYS: gl.constexpr = key_scale.shape[0]
-    VALUES: gl.constexpr = value_scale.shape[0]
-    channel = 4 * gl.arange(0, KEYS, layout=key_scale.type.layout) % FMT.head_size
-    token = 4 * gl.arange(0, VALUES, layout=value_scale.type.layout) % FMT.page_size
-    low, high = decode_scales(key_scale)
+    KEYS: gl.constexpr = raw_keys.shape[0] // 2
+    VALUES: gl.constexpr = raw_values.shape[0] // 2
+    KEY_WORDS: gl.constexpr = gl.BlockedLayout([KEYS // 32], [32], [1], [0])
+    VALUE_WORDS: gl.constexpr = gl.BlockedLayout([VALUES // 32], [32], [1], [0])
+    channel = 4 * gl.arange(0, KEYS, layout=KEY_WORDS) % FMT.head_size
+    token = 4 * gl.arange(0, VALUES, layout=VALUE_WORDS) % FMT.page_size
+    low, high = decode_scales(raw_keys.slice(0, KEYS).load(KEY_WORDS))
     store_factors(key_scales, (low, high), False)
     weight = power_word(code_shift(channel, FMT.key_words, FMT.key_bits) - 8)
-    zero_low, zero_high = decode_zeros(key_zero)
+    zero_low, zero_high = decode_zeros(raw_keys.slice(KEYS, KEYS).load(KEY_WORDS))
     low, high = multiply_words(low, weight), multiply_words(high, weight)
     store_factors(key_zeros, (multiply_words(low, zero_low), multiply_words(high, zero_high)), False)
 
-    low, high = decode_scales(gl.where(token < complete, value_scale, 0))
-    zero_low, zero_high = decode_zeros(value_zero)
+    low, high = decode_scales(gl.where(token < complete, raw_values.slice(0, VALUES).load(VALUE_WORDS), 0))
+    zero_low, zero_high = decode_zeros(raw_values.slice(VALUES, VALUES).load(VALUE_WORDS))
     store_factors(value_zeros, (multiply_words(low, zero_low), multiply_words(high, zero_high)), PAIRED)
     largest = larger_words(low, high)
     shift = code_shift(token % FMT.key_group_size, FMT.value_words_per_group, FMT.value_bits)
@@ -109,12 +103,9 @@ def store_metadata(
 
 
 @gluon.jit
-def load_queries(query_columns, GQA: gl.constexpr, FMT: gl.constexpr):
-    """The query's steps of ``[16, 8]``, divided by a power of two near its largest element, times the slots' weights.
-
-    Returns:
-        The steps, and the exponent that was taken out.
-    """
+def store_queries(memory, query_columns, GQA: gl.constexpr, FMT: gl.constexpr):
+    """Store the query as float16 ``[head_size, 8]``, divided by a power of two near its largest element and times the
+    slots' weights, and return the exponent that was taken out."""
     KEY_STEPS: gl.constexpr = FMT.head_size // 16
     depth = gl.arange(0, 16, layout=gl.SliceLayout(1, RIGHT))
     column = gl.arange(0, 8, layout=gl.SliceLayout(0, RIGHT))
@@ -126,13 +117,12 @@ def load_queries(query_columns, GQA: gl.constexpr, FMT: gl.constexpr):
         largest = gl.maximum(largest, gl.abs(q.to(gl.float32)))
     exponent = (gl.max(gl.max(largest, 0), 0).to(gl.int32, bitcast=True) >> 23) - 127
     exponent = gl.maximum(gl.minimum(exponent, 100), -100)
-    queries = ()
     for step in gl.static_range(KEY_STEPS):
         index = depth + 16 * step
         q = gl.load(query_columns + index[:, None], mask=is_head, other=0.0).to(gl.float32)
         weight = power_of_two(5 - exponent - code_shift(index, FMT.key_words, FMT.key_bits))
-        queries = queries + ((q * weight[:, None]).to(gl.float16),)  # type: ignore[assignment]  # noqa: RUF005
-    return queries, exponent
+        memory.slice(16 * step, 16).store((q * weight[:, None]).to(gl.float16))
+    return exponent
 
 
 @gluon.jit
@@ -147,9 +137,10 @@ def group_scores(memory, group: gl.constexpr, queries, key_scales, FMT: gl.const
     for chunk in gl.static_range(CHUNKS):
         factors = load_factors(key_scales, group * CHUNKS + chunk)
         even, odd = factors_of_step(factors, gl.SliceLayout(1, RIGHT))
-        right = multiply_pairs(queries[2 * chunk], even[:, None])
+        q = row_steps(queries.slice(32 * chunk, 32).load(RIGHT))
+        right = multiply_pairs(q[0], even[:, None])
         scores = mma_v2(left_operand(words, moved, 2 * chunk, BITS), right, scores)
-        right = multiply_pairs(queries[2 * chunk + 1], odd[:, None])
+        right = multiply_pairs(q[1], odd[:, None])
         scores = mma_v2(left_operand(words, moved, 2 * chunk + 1, BITS), right, scores)
     return scores
 
@@ -164,8 +155,9 @@ def zero_scores(queries, key_zeros, FMT: gl.constexpr):
     for chunk in gl.static_range(CHUNKS):
         upper_even, upper_odd = factors_of_step(load_factors(key_zeros, chunk), VECTOR)
         lower_even, lower_odd = factors_of_step(load_factors(key_zeros, LAST + chunk), VECTOR)
-        offsets = mma_v2(stacked(upper_even, lower_even), queries[2 * chunk], offsets)
-        offsets = mma_v2(stacked(upper_odd, lower_odd), queries[2 * chunk + 1], offsets)
+        q = row_steps(queries.slice(32 * chunk, 32).load(RIGHT))
+        offsets = mma_v2(stacked(upper_even, lower_even), q[0], offsets)
+        offsets = mma_v2(stacked(upper_odd, lower_odd), q[1], offsets)
     return halves_of(offsets)
 
 
@@ -278,7 +270,8 @@ def attend_pages(
     if first_page < end_page:
         # pages between the first and this one hold no token that has a copy
         first_overlaid = (computed // WINDOW - 1 - SPAN) * WINDOW // PAGE
-        queries, exponent = load_queries(query_columns, GQA, FMT)
+        queries = gl.allocate_shared_memory(gl.float16, [FMT.head_size, 8], rows_memory(8))
+        exponent = store_queries(queries, query_columns, GQA, FMT)
         score_unit = power_of_two(exponent - 5) * qk_scale
         factor = CODE_UNIT * score_unit
         lane = gl.arange(0, 32, layout=LANES)
@@ -287,25 +280,20 @@ def attend_pages(
         blocks = gl.load(table_row + base + lane, mask=base + lane < end_page, other=0)
         block = gl.sum(gl.where(lane == 0, blocks, 0), 0)
         slab = slabs + block.to(gl.int64) * page_byte_stride
+        raw_keys = gl.allocate_shared_memory(gl.int32, [FMT.groups_per_page * FMT.head_size // 2], PLAIN)
+        raw_values = gl.allocate_shared_memory(gl.int32, [VALUE_GROUPS * PAGE // 2], PLAIN)
         copy_words(ring.index(0)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS), slab + FMT.key_codes_offset)
+        copy_bytes(raw_keys, slab + FMT.key_scale_offset)
+        copy_bytes(raw_values, slab + FMT.value_scale_offset)
         async_copy.commit_group()
         copy_words(
             ring.index(1)._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], VALUES),
             slab + FMT.value_codes_offset,
         )
         async_copy.commit_group()
-        key_scale, key_zero, value_scale, value_zero = load_metadata(slab, FMT)
+        async_copy.wait_group(1)
         large = store_metadata(
-            key_scales,
-            key_zeros,
-            value_scales,
-            value_zeros,
-            key_scale,
-            key_zero,
-            value_scale,
-            value_zero,
-            complete_end - first_page * PAGE,
-            FMT,
+            raw_keys, raw_values, key_scales, key_zeros, value_scales, value_zeros, complete_end - first_page * PAGE, FMT
         )
         stage = 0
         for page in range(first_page, end_page):
@@ -314,46 +302,29 @@ def attend_pages(
             if page + 1 - base == 32:
                 base += 32
                 blocks = gl.load(table_row + base + lane, mask=base + lane < end_page, other=0)
-            # behind the last page comes the null block, whose scales are not used
-            block = gl.sum(gl.where(lane == page + 1 - base, blocks, 0), 0)
-            slab = slabs + block.to(gl.int64) * page_byte_stride
             if more:
+                block = gl.sum(gl.where(lane == page + 1 - base, blocks, 0), 0)
+                slab = slabs + block.to(gl.int64) * page_byte_stride
                 memory = ring.index(spare)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS)
                 copy_words(memory, slab + FMT.key_codes_offset)
+                copy_bytes(raw_keys, slab + FMT.key_scale_offset)
+                copy_bytes(raw_values, slab + FMT.value_scale_offset)
             async_copy.commit_group()
-            key_scale, key_zero, value_scale, value_zero = load_metadata(slab, FMT)
 
             async_copy.wait_group(2)
-            memory = ring.index(stage)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS)
-            first_scores = group_scores(memory, 0, queries, key_scales, FMT)
-            last_scores = first_scores
-            if FMT.groups_per_page == 2:
-                last_scores = group_scores(memory, 1, queries, key_scales, FMT)
+            overlaid = (page == 0) | (page >= first_overlaid)
+            limit = gl.where(large, EXACT_LIMIT, LIMIT)
             first_shift, last_shift = zero_scores(queries, key_zeros, FMT)
-            first_shift, last_shift = first_shift * (64.0 * score_unit), last_shift * (64.0 * score_unit)
-            if more:
-                memory = ring.index(stage)._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], VALUES)
-                copy_words(memory, slab + FMT.value_codes_offset)
-            async_copy.commit_group()
-            if (page == 0) | (page >= first_overlaid):
+            memory = ring.index(stage)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS)
+            scores = group_scores(memory, 0, queries, key_scales, FMT)
+            if overlaid:
                 valid = read_from_page(page * PAGE + token, end, computed, window_start, WINDOW)
-                first_scores = gl.where(valid[:, None], first_scores, float("-inf"))
-                if FMT.groups_per_page == 2:
-                    valid = read_from_page(page * PAGE + GROUP + token, end, computed, window_start, WINDOW)
-                    last_scores = gl.where(valid[:, None], last_scores, float("-inf"))
-
+                scores = gl.where(valid[:, None], scores, float("-inf"))
             # weights relative to the reference as it is; with none yet they are infinite or NaN
-            first_weights = weigh(first_scores, factor, first_shift - maximum + LOG_WEIGHT_UNIT)
-            last_weights = first_weights
-            peak = peak_bits(first_weights)
-            if FMT.groups_per_page == 2:
-                last_weights = weigh(last_scores, factor, last_shift - maximum + LOG_WEIGHT_UNIT)
-                peak = gl.maximum(peak, peak_bits(last_weights))
-            if peak > gl.where(large, EXACT_LIMIT, LIMIT):
-                highest = lane_maxima(first_scores) * factor + first_shift
-                if FMT.groups_per_page == 2:
-                    highest = gl.maximum(highest, lane_maxima(last_scores) * factor + last_shift)
-                new_maximum = gl.maximum(maximum, column_maxima(highest))
+            shift = first_shift * (64.0 * score_unit)
+            first_weights = weigh(scores, factor, shift - maximum + LOG_WEIGHT_UNIT)
+            if peak_bits(first_weights) > limit:
+                new_maximum = gl.maximum(maximum, column_maxima(lane_maxima(scores) * factor + shift))
                 reference = reference_of(new_maximum)
                 decay = exp2(maximum - reference)
                 maximum = new_maximum
@@ -361,10 +332,30 @@ def attend_pages(
                 acc_0 = scale_rows(acc_0, decay)
                 if VALUE_GROUPS == 2:
                     acc_1 = scale_rows(acc_1, decay)
-                first_weights = weigh(first_scores, factor, first_shift - reference + LOG_WEIGHT_UNIT)
-                last_weights = first_weights
-                if FMT.groups_per_page == 2:
-                    last_weights = weigh(last_scores, factor, last_shift - reference + LOG_WEIGHT_UNIT)
+                first_weights = weigh(scores, factor, shift - reference + LOG_WEIGHT_UNIT)
+            last_weights = first_weights
+            if FMT.groups_per_page == 2:
+                scores = group_scores(memory, 1, queries, key_scales, FMT)
+                if overlaid:
+                    valid = read_from_page(page * PAGE + GROUP + token, end, computed, window_start, WINDOW)
+                    scores = gl.where(valid[:, None], scores, float("-inf"))
+                shift = last_shift * (64.0 * score_unit)
+                last_weights = weigh(scores, factor, shift - maximum + LOG_WEIGHT_UNIT)
+                if peak_bits(last_weights) > limit:
+                    new_maximum = gl.maximum(maximum, column_maxima(lane_maxima(scores) * factor + shift))
+                    reference = reference_of(new_maximum)
+                    decay = exp2(maximum - reference)
+                    maximum = new_maximum
+                    totals, offsets = scale_rows(totals, decay), scale_rows(offsets, decay)
+                    acc_0 = scale_rows(acc_0, decay)
+                    if VALUE_GROUPS == 2:
+                        acc_1 = scale_rows(acc_1, decay)
+                    first_weights = scale_rows(first_weights.to(gl.float32), decay).to(gl.float16)
+                    last_weights = weigh(scores, factor, shift - reference + LOG_WEIGHT_UNIT)
+            if more:
+                memory = ring.index(stage)._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], VALUES)
+                copy_words(memory, slab + FMT.value_codes_offset)
+            async_copy.commit_group()
 
             rights = right_steps(first_weights, last_weights, FMT)
             totals, offsets = add_weights(totals, offsets, rights, value_zeros, FMT)
@@ -374,15 +365,14 @@ def attend_pages(
             acc_0 = add_values(acc_0, memory.slice(0, CHANNELS), rights, value_scales, 0, FMT)
             if VALUE_GROUPS == 2:
                 acc_1 = add_values(acc_1, memory.slice(CHANNELS, CHANNELS), rights, value_scales, 1, FMT)
+            async_copy.wait_group(1)
             large = store_metadata(
+                raw_keys,
+                raw_values,
                 key_scales,
                 key_zeros,
                 value_scales,
                 value_zeros,
-                key_scale,
-                key_zero,
-                value_scale,
-                value_zero,
                 complete_end - (page + 1) * PAGE,
                 FMT,
             )
