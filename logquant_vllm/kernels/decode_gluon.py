@@ -28,10 +28,9 @@ from logquant_vllm.kernels.gluon_tiles import (
     of_heads,
 )
 from logquant_vllm.kernels.gluon_window import attend_window
-from logquant_vllm.kernels.work import PIECES, REQUESTS, WINDOW_UNIT, find_units, row_units
+from logquant_vllm.kernels.work import PIECES, WINDOW_UNIT, find_units, row_units
 
-REQUEST_INDEX = gl.constexpr(gl.BlockedLayout([REQUESTS // 32], [32], [1], [0]))
-NUM_REQUESTS = gl.constexpr(REQUESTS)
+REGISTERS = 168  # of a lane: twelve programs fill a multiprocessor's
 NUM_PIECES = gl.constexpr(PIECES)
 
 
@@ -54,6 +53,15 @@ def supports(fmt: PageFormat, gqa: int) -> bool:
 def tile_elements(fmt):
     """16-bit elements of a tile of the ring: a page's keys or values, or a tile of the window's slots."""
     return max(fmt.page_size * fmt.key_words, fmt.head_size * fmt.value_words, 16 * fmt.head_size)
+
+
+def programs_per_multiprocessor(fmt: PageFormat) -> int:
+    """Programs that a multiprocessor holds at a time: by registers, and by its 228 KiB of shared memory."""
+    codes = 3 * 2 * max(fmt.page_size * fmt.key_words, fmt.head_size * fmt.value_words, 16 * fmt.head_size)
+    numbers = fmt.groups_per_page * fmt.head_size + fmt.value_groups * fmt.page_size
+    # scales and zeros as float16 and as they come, the query, and what the driver keeps
+    used = codes + numbers * (2 * 2 + 2) + 16 * fmt.head_size + 1024
+    return min(65536 // (32 * REGISTERS), 228 * 1024 // used)
 
 
 @gluon.jit
@@ -110,6 +118,8 @@ def decode_kernel(
     LAYOUT: gl.constexpr,
     SLOTS_PER_BLOCK: gl.constexpr,
     GQA: gl.constexpr,
+    REQUESTS: gl.constexpr,  # as in kernels.work.find_units, a multiple of 32
+    ONE_LOOK: gl.constexpr,
 ):
     """One program for each share of all requests' units (``kernels.work``)."""
     FMT: gl.constexpr = LAYOUT.fmt
@@ -117,9 +127,9 @@ def decode_kernel(
     CHANNELS: gl.constexpr = FMT.head_size // VALUE_GROUPS
     WINDOW_UNITS: gl.constexpr = (LAYOUT.num_slots + WINDOW_UNIT - 1) // WINDOW_UNIT
     program = gl.program_id(0)
-    index = gl.arange(0, NUM_REQUESTS, layout=REQUEST_INDEX)
+    index = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([REQUESTS // 32], [32], [1], [0]))
     request, kv_head, unit, count = find_units(
-        query_start_loc, seq_lens, program, gl.num_programs(0), index, num_reqs, num_kv_heads, LAYOUT
+        query_start_loc, seq_lens, program, gl.num_programs(0), index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK
     )
     ring = gl.allocate_shared_memory(gl.uint16, [3, tile_elements(FMT)], PLAIN)
     key_scales = factors_memory(FMT.groups_per_page * FMT.head_size)
@@ -140,7 +150,8 @@ def decode_kernel(
             acc_1 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
             maximum = gl.full((8, 8), float("-inf"), gl.float32, BY_LANE)
             totals = gl.zeros((16, 8), gl.float32, MMA)
-            if unit < WINDOW_UNITS:
+            # a row of padding attends to nothing, not even to itself
+            if live & (unit < WINDOW_UNITS):
                 acc_0, acc_1, maximum, totals = attend_window(
                     acc_0,
                     acc_1,
@@ -159,7 +170,6 @@ def decode_kernel(
                     gl.minimum(stop * WINDOW_UNIT, LAYOUT.num_slots),
                     computed,
                     window_start,
-                    live,
                     qk_scale,
                     LAYOUT,
                     SLOTS_PER_BLOCK,
@@ -188,8 +198,7 @@ def decode_kernel(
                 LAYOUT,
                 GQA,
             )
-            upper, lower = halves_of(totals)
-            total = of_heads(upper)
+            total = of_heads(halves_of(totals)[0])
             inverse = gl.where(total == 0.0, 0.0, (WEIGHT_UNIT / PRODUCT_UNIT) / total)
             row_lse = of_heads(maximum) + gl.log2(gl.where(total == 0.0, 1.0, total / WEIGHT_UNIT))
             if (unit == 0) & (stop == units):

@@ -23,20 +23,18 @@ DECODE_STAGES = 1
 WINDOW_SLOTS_PER_PROGRAM = 64
 WINDOW_SLOTS_PER_TILE = 16
 COMBINE_CHANNELS = 32
-# Decoding with kernels.decode_gluon: registers of a lane, and programs that a multiprocessor holds at a time.
-GLUON_REGISTERS = 168
-GLUON_PROGRAMS_PER_SM = 12
-PIECES_PER_TILE = 64
+# Decoding with kernels.decode_gluon.
+PIECES_PER_TILE = 128
 
 
 @functools.cache
-def _gluon_decode_kernel(device: torch.device, dtype: torch.dtype, layout: CacheLayout, gqa: int) -> Any:
-    """The decode kernel whose registers are laid out by hand, or None where ``kernels.decode`` has to serve."""
+def _decode_by_hand(device: torch.device, dtype: torch.dtype, layout: CacheLayout, gqa: int) -> Any:
+    """The module of the kernel whose registers are laid out by hand, or None where ``kernels.decode`` has to serve."""
     if device.type != "cuda" or dtype == torch.float32 or torch.cuda.get_device_capability(device) < (8, 9):
         return None
     from logquant_vllm.kernels import decode_gluon  # needs the version of Triton that vLLM has on GPUs
 
-    return decode_gluon.decode_kernel if decode_gluon.supports(layout.fmt, gqa) else None
+    return decode_gluon if decode_gluon.supports(layout.fmt, gqa) else None
 
 
 @functools.cache
@@ -70,9 +68,9 @@ def decode(
     num_heads, head_size = query.shape[1], fmt.head_size
     slots = window_slots_view(cache.window, num_kv_heads, head_size, key.dtype)
     gqa = num_heads // num_kv_heads
-    by_hand = _gluon_decode_kernel(query.device, query.dtype, layout, gqa)
+    by_hand = _decode_by_hand(query.device, query.dtype, layout, gqa)
     if by_hand:
-        _decode_by_hand(by_hand, output, lse, query, key, value, cache, batch, layout, qk_scale)
+        _decode_in_shares(by_hand, output, lse, query, key, value, cache, batch, layout, qk_scale)
         return
     max_pages = min(cache.block_table.shape[1], math.ceil(batch.max_seq_len / fmt.page_size))
     window_splits = -(-layout.num_slots // WINDOW_SLOTS_PER_PROGRAM)
@@ -143,8 +141,8 @@ def decode(
     )
 
 
-def _decode_by_hand(
-    kernel: Any,
+def _decode_in_shares(
+    by_hand: Any,
     output: Tensor,
     lse: Tensor,
     query: Tensor,
@@ -162,10 +160,12 @@ def _decode_by_hand(
     gqa = num_heads // num_kv_heads
     longest = min(batch.max_seq_len, cache.block_table.shape[1] * fmt.page_size)
     units = num_reqs * num_kv_heads * row_units_bound(longest, layout.num_slots, fmt.page_size)
-    programs = min(GLUON_PROGRAMS_PER_SM * _multiprocessors(query.device), -(-units // LEAST_UNITS.value))
+    at_a_time = by_hand.programs_per_multiprocessor(fmt) * _multiprocessors(query.device)
+    programs = min(at_a_time, -(-units // LEAST_UNITS.value))
+    requests = REQUESTS[num_reqs > REQUESTS[0]]
     partial = torch.empty(programs, PIECES, gqa, head_size, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(programs, PIECES, gqa, dtype=torch.float32, device=query.device)
-    kernel[(programs,)](
+    by_hand.decode_kernel[(programs,)](
         output,
         lse,
         partial,
@@ -203,9 +203,11 @@ def _decode_by_hand(
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
         GQA=gqa,
+        REQUESTS=requests,
+        ONE_LOOK=num_reqs <= requests,
         num_warps=1,
         num_stages=1,
-        maxnreg=GLUON_REGISTERS,
+        maxnreg=by_hand.REGISTERS,
     )
     rows = max(num_reqs, query.shape[0])
     join_pieces_kernel[(rows, num_heads, -(-head_size // COMBINE_CHANNELS))](
@@ -225,8 +227,8 @@ def _decode_by_hand(
         LAYOUT=layout,
         GQA=gqa,
         CHANNELS=COMBINE_CHANNELS,
-        REQUESTS=REQUESTS,
+        REQUESTS=requests,
         PIECES=PIECES,
         TILE=PIECES_PER_TILE,
-        num_warps=2,
+        num_warps=4,
     )

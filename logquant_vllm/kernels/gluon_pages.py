@@ -1,7 +1,7 @@
 """The 2-bit part of ``kernels.decode_gluon``: one program's share of a request's pages, a page at a time.
 
-Keys and values of a page take turns in a ring of three tiles of shared memory, so that the copy of what is needed next is
-always under way. Scales and zeros pass through registers into a layout of their own (:func:`store_factors`).
+Keys and values of a page take turns in a ring of three tiles of shared memory, so that the copy of what is needed next
+is always under way. Scales and zeros are brought to float16 in a layout of their own (``store_factors``).
 """
 
 from __future__ import annotations
@@ -266,6 +266,10 @@ def attend_pages(
     offsets = gl.zeros((16, 8), gl.float32, MMA)
     end = gl.where(live, pages_end(computed, window_start, WINDOW), 0)
     complete_end = computed // GROUP * GROUP
+    # loaded before it is known how many pages there are to read
+    lane = gl.arange(0, 32, layout=LANES)
+    base = first_page
+    blocks = gl.load(table_row + base + lane, mask=base + lane < end_page, other=0)
     end_page = gl.minimum(end_page, gl.cdiv(gl.minimum(gl.maximum(end, 0), complete_end), PAGE))
     if first_page < end_page:
         # pages between the first and this one hold no token that has a copy
@@ -274,10 +278,7 @@ def attend_pages(
         exponent = store_queries(queries, query_columns, GQA, FMT)
         score_unit = power_of_two(exponent - 5) * qk_scale
         factor = CODE_UNIT * score_unit
-        lane = gl.arange(0, 32, layout=LANES)
         token = gl.arange(0, GROUP, layout=BY_ROW)
-        base = first_page
-        blocks = gl.load(table_row + base + lane, mask=base + lane < end_page, other=0)
         block = gl.sum(gl.where(lane == 0, blocks, 0), 0)
         slab = slabs + block.to(gl.int64) * page_byte_stride
         raw_keys = gl.allocate_shared_memory(gl.int32, [FMT.groups_per_page * FMT.head_size // 2], PLAIN)
@@ -293,7 +294,14 @@ def attend_pages(
         async_copy.commit_group()
         async_copy.wait_group(1)
         large = store_metadata(
-            raw_keys, raw_values, key_scales, key_zeros, value_scales, value_zeros, complete_end - first_page * PAGE, FMT
+            raw_keys,
+            raw_values,
+            key_scales,
+            key_zeros,
+            value_scales,
+            value_zeros,
+            complete_end - first_page * PAGE,
+            FMT,
         )
         stage = 0
         for page in range(first_page, end_page):
@@ -305,8 +313,8 @@ def attend_pages(
             if more:
                 block = gl.sum(gl.where(lane == page + 1 - base, blocks, 0), 0)
                 slab = slabs + block.to(gl.int64) * page_byte_stride
-                memory = ring.index(spare)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS)
-                copy_words(memory, slab + FMT.key_codes_offset)
+                next_keys = ring.index(spare)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS)
+                copy_words(next_keys, slab + FMT.key_codes_offset)
                 copy_bytes(raw_keys, slab + FMT.key_scale_offset)
                 copy_bytes(raw_values, slab + FMT.value_scale_offset)
             async_copy.commit_group()
@@ -315,8 +323,8 @@ def attend_pages(
             overlaid = (page == 0) | (page >= first_overlaid)
             limit = gl.where(large, EXACT_LIMIT, LIMIT)
             first_shift, last_shift = zero_scores(queries, key_zeros, FMT)
-            memory = ring.index(stage)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS)
-            scores = group_scores(memory, 0, queries, key_scales, FMT)
+            keys = ring.index(stage)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS)
+            scores = group_scores(keys, 0, queries, key_scales, FMT)
             if overlaid:
                 valid = read_from_page(page * PAGE + token, end, computed, window_start, WINDOW)
                 scores = gl.where(valid[:, None], scores, float("-inf"))
@@ -335,7 +343,7 @@ def attend_pages(
                 first_weights = weigh(scores, factor, shift - reference + LOG_WEIGHT_UNIT)
             last_weights = first_weights
             if FMT.groups_per_page == 2:
-                scores = group_scores(memory, 1, queries, key_scales, FMT)
+                scores = group_scores(keys, 1, queries, key_scales, FMT)
                 if overlaid:
                     valid = read_from_page(page * PAGE + GROUP + token, end, computed, window_start, WINDOW)
                     scores = gl.where(valid[:, None], scores, float("-inf"))
@@ -353,28 +361,21 @@ def attend_pages(
                     first_weights = scale_rows(first_weights.to(gl.float32), decay).to(gl.float16)
                     last_weights = weigh(scores, factor, shift - reference + LOG_WEIGHT_UNIT)
             if more:
-                memory = ring.index(stage)._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], VALUES)
-                copy_words(memory, slab + FMT.value_codes_offset)
+                next_values = ring.index(stage)._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], VALUES)
+                copy_words(next_values, slab + FMT.value_codes_offset)
             async_copy.commit_group()
 
             rights = right_steps(first_weights, last_weights, FMT)
             totals, offsets = add_weights(totals, offsets, rights, value_zeros, FMT)
             async_copy.wait_group(2)
-            memory = ring.index((stage + 1) % 3)
-            memory = memory._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], VALUES)
-            acc_0 = add_values(acc_0, memory.slice(0, CHANNELS), rights, value_scales, 0, FMT)
+            values = ring.index((stage + 1) % 3)._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], VALUES)
+            acc_0 = add_values(acc_0, values.slice(0, CHANNELS), rights, value_scales, 0, FMT)
             if VALUE_GROUPS == 2:
-                acc_1 = add_values(acc_1, memory.slice(CHANNELS, CHANNELS), rights, value_scales, 1, FMT)
+                acc_1 = add_values(acc_1, values.slice(CHANNELS, CHANNELS), rights, value_scales, 1, FMT)
             async_copy.wait_group(1)
+            complete = complete_end - (page + 1) * PAGE
             large = store_metadata(
-                raw_keys,
-                raw_values,
-                key_scales,
-                key_zeros,
-                value_scales,
-                value_zeros,
-                complete_end - (page + 1) * PAGE,
-                FMT,
+                raw_keys, raw_values, key_scales, key_zeros, value_scales, value_zeros, complete, FMT
             )
             stage = spare
         async_copy.wait_group(0)

@@ -60,8 +60,7 @@ def words_layout(rows, words):
 
 @gluon.constexpr_function
 def rows_memory(elements):
-    """Shared memory for rows of 16-bit elements, eight of which (16 bytes) lie together: the same eight of eight rows lie
-    in different banks."""
+    """Shared memory for rows of 16-bit elements: pieces of 16 bytes, those of eight rows in different banks."""
     phases = min(elements // 8, 8)
     return gl.SwizzledSharedLayout(8, 8 // phases, phases, order=[1, 0])
 
@@ -283,9 +282,7 @@ def multiply_pairs(a, b):
 @gluon.jit
 def eight_rows(vector):
     """``[16]`` as eight equal rows of a left operand."""
-    zeros = gl.zeros((8, 16), gl.float16, EIGHT_ROWS)
-    rows, unused = gl.broadcast(vector[None, :], zeros)
-    return rows
+    return gl.broadcast(vector[None, :], gl.zeros((8, 16), gl.float16, EIGHT_ROWS))[0]
 
 
 @gluon.jit
@@ -352,8 +349,7 @@ def lane_maxima(x):
 def column_maxima(lanes):
     """The largest of each column of ``[8, 8]``, as ``[8, 8]`` with equal rows."""
     row = gl.convert_layout(gl.max(lanes, 0), gl.SliceLayout(0, BY_LANE), assert_trivial=True)
-    rows, unused = gl.broadcast(row[None, :], lanes)
-    return rows
+    return gl.broadcast(row[None, :], lanes)[0]
 
 
 @gluon.jit
@@ -377,7 +373,7 @@ def fold_maxima(x):
 
 @gluon.jit
 def peak_bits(x):
-    """Bits (int32) of the largest of non-negative float16 ``[rows, 8]``; those of a NaN are larger than any number's."""
+    """Bits (int32) of the largest of non-negative float16 ``[rows, 8]``; those of a NaN are the largest."""
     lanes = fold_maxima(gl.permute(by_lane(x), (1, 2, 0)))
     return gl.max(gl.reshape(lanes.to(gl.uint16, bitcast=True).to(gl.int32), (64,)), 0)
 

@@ -27,35 +27,48 @@ from logquant_vllm.kernels.gluon_tiles import (
     transpose_tiles,
 )
 
-# what a slot of a tile holds, where it is no place in a block
-NOTHING = gl.constexpr(-1)
-NEW_TOKEN = gl.constexpr(-2)
-
 
 @gluon.jit
-def find_slots(first, window_row, table_width, computed, window_start, live, LAYOUT: gl.constexpr, SLOTS: gl.constexpr):
-    """Where the slots of a tile lie, int32 ``[16]``: block times ``SLOTS`` plus place, NOTHING or NEW_TOKEN."""
+def find_slots(
+    first,
+    window_row,
+    table_width,
+    block_stride,
+    slot_stride,
+    new_key,
+    new_value,
+    computed,
+    window_start,
+    LAYOUT: gl.constexpr,
+    SLOTS: gl.constexpr,
+):
+    """Where the slots of a tile lie.
+
+    Args:
+        new_key, new_value: offsets of the new token, which stands in the slot that it will go to. Slots that hold
+            nothing have them as well: something must be read there, and its score is taken out.
+
+    Returns:
+        keys, values: offsets (int64 ``[16]``).
+        exist: whether the slot holds a token.
+    """
     slot = first + gl.arange(0, ROWS, layout=LANES)
     position = slot_position(slot, computed, LAYOUT.window_length)
-    # a row of padding attends to nothing, not even to itself
-    exists = (slot < LAYOUT.num_slots) & live
+    exists = slot < LAYOUT.num_slots
     held = exists & (position < computed) & (position >= window_start)
     block, place = slot_block(slot, window_row, table_width, SLOTS)
-    where = gl.where(held, block * SLOTS + place, NOTHING)
-    # the new token stands in the slot that it will go to
-    return gl.where(exists & (position == computed), NEW_TOKEN, where)
+    offset = block.to(gl.int64) * block_stride + place.to(gl.int64) * slot_stride
+    keys, values = gl.where(held, offset, new_key), gl.where(held, offset + LAYOUT.fmt.head_size, new_value)
+    return keys, values, held | (exists & (position == computed))
 
 
 @gluon.jit
-def row_addresses(where, copies, new_row, block_stride, slot_stride, SLOTS: gl.constexpr, HEAD_SIZE: gl.constexpr):
-    """Pointers ``[16, head_size]`` to the keys of a tile, and whether there are any."""
-    COPY: gl.constexpr = copy_layout(HEAD_SIZE)
-    where = gl.convert_layout(where, gl.SliceLayout(1, COPY))
-    slot = gl.maximum(where, 0)
-    offset = (slot // SLOTS).to(gl.int64) * block_stride + (slot % SLOTS) * slot_stride
-    rows = gl.where(where == NEW_TOKEN, new_row, copies + offset)
-    channel = gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(0, COPY))
-    return rows[:, None] + gl.multiple_of(channel, 8)[None, :], (where != NOTHING)[:, None]
+def copy_rows(memory, base, offsets):
+    """Start to copy rows of 16-bit elements, which lie anywhere (multiples of 16 bytes), to shared memory."""
+    COPY: gl.constexpr = copy_layout(memory.shape[1])
+    rows = gl.multiple_of(gl.convert_layout(offsets, gl.SliceLayout(1, COPY)), 8)
+    channel = gl.arange(0, memory.shape[1], layout=gl.SliceLayout(0, COPY))
+    async_copy.async_copy_global_to_shared(memory, base + rows[:, None] + channel[None, :])
 
 
 @gluon.jit
@@ -77,7 +90,6 @@ def attend_window(
     end_slot,
     computed,
     window_start,
-    live,
     qk_scale,
     LAYOUT: gl.constexpr,
     SLOTS_PER_BLOCK: gl.constexpr,
@@ -110,42 +122,55 @@ def attend_window(
     dtype: gl.constexpr = q.dtype
     MEMORY: gl.constexpr = rows_memory(HEAD_SIZE)
     ones = gl.full((16, ROWS), 1.0, dtype, LEFT)
-    where = find_slots(
-        first_slot, window_row, window_table_width, computed, window_start, live, LAYOUT, SLOTS_PER_BLOCK
+    tiles = ring._reinterpret(dtype, [3, ROWS, HEAD_SIZE], MEMORY)
+    # as offsets from the copies, which they need not be near to
+    new_key = (new_key.to(gl.int64, bitcast=True) - copies.to(gl.int64, bitcast=True)) // 2
+    new_value = (new_value.to(gl.int64, bitcast=True) - copies.to(gl.int64, bitcast=True)) // 2
+    key_rows, value_rows, exist = find_slots(
+        first_slot,
+        window_row,
+        window_table_width,
+        block_stride,
+        slot_stride,
+        new_key,
+        new_value,
+        computed,
+        window_start,
+        LAYOUT,
+        SLOTS_PER_BLOCK,
     )
-    keys, exist = row_addresses(where, copies, new_key, block_stride, slot_stride, SLOTS_PER_BLOCK, HEAD_SIZE)
-    values, _ = row_addresses(
-        where, copies + HEAD_SIZE, new_value, block_stride, slot_stride, SLOTS_PER_BLOCK, HEAD_SIZE
-    )
-    async_copy.async_copy_global_to_shared(ring.index(0)._reinterpret(dtype, [ROWS, HEAD_SIZE], MEMORY), keys, exist)
+    copy_rows(tiles.index(0), copies, key_rows)
     async_copy.commit_group()
-    async_copy.async_copy_global_to_shared(ring.index(1)._reinterpret(dtype, [ROWS, HEAD_SIZE], MEMORY), values, exist)
+    copy_rows(tiles.index(1), copies, value_rows)
     async_copy.commit_group()
     stage = 0
     for first in range(first_slot, end_slot, ROWS):
-        valid = gl.convert_layout(where, BY_ROW) != NOTHING
+        valid = gl.convert_layout(exist.to(gl.int32), BY_ROW) != 0
         more = first + ROWS < end_slot
         spare = (stage + 2) % 3
         if more:
-            where = find_slots(
-                first + ROWS, window_row, window_table_width, computed, window_start, live, LAYOUT, SLOTS_PER_BLOCK
+            key_rows, value_rows, exist = find_slots(
+                first + ROWS,
+                window_row,
+                window_table_width,
+                block_stride,
+                slot_stride,
+                new_key,
+                new_value,
+                computed,
+                window_start,
+                LAYOUT,
+                SLOTS_PER_BLOCK,
             )
-        keys, exist = row_addresses(where, copies, new_key, block_stride, slot_stride, SLOTS_PER_BLOCK, HEAD_SIZE)
-        if more:
-            memory = ring.index(spare)._reinterpret(dtype, [ROWS, HEAD_SIZE], MEMORY)
-            async_copy.async_copy_global_to_shared(memory, keys, exist)
+            copy_rows(tiles.index(spare), copies, key_rows)
         async_copy.commit_group()
 
         async_copy.wait_group(2)
-        k = ring.index(stage)._reinterpret(dtype, [ROWS, HEAD_SIZE], MEMORY).load(LEFT)
+        k = tiles.index(stage).load(LEFT)
         scores = mma_v2(k, q, gl.zeros((ROWS, 8), gl.float32, MMA)) * qk_scale
         scores = gl.where(valid[:, None], scores, float("-inf"))
         if more:
-            values, exist = row_addresses(
-                where, copies + HEAD_SIZE, new_value, block_stride, slot_stride, SLOTS_PER_BLOCK, HEAD_SIZE
-            )
-            memory = ring.index(stage)._reinterpret(dtype, [ROWS, HEAD_SIZE], MEMORY)
-            async_copy.async_copy_global_to_shared(memory, values, exist)
+            copy_rows(tiles.index(stage), copies, value_rows)
         async_copy.commit_group()
 
         highest = lane_maxima(scores)
@@ -159,12 +184,12 @@ def attend_window(
             if VALUE_GROUPS == 2:
                 acc_1 = scale_rows(acc_1, decay)
         weights = exp2(scale_and_shift(scores, 1.0, LOG_WEIGHT_UNIT - reference_of(maximum)))
-        tiles = transpose_tiles(weights.to(dtype))
-        right = gl.convert_layout(gl.reshape(tiles, (ROWS, 8)), RIGHT, assert_trivial=True)
+        transposed = gl.reshape(transpose_tiles(weights.to(dtype)), (ROWS, 8))
+        right = gl.convert_layout(transposed, RIGHT, assert_trivial=True)
         totals = mma_v2(ones, right, totals)
 
         async_copy.wait_group(2)
-        v = ring.index((stage + 1) % 3)._reinterpret(dtype, [ROWS, HEAD_SIZE], MEMORY)
+        v = tiles.index((stage + 1) % 3)
         acc_0 = mma_v2(v.slice(0, CHANNELS, 1).permute((1, 0)).load(LEFT), right, acc_0)
         if VALUE_GROUPS == 2:
             acc_1 = mma_v2(v.slice(CHANNELS, CHANNELS, 1).permute((1, 0)).load(LEFT), right, acc_1)

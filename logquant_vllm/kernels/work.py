@@ -1,12 +1,13 @@
 """How the work of decoding is shared out: every program takes the same number of units, whatever the lengths.
 
-A *unit* is a page, or ``WINDOW_UNIT`` slots of the window, of one request and KV head: things that take about as long. The
-units of a request and head lie in a row, those of the window first; the rows lie one after another, request by request,
-head by head. Program ``p`` takes the units from ``p * share`` on. So one long request among short ones is
-spread over the GPU, and a short batch wakes few programs. Lengths are read on the device, so a captured graph stays right.
+A *unit* is a page, or ``WINDOW_UNIT`` slots of the window, of one request and KV head: things that take about as long.
+The units of a request and head lie in a row, those of the window first; the rows lie one after another, request by
+request, head by head. Program ``p`` takes the units from ``p * share`` on. So one long request among short ones is
+spread over the GPU, and a short batch wakes few programs. Lengths are read on the device, so a captured graph stays
+right.
 
-A program that takes a whole row writes its output. The others write *pieces* for ``combine_kernel``: each program has
-room for two, one of the row in whose middle it begins and one of a row that it begins and does not finish.
+A program that takes a whole row writes its output. The others write *pieces* for ``join_pieces_kernel``: each program
+has room for two, one of the row in whose middle it begins and one of a row that it begins and does not finish.
 
 ``index`` in these functions is a tensor of request numbers, and Gluon calls them too: they create no tensors.
 """
@@ -19,7 +20,7 @@ import triton.language as tl
 WINDOW_UNIT = tl.constexpr(32)  # slots
 # A program's start takes about as long as this many units, so fewer are not worth one.
 LEAST_UNITS = tl.constexpr(2)
-REQUESTS = 256  # requests that are looked at together
+REQUESTS = (32, 256)  # requests that are looked at together: few, or many
 PIECES = 2  # of a program
 
 
@@ -64,7 +65,7 @@ def units_before(query_start_loc, seq_lens, request, index, num_reqs, LAYOUT: tl
     """Units of one KV head, of the requests before ``request`` and of all.
 
     Args:
-        index: ``0 .. REQUESTS``.
+        index: ``0 .. n``, requests that are looked at together.
     """
     before, total = request * 0, request * 0
     for first in range(0, num_reqs, index.shape[0]):
@@ -75,32 +76,51 @@ def units_before(query_start_loc, seq_lens, request, index, num_reqs, LAYOUT: tl
 
 
 @triton.jit
-def find_units(query_start_loc, seq_lens, program, num_programs, index, num_reqs, num_kv_heads, LAYOUT: tl.constexpr):
+def find_units(
+    query_start_loc,
+    seq_lens,
+    program,
+    num_programs,
+    index,
+    num_reqs,
+    num_kv_heads,
+    LAYOUT: tl.constexpr,
+    ONE_LOOK: tl.constexpr,
+):
     """What a program takes.
 
     Args:
-        index: ``0 .. REQUESTS``.
+        index: ``0 .. n``, requests that are looked at together.
+        ONE_LOOK: whether these are all there are.
 
     Returns:
         request, kv_head, unit: where it begins.
         count: how many units it takes.
     """
-    unused, total = units_before(query_start_loc, seq_lens, program, index, num_reqs, LAYOUT)
-    total *= num_kv_heads
+    units = load_units(query_start_loc, seq_lens, index, num_reqs, LAYOUT) * num_kv_heads
+    total = tl.sum(units, 0)
+    if not ONE_LOOK:
+        for first in range(index.shape[0], num_reqs, index.shape[0]):
+            total += tl.sum(load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT), 0) * num_kv_heads
     share = share_of(total, num_programs)
     begin = program * share
     count = tl.maximum(tl.minimum(share, total - begin), 0)
-    request, before, end = program * 0, program * 0, program * 0
-    if count > 0:
-        for first in range(0, num_reqs, index.shape[0]):
+    # requests that end before it, and where the last of them ends
+    ends = tl.cumsum(units, 0)
+    passed = (ends <= begin) & (index < num_reqs)
+    request, before = tl.sum(passed.to(tl.int32), 0), tl.max(tl.where(passed, ends, 0), 0)
+    if not ONE_LOOK:
+        seen = tl.sum(units, 0)
+        for first in range(index.shape[0], num_reqs, index.shape[0]):
             units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT) * num_kv_heads
-            ends = end + tl.cumsum(units, 0)
+            ends = seen + tl.cumsum(units, 0)
             passed = (ends <= begin) & (first + index < num_reqs)
             request += tl.sum(passed.to(tl.int32), 0)
             before = tl.maximum(before, tl.max(tl.where(passed, ends, 0), 0))
-            end += tl.sum(units, 0)
+            seen += tl.sum(units, 0)
+    request = tl.minimum(request, num_reqs - 1)
     start = tl.load(query_start_loc + request)
     query_len = tl.load(query_start_loc + request + 1) - start
-    units = tl.maximum(row_units(query_len, tl.load(seq_lens + request) - query_len, LAYOUT), 1)
-    kv_head = (begin - before) // units
-    return request, kv_head, begin - before - kv_head * units, count
+    of_row = tl.maximum(row_units(query_len, tl.load(seq_lens + request) - query_len, LAYOUT), 1)
+    kv_head = (begin - before) // of_row
+    return request, kv_head, begin - before - kv_head * of_row, count
