@@ -26,7 +26,7 @@ ROUNDING = tl.constexpr(12582912.0)
 
 # What differs from step to step must not compile a kernel anew: counts, whatever their divisors, and metadata of a part
 # of the batch, wherever it begins.
-STEP_COUNTS = ["num_reqs", "num_tokens", "num_splits", "window_parts", "first_page_part", "table_stride"]
+STEP_COUNTS = ["num_reqs", "num_tokens", "num_splits", "table_stride"]
 STEP_COUNTS += ["window_table_stride", "window_table_width"]
 STEP_METADATA = ["query_start_loc", "seq_lens", "block_table", "window_table"]
 

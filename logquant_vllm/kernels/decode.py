@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from logquant_vllm.kernels.common import (
     LN2,
@@ -31,7 +32,7 @@ from logquant_vllm.kernels.common import (
     slot_offset,
     slot_position,
 )
-from logquant_vllm.kernels.work import row_units, share_of, units_before
+from logquant_vllm.kernels.work import row_units
 
 CODE_UNIT = tl.constexpr(2.0**24)  # one over the smallest float16
 
@@ -335,14 +336,13 @@ def combine_kernel(
         tl.store(lse + index.to(tl.int64) * lse_stride + head, float("-inf"))
 
 
-@triton.jit(
-    do_not_specialize=[*STEP_COUNTS, "num_kv_heads", "num_programs"], do_not_specialize_on_alignment=STEP_METADATA
-)
+@triton.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
 def join_pieces_kernel(
     output,
     lse,
-    partial,  # float32 [num_programs, PIECES, GQA, head_size]
-    partial_lse,  # float32 [num_programs, PIECES, GQA], in units of log2
+    partial,  # float32 [programs, PIECES, GQA, head_size]
+    partial_lse,  # float32 [programs, PIECES, GQA], in units of log2
+    row_starts,  # as in kernels.work.find_units
     query_start_loc,
     seq_lens,
     output_stride,
@@ -350,14 +350,12 @@ def join_pieces_kernel(
     lse_stride,
     num_reqs,
     num_tokens,
-    num_kv_heads,
-    num_programs,  # of the kernel that wrote the pieces
     LAYOUT: tl.constexpr,
     GQA: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    REQUESTS: tl.constexpr,
     PIECES: tl.constexpr,
-    TILE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,  # pieces that are looked at together
+    DEPENDENT: tl.constexpr,  # whether it was launched while the kernel that writes the pieces may still run
 ):
     """Weigh the pieces (``kernels.work``) of one request and query head, ``CHANNELS`` of it, if there are several; rows
     of no request get zeros and ``-inf``."""
@@ -365,14 +363,14 @@ def join_pieces_kernel(
     request, head = tl.program_id(0), tl.program_id(1)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     in_head = channel < HEAD_SIZE
+    if DEPENDENT:
+        gdc_wait()
     if request < num_reqs:
         start = tl.load(query_start_loc + request)
         query_len = tl.load(query_start_loc + request + 1) - start
         units = row_units(query_len, tl.load(seq_lens + request) - query_len, LAYOUT)
-        index = tl.arange(0, REQUESTS)
-        before, total = units_before(query_start_loc, seq_lens, request, index, num_reqs, LAYOUT)
-        share = share_of(total * num_kv_heads, num_programs)
-        begin = before * num_kv_heads + head // GQA * units
+        share = tl.load(row_starts + num_reqs)
+        begin = tl.load(row_starts + request) + head // GQA * units
         first, last = begin // share, (begin + units - 1) // share
         if (units > 0) & (first < last):
             maximum = tl.full((), float("-inf"), tl.float32)
@@ -382,16 +380,17 @@ def join_pieces_kernel(
                 program = tile + tl.arange(0, TILE)
                 # the piece that begins a row is its program's second
                 piece = (program * PIECES + (program == first).to(tl.int32)) * GQA + head % GQA
-                piece_lse = tl.load(partial_lse + piece, mask=program <= last, other=float("-inf"))
+                exists = program <= last
+                piece_lse = tl.load(partial_lse + piece, mask=exists, other=float("-inf"))
+                outputs = tl.load(
+                    partial + piece[:, None] * HEAD_SIZE + channel[None, :],
+                    mask=exists[:, None] & in_head[None, :],
+                    other=0.0,
+                )
                 new_maximum = tl.maximum(maximum, tl.max(piece_lse, 0))
                 reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
                 weight = tl.exp2(piece_lse - reference)
                 decay = tl.exp2(maximum - reference)
-                outputs = tl.load(
-                    partial + piece[:, None] * HEAD_SIZE + channel[None, :],
-                    mask=(weight != 0.0)[:, None] & in_head[None, :],
-                    other=0.0,
-                )
                 acc = acc * decay + tl.sum(outputs * weight[:, None], 0)
                 weights = weights * decay + tl.sum(weight, 0)
                 maximum = new_maximum

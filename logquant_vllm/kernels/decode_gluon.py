@@ -85,6 +85,7 @@ def decode_kernel(
     lse,  # float32 [num_tokens, num_heads]
     partial,  # float32 [programs, PIECES, GQA, head_size]: normalized outputs
     partial_lse,  # float32 [programs, PIECES, GQA], in units of log2; -inf where a piece has no token
+    row_starts,  # as in kernels.work.find_units
     query,
     key,
     value,
@@ -129,7 +130,16 @@ def decode_kernel(
     program = gl.program_id(0)
     index = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([REQUESTS // 32], [32], [1], [0]))
     request, kv_head, unit, count = find_units(
-        query_start_loc, seq_lens, program, gl.num_programs(0), index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK
+        row_starts,
+        query_start_loc,
+        seq_lens,
+        program,
+        gl.num_programs(0),
+        index,
+        num_reqs,
+        num_kv_heads,
+        LAYOUT,
+        ONE_LOOK,
     )
     ring = gl.allocate_shared_memory(gl.uint16, [3, tile_elements(FMT)], PLAIN)
     key_scales = factors_memory(FMT.groups_per_page * FMT.head_size)

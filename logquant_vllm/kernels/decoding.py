@@ -23,8 +23,9 @@ DECODE_STAGES = 1
 WINDOW_SLOTS_PER_PROGRAM = 64
 WINDOW_SLOTS_PER_TILE = 16
 COMBINE_CHANNELS = 32
-# Decoding with kernels.decode_gluon.
-PIECES_PER_TILE = 128
+# Joining the pieces of kernels.decode_gluon: elements of a tile, and pieces of a tile at least and at most.
+JOIN_ELEMENTS = 8192
+JOIN_PIECES = (8, 256)
 
 
 @functools.cache
@@ -165,11 +166,13 @@ def _decode_in_shares(
     requests = REQUESTS[num_reqs > REQUESTS[0]]
     partial = torch.empty(programs, PIECES, gqa, head_size, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(programs, PIECES, gqa, dtype=torch.float32, device=query.device)
+    row_starts = torch.empty(num_reqs + 1, dtype=torch.int32, device=query.device)
     by_hand.decode_kernel[(programs,)](
         output,
         lse,
         partial,
         partial_lse,
+        row_starts,
         query,
         key,
         value,
@@ -209,12 +212,16 @@ def _decode_in_shares(
         num_stages=1,
         maxnreg=by_hand.REGISTERS,
     )
-    rows = max(num_reqs, query.shape[0])
-    join_pieces_kernel[(rows, num_heads, -(-head_size // COMBINE_CHANNELS))](
+    # about as many pieces as a row has if all are equally long; a longer one takes several tiles
+    pieces = triton.next_power_of_2(programs // (num_reqs * num_kv_heads) + 2)
+    tile = min(max(pieces, JOIN_PIECES[0]), JOIN_PIECES[1])
+    channels = min(JOIN_ELEMENTS // tile, triton.next_power_of_2(head_size))
+    join_pieces_kernel[(max(num_reqs, query.shape[0]), num_heads, -(-head_size // channels))](
         output,
         lse,
         partial,
         partial_lse,
+        row_starts,
         batch.query_start_loc,
         batch.seq_lens,
         output.stride(0),
@@ -222,13 +229,12 @@ def _decode_in_shares(
         lse.stride(0),
         num_reqs,
         query.shape[0],
-        num_kv_heads,
-        programs,
         LAYOUT=layout,
         GQA=gqa,
-        CHANNELS=COMBINE_CHANNELS,
-        REQUESTS=requests,
         PIECES=PIECES,
-        TILE=PIECES_PER_TILE,
-        num_warps=4,
+        CHANNELS=channels,
+        TILE=tile,
+        DEPENDENT=True,
+        num_warps=max(tile * channels // 1024, 1),
+        launch_pdl=True,
     )

@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 
 WINDOW_UNIT = tl.constexpr(32)  # slots
-# A program's start takes about as long as this many units, so fewer are not worth one.
-LEAST_UNITS = tl.constexpr(2)
+LEAST_UNITS = tl.constexpr(1)  # of a program
 REQUESTS = (32, 256)  # requests that are looked at together: few, or many
 PIECES = 2  # of a program
 
@@ -61,22 +60,8 @@ def share_of(total, num_programs):
 
 
 @triton.jit
-def units_before(query_start_loc, seq_lens, request, index, num_reqs, LAYOUT: tl.constexpr):
-    """Units of one KV head, of the requests before ``request`` and of all.
-
-    Args:
-        index: ``0 .. n``, requests that are looked at together.
-    """
-    before, total = request * 0, request * 0
-    for first in range(0, num_reqs, index.shape[0]):
-        units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT)
-        before += tl.sum(tl.where(first + index < request, units, 0), 0)
-        total += tl.sum(units, 0)
-    return before, total
-
-
-@triton.jit
 def find_units(
+    row_starts,
     query_start_loc,
     seq_lens,
     program,
@@ -87,9 +72,10 @@ def find_units(
     LAYOUT: tl.constexpr,
     ONE_LOOK: tl.constexpr,
 ):
-    """What a program takes.
+    """What a program takes. The first program also writes down where requests begin.
 
     Args:
+        row_starts: int32 ``[num_reqs + 1]``: the first unit of each request, and behind them the share of a program.
         index: ``0 .. n``, requests that are looked at together.
         ONE_LOOK: whether these are all there are.
 
@@ -107,6 +93,8 @@ def find_units(
     count = tl.maximum(tl.minimum(share, total - begin), 0)
     # requests that end before it, and where the last of them ends
     ends = tl.cumsum(units, 0)
+    tl.store(row_starts + index, ends - units, mask=(index < num_reqs) & (program == 0))
+    tl.store(row_starts + num_reqs, share, mask=program == 0)
     passed = (ends <= begin) & (index < num_reqs)
     request, before = tl.sum(passed.to(tl.int32), 0), tl.max(tl.where(passed, ends, 0), 0)
     if not ONE_LOOK:
@@ -114,6 +102,7 @@ def find_units(
         for first in range(index.shape[0], num_reqs, index.shape[0]):
             units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT) * num_kv_heads
             ends = seen + tl.cumsum(units, 0)
+            tl.store(row_starts + first + index, ends - units, mask=(first + index < num_reqs) & (program == 0))
             passed = (ends <= begin) & (first + index < num_reqs)
             request += tl.sum(passed.to(tl.int32), 0)
             before = tl.maximum(before, tl.max(tl.where(passed, ends, 0), 0))
