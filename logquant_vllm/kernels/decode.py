@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from logquant_vllm.kernels.common import (
     LN2,
@@ -32,7 +32,7 @@ from logquant_vllm.kernels.common import (
     slot_offset,
     slot_position,
 )
-from logquant_vllm.kernels.work import row_units
+from logquant_vllm.kernels.work import program_of, row_units
 
 CODE_UNIT = tl.constexpr(2.0**24)  # one over the smallest float16
 
@@ -355,7 +355,7 @@ def join_pieces_kernel(
     PIECES: tl.constexpr,
     CHANNELS: tl.constexpr,
     TILE: tl.constexpr,  # pieces that are looked at together
-    DEPENDENT: tl.constexpr,  # whether it was launched while the kernel that writes the pieces may still run
+    DEPENDENT: tl.constexpr,  # launched while the kernel that writes the pieces may still run, and the next likewise
 ):
     """Weigh the pieces (``kernels.work``) of one request and query head, ``CHANNELS`` of it, if there are several; rows
     of no request get zeros and ``-inf``."""
@@ -364,14 +364,15 @@ def join_pieces_kernel(
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     in_head = channel < HEAD_SIZE
     if DEPENDENT:
+        gdc_launch_dependents()
         gdc_wait()
     if request < num_reqs:
         start = tl.load(query_start_loc + request)
         query_len = tl.load(query_start_loc + request + 1) - start
         units = row_units(query_len, tl.load(seq_lens + request) - query_len, LAYOUT)
-        share = tl.load(row_starts + num_reqs)
+        share, larger = tl.load(row_starts + num_reqs), tl.load(row_starts + num_reqs + 1)
         begin = tl.load(row_starts + request) + head // GQA * units
-        first, last = begin // share, (begin + units - 1) // share
+        first, last = program_of(begin, share, larger), program_of(begin + units - 1, share, larger)
         if (units > 0) & (first < last):
             maximum = tl.full((), float("-inf"), tl.float32)
             weights = tl.zeros((), tl.float32)

@@ -121,6 +121,7 @@ def decode_kernel(
     GQA: gl.constexpr,
     REQUESTS: gl.constexpr,  # as in kernels.work.find_units, a multiple of 32
     ONE_LOOK: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):
     """One program for each share of all requests' units (``kernels.work``)."""
     FMT: gl.constexpr = LAYOUT.fmt
@@ -140,6 +141,7 @@ def decode_kernel(
         num_kv_heads,
         LAYOUT,
         ONE_LOOK,
+        DEPENDENT,
     )
     ring = gl.allocate_shared_memory(gl.uint16, [3, tile_elements(FMT)], PLAIN)
     key_scales = factors_memory(FMT.groups_per_page * FMT.head_size)

@@ -13,7 +13,7 @@ from torch import Tensor
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
 from logquant_vllm.kernels.common import copy_operand, padded
 from logquant_vllm.kernels.decode import combine_kernel, decode_kernel, join_pieces_kernel
-from logquant_vllm.kernels.work import LEAST_UNITS, PIECES, REQUESTS, row_units_bound
+from logquant_vllm.kernels.work import PIECES, REQUESTS, row_units_bound
 
 # Decoding with kernels.decode: programs of one warp. On an H100 (16 requests of 32k tokens) attention took 621, 502 and
 # 452 us with 1024, 2048 and 4096 programs, and more with 2 or 3 stages, whose shared memory lets fewer be resident.
@@ -162,11 +162,11 @@ def _decode_in_shares(
     longest = min(batch.max_seq_len, cache.block_table.shape[1] * fmt.page_size)
     units = num_reqs * num_kv_heads * row_units_bound(longest, layout.num_slots, fmt.page_size)
     at_a_time = by_hand.programs_per_multiprocessor(fmt) * _multiprocessors(query.device)
-    programs = min(at_a_time, -(-units // LEAST_UNITS.value))
+    programs = min(at_a_time, units)
     requests = REQUESTS[num_reqs > REQUESTS[0]]
     partial = torch.empty(programs, PIECES, gqa, head_size, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(programs, PIECES, gqa, dtype=torch.float32, device=query.device)
-    row_starts = torch.empty(num_reqs + 1, dtype=torch.int32, device=query.device)
+    row_starts = torch.empty(num_reqs + 2, dtype=torch.int32, device=query.device)
     by_hand.decode_kernel[(programs,)](
         output,
         lse,
@@ -208,6 +208,8 @@ def _decode_in_shares(
         GQA=gqa,
         REQUESTS=requests,
         ONE_LOOK=num_reqs <= requests,
+        DEPENDENT=True,
+        launch_pdl=True,
         num_warps=1,
         num_stages=1,
         maxnreg=by_hand.REGISTERS,

@@ -85,7 +85,8 @@ def store_metadata(raw_keys, raw_values, key_scales, key_zeros, value_scales, va
     VALUE_WORDS: gl.constexpr = gl.BlockedLayout([VALUES // 32], [32], [1], [0])
     channel = 4 * gl.arange(0, KEYS, layout=KEY_WORDS) % FMT.head_size
     token = 4 * gl.arange(0, VALUES, layout=VALUE_WORDS) % FMT.page_size
-    low, high = decode_scales(raw_keys.slice(0, KEYS).load(KEY_WORDS))
+    exists = 4 * gl.arange(0, KEYS, layout=KEY_WORDS) // FMT.head_size * FMT.key_group_size < complete
+    low, high = decode_scales(gl.where(exists, raw_keys.slice(0, KEYS).load(KEY_WORDS), 0))
     store_factors(key_scales, (low, high), False)
     weight = power_word(code_shift(channel, FMT.key_words, FMT.key_bits) - 8)
     zero_low, zero_high = decode_zeros(raw_keys.slice(KEYS, KEYS).load(KEY_WORDS))

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from logquant_vllm.core.calibration import Basis
 from logquant_vllm.kernels.common import copy_operand, padded
@@ -34,7 +35,10 @@ def rotate_kernel(
     HEAD_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     OPERAND: tl.constexpr,
+    WAKE_NEXT: tl.constexpr,
 ):
+    if WAKE_NEXT:
+        gdc_launch_dependents()  # the decode kernel waits for the results by itself
     query_tiles = (query_rows + ROWS - 1) // ROWS
     tile, group = tl.program_id(0), tl.program_id(1)
     QUERY_HEADS: tl.constexpr = NUM_HEADS // GROUPS
@@ -90,6 +94,7 @@ def rotate_heads(query: Tensor, key: Tensor, basis: Basis) -> tuple[Tensor, Tens
             HEAD_PAD=padded(head_size),
             ROWS=rows,
             OPERAND=copy_operand(query.dtype),
+            WAKE_NEXT=query.is_cuda,
             num_warps=4,
         )
     return rotated[0], rotated[1]

@@ -2,9 +2,8 @@
 
 A *unit* is a page, or ``WINDOW_UNIT`` slots of the window, of one request and KV head: things that take about as long.
 The units of a request and head lie in a row, those of the window first; the rows lie one after another, request by
-request, head by head. Program ``p`` takes the units from ``p * share`` on. So one long request among short ones is
-spread over the GPU, and a short batch wakes few programs. Lengths are read on the device, so a captured graph stays
-right.
+request, head by head. All of them are cut into consecutive shares that differ by one unit at most. So one long request
+among short ones is spread over the GPU. Lengths are read on the device, so a captured graph stays right.
 
 A program that takes a whole row writes its output. The others write *pieces* for ``join_pieces_kernel``: each program
 has room for two, one of the row in whose middle it begins and one of a row that it begins and does not finish.
@@ -16,9 +15,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 WINDOW_UNIT = tl.constexpr(32)  # slots
-LEAST_UNITS = tl.constexpr(1)  # of a program
 REQUESTS = (32, 256)  # requests that are looked at together: few, or many
 PIECES = 2  # of a program
 
@@ -54,9 +53,10 @@ def load_units(query_start_loc, seq_lens, index, num_reqs, LAYOUT: tl.constexpr)
 
 
 @triton.jit
-def share_of(total, num_programs):
-    """Units of a program if there are ``total``."""
-    return tl.maximum((total + num_programs - 1) // num_programs, LEAST_UNITS)
+def program_of(unit, share, larger):
+    """The program that takes ``unit``, if each takes ``share`` units and the first ``larger`` programs one more."""
+    of_larger = larger * (share + 1)
+    return tl.where(unit < of_larger, unit // (share + 1), larger + (unit - of_larger) // tl.maximum(share, 1))
 
 
 @triton.jit
@@ -71,13 +71,16 @@ def find_units(
     num_kv_heads,
     LAYOUT: tl.constexpr,
     ONE_LOOK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """What a program takes. The first program also writes down where requests begin.
+    """What a program takes. The first program also writes down how the units are shared out.
 
     Args:
-        row_starts: int32 ``[num_reqs + 1]``: the first unit of each request, and behind them the share of a program.
+        row_starts: int32 ``[num_reqs + 2]``: the first unit of each request, then ``share`` and ``larger`` of
+            :func:`program_of`.
         index: ``0 .. n``, requests that are looked at together.
         ONE_LOOK: whether these are all there are.
+        DEPENDENT: whether the kernel before may still run: until it has ended only lengths are read.
 
     Returns:
         request, kv_head, unit: where it begins.
@@ -88,13 +91,17 @@ def find_units(
     if not ONE_LOOK:
         for first in range(index.shape[0], num_reqs, index.shape[0]):
             total += tl.sum(load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT), 0) * num_kv_heads
-    share = share_of(total, num_programs)
-    begin = program * share
-    count = tl.maximum(tl.minimum(share, total - begin), 0)
+    share, larger = total // num_programs, total % num_programs
+    begin = program * share + tl.minimum(program, larger)
+    count = share + (program < larger).to(tl.int32)
     # requests that end before it, and where the last of them ends
     ends = tl.cumsum(units, 0)
-    tl.store(row_starts + index, ends - units, mask=(index < num_reqs) & (program == 0))
-    tl.store(row_starts + num_reqs, share, mask=program == 0)
+    if DEPENDENT:
+        gdc_wait()  # from here on all that other kernels wrote can be read, and nothing is in use that is written
+    if program == 0:
+        tl.store(row_starts + index, ends - units, mask=index < num_reqs)
+        tl.store(row_starts + num_reqs, share)
+        tl.store(row_starts + num_reqs + 1, larger)
     passed = (ends <= begin) & (index < num_reqs)
     request, before = tl.sum(passed.to(tl.int32), 0), tl.max(tl.where(passed, ends, 0), 0)
     if not ONE_LOOK:
