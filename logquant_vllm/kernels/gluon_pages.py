@@ -15,6 +15,7 @@ from logquant_vllm.kernels.gluon_tiles import (
     BY_ROW,
     CODE_UNIT,
     EIGHT_ROWS,
+    HEADROOM,
     LANES,
     LEFT,
     LOG_WEIGHT_UNIT,
@@ -68,6 +69,12 @@ def copy_bytes(memory, address):
     async_copy.async_copy_global_to_shared(memory, address.to(gl.pointer_type(gl.int32)) + word)
 
 
+@gluon.constexpr_function
+def words_of_lanes(words):
+    """Words in the order of the lanes, each with as many as there are."""
+    return gl.BlockedLayout([max(words // 32, 1)], [32], [1], [0])
+
+
 @gluon.jit
 def store_metadata(raw_keys, raw_values, key_scales, key_zeros, value_scales, value_zeros, complete, FMT: gl.constexpr):
     """Bring scales and zeros to float16, for :func:`load_factors`; whether a value's scale is above LARGE_SCALE.
@@ -81,8 +88,8 @@ def store_metadata(raw_keys, raw_values, key_scales, key_zeros, value_scales, va
     PAIRED: gl.constexpr = FMT.value_words_per_group == 8
     KEYS: gl.constexpr = raw_keys.shape[0] // 2
     VALUES: gl.constexpr = raw_values.shape[0] // 2
-    KEY_WORDS: gl.constexpr = gl.BlockedLayout([KEYS // 32], [32], [1], [0])
-    VALUE_WORDS: gl.constexpr = gl.BlockedLayout([VALUES // 32], [32], [1], [0])
+    KEY_WORDS: gl.constexpr = words_of_lanes(KEYS)
+    VALUE_WORDS: gl.constexpr = words_of_lanes(VALUES)
     channel = 4 * gl.arange(0, KEYS, layout=KEY_WORDS) % FMT.head_size
     token = 4 * gl.arange(0, VALUES, layout=VALUE_WORDS) % FMT.page_size
     exists = 4 * gl.arange(0, KEYS, layout=KEY_WORDS) // FMT.head_size * FMT.key_group_size < complete
@@ -333,7 +340,8 @@ def attend_pages(
             shift = first_shift * (64.0 * score_unit)
             first_weights = weigh(scores, factor, shift - maximum + LOG_WEIGHT_UNIT)
             if peak_bits(first_weights) > limit:
-                new_maximum = gl.maximum(maximum, column_maxima(lane_maxima(scores) * factor + shift))
+                highest = lane_maxima(scores) * factor + shift
+                new_maximum = gl.maximum(maximum, column_maxima(highest) + HEADROOM)
                 reference = reference_of(new_maximum)
                 decay = exp2(maximum - reference)
                 maximum = new_maximum
@@ -351,7 +359,8 @@ def attend_pages(
                 shift = last_shift * (64.0 * score_unit)
                 last_weights = weigh(scores, factor, shift - maximum + LOG_WEIGHT_UNIT)
                 if peak_bits(last_weights) > limit:
-                    new_maximum = gl.maximum(maximum, column_maxima(lane_maxima(scores) * factor + shift))
+                    highest = lane_maxima(scores) * factor + shift
+                    new_maximum = gl.maximum(maximum, column_maxima(highest) + HEADROOM)
                     reference = reference_of(new_maximum)
                     decay = exp2(maximum - reference)
                     maximum = new_maximum

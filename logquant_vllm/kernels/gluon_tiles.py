@@ -42,8 +42,9 @@ PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 
 CODE_UNIT = gl.constexpr(2.0**24)  # one over the smallest float16
 
-# Weights are relative to a reference that may lie below the largest score by this much (in units of log2): then sums
-# need not be scaled anew for every tile. WEIGHT_UNIT keeps the bits of small weights in float16.
+# Weights are relative to a reference, which is HEADROOM above the largest score when it is set and may come to lie
+# below it by SLACK (in units of log2): so sums are rarely scaled anew. WEIGHT_UNIT keeps the bits of small weights.
+HEADROOM = gl.constexpr(4.0)
 SLACK = gl.constexpr(5.0)
 LOG_WEIGHT_UNIT = gl.constexpr(5)
 WEIGHT_UNIT = gl.constexpr(2.0**5)

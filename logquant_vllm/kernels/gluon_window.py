@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from logquant_vllm.kernels.common import slot_block, slot_position
 from logquant_vllm.kernels.gluon_tiles import (
     BY_ROW,
+    HEADROOM,
     LANES,
     LEFT,
     LOG_WEIGHT_UNIT,
@@ -176,7 +177,7 @@ def attend_window(
         highest = lane_maxima(scores)
         exceeds = gl.reshape((highest - maximum > SLACK).to(gl.int32), (64,))
         if gl.max(exceeds, 0) > 0:
-            new_maximum = gl.maximum(maximum, column_maxima(highest))
+            new_maximum = gl.maximum(maximum, column_maxima(highest) + HEADROOM)
             decay = exp2(maximum - reference_of(new_maximum))
             maximum = new_maximum
             totals = scale_rows(totals, decay)
