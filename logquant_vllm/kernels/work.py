@@ -109,7 +109,8 @@ def find_units(
         for first in range(index.shape[0], num_reqs, index.shape[0]):
             units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT) * num_kv_heads
             ends = seen + tl.cumsum(units, 0)
-            tl.store(row_starts + first + index, ends - units, mask=(first + index < num_reqs) & (program == 0))
+            if program == 0:
+                tl.store(row_starts + first + index, ends - units, mask=first + index < num_reqs)
             passed = (ends <= begin) & (first + index < num_reqs)
             request += tl.sum(passed.to(tl.int32), 0)
             before = tl.maximum(before, tl.max(tl.where(passed, ends, 0), 0))

@@ -1,0 +1,165 @@
+"""How the work of decoding is shared out, and put together again: Triton functions of their own, without attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from logquant_vllm.core.page_format import PageFormat
+from logquant_vllm.core.paged import CacheLayout
+from tests.paging import assert_close
+from tests.test_triton import DEVICE, RUNS_HERE
+
+if RUNS_HERE:
+    import triton
+    import triton.language as tl
+
+    from logquant_vllm.kernels import work
+    from logquant_vllm.kernels.decode import join_pieces_kernel
+
+    @triton.jit
+    def write_shares(
+        found,
+        row_starts,
+        query_start_loc,
+        seq_lens,
+        num_reqs,
+        num_kv_heads,
+        LAYOUT: tl.constexpr,
+        REQUESTS: tl.constexpr,
+        ONE_LOOK: tl.constexpr,
+    ):
+        program = tl.program_id(0)
+        request, kv_head, unit, count = work.find_units(
+            row_starts,
+            query_start_loc,
+            seq_lens,
+            program,
+            tl.num_programs(0),
+            tl.arange(0, REQUESTS),
+            num_reqs,
+            num_kv_heads,
+            LAYOUT,
+            ONE_LOOK,
+            False,
+        )
+        tl.store(found + 4 * program, request)
+        tl.store(found + 4 * program + 1, kv_head)
+        tl.store(found + 4 * program + 2, unit)
+        tl.store(found + 4 * program + 3, count)
+
+
+pytestmark = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_triton.test_in_interpreter's process")
+LAYOUT = CacheLayout(PageFormat(16, 64, key_group_size=32, value_group_size=32), 32)
+HEADS = 2
+
+
+def units_of(query_len: int, seq_len: int) -> int:
+    """Units of a request and head, told anew."""
+    if query_len == 0:
+        return 0
+    complete = (seq_len - query_len) // 32 * 32
+    return -(-LAYOUT.num_slots // 32) + -(-complete // 64)
+
+
+def starts_and_lens(lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One new token of every request that has any."""
+    starts = torch.tensor([0, *(n > 0 for n in lens)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return starts.to(DEVICE), torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("lens", "programs"),
+    [
+        ([1], 1),
+        ([1], 50),
+        ([4000, 1, 0, 1, 70], 7),
+        ([0, 0, 500], 13),
+        ([33 * i % 700 for i in range(40)], 31),  # more requests than are looked at together
+        ([300] * 8, 16),
+    ],
+    ids=str,
+)
+def test_every_unit_has_one_program(lens: list[int], programs: int) -> None:
+    starts, seq_lens = starts_and_lens(lens)
+    found = torch.full((programs, 4), -1, dtype=torch.int32, device=DEVICE)
+    row_starts = torch.full((len(lens) + 2,), -1, dtype=torch.int32, device=DEVICE)
+    write_shares[(programs,)](
+        found, row_starts, starts, seq_lens, len(lens), HEADS, LAYOUT, REQUESTS=32, ONE_LOOK=len(lens) <= 32
+    )
+    rows = [units_of(int(n > 0), n) for n in lens]
+    every = [(r, h, u) for r, n in enumerate(rows) for h in range(HEADS) for u in range(n)]
+    taken: list[tuple[int, int, int]] = []
+    for request, head, unit, count in found.tolist():
+        if count:
+            at = every.index((request, head, unit))
+            assert at == len(taken), "shares follow one another"
+            taken += every[at : at + count]
+    assert taken == every
+    counts = found[:, 3].tolist()
+    assert max(counts) - min(counts) <= 1
+    before = [HEADS * sum(rows[:r]) for r in range(len(rows))]
+    assert row_starts[:-2].tolist() == before
+    assert row_starts[-2:].tolist() == [len(every) // programs, len(every) % programs]
+
+
+@pytest.mark.parametrize("tile", [8, 32])
+@pytest.mark.parametrize("programs", [1, 5, 40])
+def test_join_pieces(programs: int, tile: int) -> None:
+    """Pieces of random scores: joined they are the softmax over all; whole rows and their outputs are left alone."""
+    lens, gqa, size = [700, 40, 0, 90], 2, LAYOUT.fmt.head_size
+    starts, seq_lens = starts_and_lens(lens)
+    g = torch.Generator().manual_seed(programs)
+    rows = [units_of(int(n > 0), n) for n in lens]
+    share, larger = divmod(HEADS * sum(rows), programs)
+    edges = [p * share + min(p, larger) for p in range(programs + 1)]
+    partial = torch.full((programs, work.PIECES, gqa, size), torch.nan)
+    partial_lse = torch.full((programs, work.PIECES, gqa), torch.nan)
+    tokens, heads = int(starts[-1]) + 1, HEADS * gqa  # and one token of no request
+    output, lse = torch.full((tokens, heads, size), 7.0), torch.full((tokens, heads), 7.0)
+    expected, expected_lse = output.clone(), lse.clone()
+    expected[-1], expected_lse[-1] = 0.0, -torch.inf
+    begin = 0
+    for r, n in enumerate(rows):
+        for h in range(HEADS):
+            pieces = []
+            for p in range(programs):
+                low, high = max(edges[p], begin), min(edges[p + 1], begin + n)
+                if low < high:
+                    pieces.append((p, int(low == begin)))
+            if len(pieces) > 1:
+                values = torch.randn(len(pieces), gqa, size, generator=g)
+                scores = 3 * torch.randn(len(pieces), gqa, generator=g)
+                for (p, slot), value, score in zip(pieces, values, scores, strict=True):
+                    partial[p, slot], partial_lse[p, slot] = value, score
+                token, columns = int(starts[r]), slice(h * gqa, (h + 1) * gqa)
+                weights = torch.softmax(scores * 0.6931471805599453, 0)
+                expected[token, columns] = (weights[..., None] * values).sum(0)
+                expected_lse[token, columns] = torch.logsumexp(scores * 0.6931471805599453, 0)
+            begin += n
+    row_starts = [HEADS * sum(rows[:r]) for r in range(len(rows))]
+    row_starts = torch.tensor([*row_starts, share, larger], dtype=torch.int32, device=DEVICE)
+    out, out_lse = output.to(DEVICE), lse.to(DEVICE)
+    join_pieces_kernel[(tokens, heads, 1)](
+        out,
+        out_lse,
+        partial.to(DEVICE),
+        partial_lse.to(DEVICE),
+        row_starts,
+        starts,
+        seq_lens,
+        out.stride(0),
+        out.stride(1),
+        out_lse.stride(0),
+        len(lens),
+        tokens,
+        LAYOUT=LAYOUT,
+        GQA=gqa,
+        PIECES=work.PIECES,
+        CHANNELS=size,
+        TILE=tile,
+        DEPENDENT=False,
+    )
+    assert_close(out, expected)
+    assert torch.equal(out_lse[-1].cpu(), expected_lse[-1])
+    assert_close(out_lse[:-1], expected_lse[:-1])
