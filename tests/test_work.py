@@ -15,7 +15,7 @@ if RUNS_HERE:
     import triton.language as tl
 
     from logquant_vllm.kernels import work
-    from logquant_vllm.kernels.decode import join_pieces_kernel
+    from logquant_vllm.kernels.join import join_pieces_kernel
 
     @triton.jit
     def write_shares(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
 from logquant_vllm.kernels.common import copy_operand, padded
-from logquant_vllm.kernels.decode import combine_kernel, decode_kernel, join_pieces_kernel
+from logquant_vllm.kernels.decode import combine_kernel, decode_kernel
+from logquant_vllm.kernels.join import join_pieces_kernel
 from logquant_vllm.kernels.work import PIECES, REQUESTS, row_units_bound
 
 # Decoding with kernels.decode: programs of one warp. On an H100 (16 requests of 32k tokens) attention took 621, 502 and
