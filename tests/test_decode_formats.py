@@ -1,0 +1,33 @@
+"""Decoding in every format that the hand-laid kernel reads, and in some that it leaves to the Triton kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from logquant_vllm.config import LogQuantConfig
+from tests.test_triton import ON_GPU, Pair
+
+FORMATS = [
+    (128, {}),
+    (128, {"preset": "k4v2"}),
+    (128, {"key_bits": 4, "value_bits": 4}),
+    (128, {"value_group_size": 128}),
+    (128, {"value_group_size": 32}),  # four groups of channels: for the Triton kernel
+    (128, {"key_group_size": 128, "window_length": 128}),
+    (64, {}),
+    (64, {"preset": "k4v2"}),
+    (64, {"key_group_size": 128, "window_length": 128}),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize(("head_size", "options"), FORMATS, ids=str)
+def test_decode(head_size: int, options: dict[str, object]) -> None:
+    """Lengths around groups and pages, over poisoned memory, and one request much longer than the others."""
+    layout = LogQuantConfig.from_options(options).layout(head_size)
+    pair = Pair(layout, 4, 2, 6, 1600, torch.bfloat16)
+    pair.step([1, 63, 128, 191, 330, 1500])
+    for i in range(3):
+        pair.step([1] * 6, seed=1 + i)
