@@ -19,38 +19,46 @@ CHUNK = 2048
 """Tokens of a sequence."""
 
 
-def _texts(given: list[Path], demo: bool) -> Iterator[str]:
-    """The files; without any, Python source of this machine, and for the demo model the tasks that it knows."""
+SOURCE = 8000
+"""Characters taken of a source file: about a chunk, so that many files are seen."""
+
+
+def _texts(given: list[Path], demo: bool) -> Iterator[tuple[str, str]]:
+    """Prompts and answers. The files are answers without a prompt. Without any, so is Python source of this machine,
+    and the demo model gets the tasks that it knows as well."""
     if given:
         for path in given:
             try:
-                yield path.read_text(encoding="utf-8")
+                yield "", path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"cannot read {path}: {error}") from None
         return
     from logquant_vllm.demo import corpus, tasks
 
-    sources = (text for path in corpus.source_files() if len(text := corpus.read_source(path)) > 2000)
+    sources = (("", text[:SOURCE]) for path in corpus.source_files() if len(text := corpus.read_source(path)) > 2000)
     if not demo:
         yield from sources
         return
-    streams: list[Iterator[str]] = [sources]
+    streams: list[Iterator[tuple[str, str]]] = [sources]
     for name in ("trace", "lookup", "arithmetic"):
-        streams.append(case.prompt for case in tasks.cases(name, 1000, seed=977))
+        streams.append((case.prompt, case.completion + tasks.STOP) for case in tasks.cases(name, 1000, seed=977))
     for texts in zip(*streams, strict=False):
         yield from texts
 
 
-def _sequences(tokenizer: PreTrainedTokenizerBase, texts: Iterator[str], tokens: int) -> Iterator[list[int]]:
-    """Token ids of the texts, cut into chunks, until there are ``tokens``."""
+def _sequences(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterator[tuple[str, str]], tokens: int
+) -> Iterator[tuple[list[int], int]]:
+    """Token ids of the texts, cut into chunks, until there are ``tokens``; and how many of a chunk are a prompt's."""
     taken = 0
-    for text in texts:
-        ids = tokenizer(text).input_ids
+    for prompt, answer in texts:
+        head = tokenizer(prompt).input_ids if prompt else []
+        ids = head + tokenizer(answer, add_special_tokens=not prompt).input_ids
         for start in range(0, len(ids), CHUNK):
             chunk = ids[start : start + CHUNK][: tokens - taken]
             if len(chunk) >= 2:
                 taken += len(chunk)
-                yield chunk
+                yield chunk, max(0, len(head) - start)
             if taken >= tokens:
                 return
 
@@ -74,7 +82,7 @@ def calibrate(
     typer.echo(f"wrote {path}")
 
 
-def _measure(directory: str, device: str, texts: Iterator[str], tokens: int) -> Any:
+def _measure(directory: str, device: str, texts: Iterator[tuple[str, str]], tokens: int) -> Any:
     import torch
     from rich.console import Console
     from rich.progress import track

@@ -4,15 +4,18 @@ Attention sees a quantized key only through ``q . k``. So an error ``e`` in a ke
 the second moments ``S`` of the queries of that head, and these are far from round: some directions matter several times
 as much as others. Two things follow, neither of which changes the stored format or the kernels that read it:
 
-- **Basis.** Scores are unchanged if keys are multiplied by ``A`` and queries by ``A^-T``. The error of a quantizer
-  grows with the spread of the keys; the product ``tr(A C A') tr(A^-T S A^-1)`` of the two is least where ``A' A`` is
-  the geometric mean of ``S`` and the inverse of the keys' covariance ``C`` about their group means. A Hadamard rotation
-  then spreads both evenly over all channels, as without calibration.
 - **Error feedback.** Channels of a key are rounded one after another; what is lost in one is made up for in those that
   follow, as far as ``S`` ties them together (the rounding of GPTQ, arXiv 2210.17323, with queries in place of
-  activations). A key that is written once is worth that much work.
+  activations). A key that is written once is worth that much work. What is left of channel ``c`` costs ``d_c`` times
+  its squared error, ``d_c`` being the pivots of ``S`` (of a channel, given those that follow).
+- **Basis.** Scores are unchanged if keys are multiplied by ``A`` and queries by ``A^-T``. Errors grow with a channel's
+  spread, so the sum of ``d_c`` times the variance of ``c`` is to be least. The product of the pivots is ``det S``, that
+  of the variances at least ``det C`` with the keys' covariance ``C`` about their group means. So nothing is better than
+  channels without correlation and with equal terms: keys are whitened, and a rotation then makes the pivots equal (the
+  geometric mean decomposition of Jiang, Hager and Li, Linear Algebra Appl. 396, 2005).
 
-``S`` and ``C`` are measured once for a model; see ``logquant_vllm.hf.calibrate``.
+``S`` and ``C`` are measured once for a model, queries weighted by what an error would do to the layer's output; see
+``logquant_vllm.hf.calibrate``.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from torch import Tensor
 from logquant_vllm.core.hadamard import hadamard_matrix
 
 DAMPING = 0.01
-"""Share of the mean variance that is added to the queries' moments: no direction counts for nothing."""
+"""Share of the mean variance that is added to both moments: no direction counts for nothing."""
 _FLOOR = 1e-9  # least eigenvalue as a share of the largest
 
 
@@ -33,7 +36,7 @@ class Moments(NamedTuple):
     """Measured second moments of one layer, after RoPE: float ``[num_kv_heads, head_size, head_size]`` each."""
 
     query: Tensor
-    """Of the queries that read a KV head."""
+    """Of the queries that read a KV head, weighted by how much errors in its keys matter to them."""
     key: Tensor
     """Of its keys, about the mean of each group."""
 
@@ -63,19 +66,43 @@ def _power(matrix: Tensor, exponent: float) -> Tensor:
     return vectors * values.pow(exponent)[..., None, :] @ vectors.mT
 
 
+def _equal_pivots(moments: Tensor) -> Tensor:
+    """Orthogonal ``Q`` such that ``Q' moments Q``, ``[heads, n, n]``, has equal pivots (given later channels).
+
+    Two directions at a time: one mixture of the largest and the least gets the geometric mean of all, and what is left
+    of the two counts the product of both over that mean.
+    """
+    values, vectors = torch.linalg.eigh((moments + moments.mT) / 2)
+    values = values.clamp_min(_FLOOR * values[..., -1:])
+    target = values.log().mean(-1).exp()
+    left = torch.ones_like(values, dtype=torch.bool)
+    heads, size = torch.arange(len(values), device=values.device), values.shape[-1]
+    chosen = []
+    for _ in range(size - 1):
+        high = values.masked_fill(~left, -torch.inf).argmax(-1)
+        left[heads, high] = False
+        low = values.masked_fill(~left, torch.inf).argmin(-1)
+        most, least = values[heads, high], values[heads, low]
+        share = ((target - least) / (most - least).clamp_min(torch.finfo(values.dtype).tiny)).clamp(0, 1)[:, None]
+        a, b = vectors[heads, :, high], vectors[heads, :, low]
+        chosen.append(share.sqrt() * a + (1 - share).sqrt() * b)
+        vectors[heads, :, low] = share.sqrt() * b - (1 - share).sqrt() * a
+        values[heads, low] = most * least / target
+    chosen.append(vectors[heads, :, left.int().argmax(-1)])
+    return torch.stack(chosen[::-1], -1)
+
+
 def calibrated_basis(moments: Moments, damping: float = DAMPING) -> Basis:
     """The basis and the feedback of measured moments, float64 and float32 on the moments' device."""
     spread, weight = moments.key.double(), moments.query.double()
     eye = torch.eye(weight.shape[-1], dtype=torch.float64, device=weight.device)
     weight = weight + damping * weight.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
     spread = spread + damping * spread.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
-    half, inverse_half = _power(spread, 0.5), _power(spread, -0.5)
-    mean = inverse_half @ _power(half @ weight @ half, 0.5) @ inverse_half
-    values, vectors = torch.linalg.eigh((mean + mean.mT) / 2)
-    values = values.clamp_min(_FLOOR * values[..., -1:])
-    scale = (values / values.log().mean(-1, keepdim=True).exp()).sqrt()  # determinant 1: keys keep their size
-    hadamard = hadamard_matrix(weight.shape[-1], torch.float64, weight.device)
-    query, key = (vectors * factor[..., None, :] @ hadamard for factor in (1 / scale, scale))
+    # determinant 1: keys keep their size
+    size = torch.linalg.slogdet(spread).logabsdet.div(spread.shape[-1]).exp()[..., None, None]
+    half, inverse_half = _power(spread / size, 0.5), _power(spread / size, -0.5)
+    rotation = _equal_pivots(half @ weight @ half)
+    query, key = half @ rotation, inverse_half @ rotation
     seen = query.mT @ weight @ query
     upper = torch.linalg.cholesky(torch.linalg.inv((seen + seen.mT) / 2), upper=True)
     feedback = (upper / upper.diagonal(dim1=-2, dim2=-1)[..., None]).triu(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,8 +97,8 @@ def capture(runner: Runner, ids: Sequence[int], prompt_len: int) -> list[Attenti
     cached = torch.arange(prompt_len - 1, len(ids), device=runner.device)
     layers: dict[int, Attention] = {}
 
-    def seen(layer: int, query: Tensor, key: Tensor, scale: float) -> None:
-        layers[layer] = Attention(query[0, :, -steps:].clone(), key[0].clone(), scale, cached)
+    def seen(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        layers[module.layer_idx] = Attention(query[0, :, -steps:].clone(), key[0].clone(), scale, cached)
 
     with watching(seen):
         runner.model.model(input_ids=torch.tensor([list(ids)], device=runner.device), use_cache=False)
