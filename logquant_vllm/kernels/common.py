@@ -7,6 +7,8 @@ line by line.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +28,7 @@ ROUNDING = tl.constexpr(12582912.0)
 
 # What differs from step to step must not compile a kernel anew: counts, whatever their divisors, and metadata of a part
 # of the batch, wherever it begins.
-STEP_COUNTS = ["num_reqs", "num_tokens", "num_splits", "table_stride"]
+STEP_COUNTS = ["num_reqs", "num_copying", "num_tokens", "num_splits", "table_stride"]
 STEP_COUNTS += ["window_table_stride", "window_table_width"]
 STEP_METADATA = ["query_start_loc", "seq_lens", "block_table", "window_table"]
 
@@ -60,6 +62,12 @@ def copy_operand(dtype: torch.dtype) -> tl.dtype:
     integers."""
     interpreted = triton.knobs.runtime.interpret
     return tl.float32 if interpreted and dtype == torch.bfloat16 else _TRITON_DTYPES[dtype]
+
+
+@functools.cache
+def launches_ahead(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one before still runs, and wait for it by itself (from Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def num_chunks(num_tokens: int, num_reqs: int, size: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import triton
 from torch import Tensor
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
-from logquant_vllm.kernels.common import copy_operand, padded
+from logquant_vllm.kernels.common import copy_operand, launches_ahead, padded
 from logquant_vllm.kernels.decode import combine_kernel, decode_kernel
 from logquant_vllm.kernels.join import join_pieces_kernel
 from logquant_vllm.kernels.work import PIECES, REQUESTS, row_units_bound
@@ -74,7 +73,7 @@ def decode(
     if by_hand:
         _decode_in_shares(by_hand, output, lse, query, key, value, cache, batch, layout, qk_scale)
         return
-    max_pages = min(cache.block_table.shape[1], math.ceil(batch.max_seq_len / fmt.page_size))
+    max_pages = cache.block_table.shape[1]  # not the longest request's: see _decode_in_shares
     window_splits = -(-layout.num_slots // WINDOW_SLOTS_PER_PROGRAM)
     splits = window_splits + num_splits(num_reqs, num_kv_heads, max_pages)
     partial = torch.empty(num_reqs, num_heads, splits, head_size, dtype=torch.float32, device=query.device)
@@ -160,10 +159,12 @@ def _decode_in_shares(
     num_heads, head_size = query.shape[1], fmt.head_size
     slots = window_slots_view(cache.window, num_kv_heads, head_size, key.dtype)
     gqa = num_heads // num_kv_heads
-    longest = min(batch.max_seq_len, cache.block_table.shape[1] * fmt.page_size)
-    units = num_reqs * num_kv_heads * row_units_bound(longest, layout.num_slots, fmt.page_size)
-    at_a_time = by_hand.programs_per_multiprocessor(fmt) * _multiprocessors(query.device)
-    programs = min(at_a_time, units)
+    # Shares, and the order in which pieces are joined, must be the same in a captured graph, which pads the batch (not
+    # beyond the next power of two) and has to assume the longest requests: the tokens would differ in rounding.
+    rows = triton.next_power_of_2(num_reqs) * num_kv_heads
+    units = rows * row_units_bound(cache.block_table.shape[1] * fmt.page_size, layout.num_slots, fmt.page_size)
+    programs = min(by_hand.programs_per_multiprocessor(fmt) * _multiprocessors(query.device), units)
+    ahead = launches_ahead(query.device)
     requests = REQUESTS[num_reqs > REQUESTS[0]]
     partial = torch.empty(programs, PIECES, gqa, head_size, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(programs, PIECES, gqa, dtype=torch.float32, device=query.device)
@@ -209,14 +210,14 @@ def _decode_in_shares(
         GQA=gqa,
         REQUESTS=requests,
         ONE_LOOK=num_reqs <= requests,
-        DEPENDENT=True,
-        launch_pdl=True,
+        DEPENDENT=ahead,
+        launch_pdl=ahead,
         num_warps=1,
         num_stages=1,
         maxnreg=by_hand.REGISTERS,
     )
     # about as many pieces as a row has if all are equally long; a longer one takes several tiles
-    pieces = triton.next_power_of_2(programs // (num_reqs * num_kv_heads) + 2)
+    pieces = triton.next_power_of_2(programs // rows + 2)
     tile = min(max(pieces, JOIN_PIECES[0]), JOIN_PIECES[1])
     channels = min(JOIN_ELEMENTS // tile, triton.next_power_of_2(head_size))
     join_pieces_kernel[(max(num_reqs, query.shape[0]), num_heads, -(-head_size // channels))](
@@ -237,7 +238,7 @@ def _decode_in_shares(
         PIECES=PIECES,
         CHANNELS=channels,
         TILE=tile,
-        DEPENDENT=True,
+        DEPENDENT=ahead,
         num_warps=max(tile * channels // 1024, 1),
-        launch_pdl=True,
+        launch_pdl=ahead,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from logquant_vllm.core.calibration import Basis
-from logquant_vllm.kernels.common import copy_operand, padded
+from logquant_vllm.kernels.common import copy_operand, launches_ahead, padded
 
 FEW_ROWS = 2048
 
@@ -94,7 +94,7 @@ def rotate_heads(query: Tensor, key: Tensor, basis: Basis) -> tuple[Tensor, Tens
             HEAD_PAD=padded(head_size),
             ROWS=rows,
             OPERAND=copy_operand(query.dtype),
-            WAKE_NEXT=query.is_cuda,
+            WAKE_NEXT=launches_ahead(query.device),
             num_warps=4,
         )
     return rotated[0], rotated[1]
