@@ -1,8 +1,9 @@
 """``core.quantizer.round_with_feedback`` on groups that a step completed: other codes under the same scales.
 
-A program owns a group of tokens of one KV head, whose scales and zeros lie in the page already. Channels follow one
-another; the errors so far are held as a tile ``[token, channel]`` whose product with a row of the feedback matrix is
-what the next channel takes up.
+Tokens do not depend on each other, only channels do: a program takes some tokens of a group of one KV head, whose
+scales and zeros lie in the page already. It holds keys and errors as tiles ``[token, channel]``; the product of the
+errors with a row of the feedback matrix is what the next channel takes up. What a channel costs is waiting for that
+sum, so few tokens to a program are better than many.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
 from logquant_vllm.kernels.common import (
     STEP_COUNTS,
@@ -24,6 +26,88 @@ from logquant_vllm.kernels.common import (
     slot_of_position,
     slot_offset,
 )
+
+FEEDBACK_TOKENS = 8  # of a program
+
+
+@triton.jit
+def choose_code(x, scale, zero, BITS: tl.constexpr):
+    """The nearest code of ``x``, and what it is off by; 0 for both where that is not finite."""
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    scaled = (x - zero) * tl.div_rn(1.0, scale)
+    finite = tl.abs(scaled) < float("inf")  # false for NaN, and for a group with a NaN scale
+    code = round_half_even(tl.minimum(tl.maximum(tl.where(finite, scaled, 0.0), 0.0), 1.0 * LEVELS))
+    return code, tl.where(finite, x - (code * scale + zero), 0.0)
+
+
+@triton.jit
+def take_up(x, errors, share, channel, c):
+    """Channel ``c`` of the tile ``x`` without its share of the ``errors`` so far: one sum for both."""
+    return tl.sum(tl.where((channel == c)[None, :], x, 0.0) - errors * share[None, :], 1)
+
+
+@triton.jit
+def round_tokens(
+    slab,
+    part,
+    fresh_key,  # this head's new tokens
+    key_stride,
+    copies,  # this head's keys in the window
+    shares,  # this head's feedback
+    group,
+    start,
+    computed,
+    window_row,
+    window_table_width,
+    window_stride,
+    window_slot_stride,
+    LAYOUT: tl.constexpr,
+    SLOTS_PER_BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    WORDS_PAD: tl.constexpr,
+):
+    """Choose the key codes of the ``part``-th ``TOKENS`` of a group, whose scales are in its page."""
+    FMT: tl.constexpr = LAYOUT.fmt
+    GROUP: tl.constexpr = FMT.key_group_size
+    WINDOW: tl.constexpr = LAYOUT.window_length
+    HEAD_SIZE: tl.constexpr = FMT.head_size
+    in_page = group % FMT.groups_per_page
+    token, channel = part * TOKENS + tl.arange(0, TOKENS), tl.arange(0, HEAD_PAD)
+    word = tl.arange(0, WORDS_PAD)[None, :]
+    position = group * GROUP + token
+    fresh, in_head = (position >= computed)[:, None], (channel < HEAD_SIZE)[None, :]
+    row = (start + position - computed).to(tl.int64)[:, None]
+    copy = slot_offset(
+        slot_of_position(position, tl.maximum(computed // WINDOW - 2, 0), WINDOW),
+        window_row,
+        window_table_width,
+        window_stride,
+        window_slot_stride,
+        SLOTS_PER_BLOCK,
+    )[:, None]
+    x = tl.load(fresh_key + row * key_stride + channel[None, :], mask=fresh & in_head, other=0.0).to(tl.float32)
+    y = tl.load(copies + copy + channel[None, :], mask=~fresh & in_head, other=0.0).to(tl.float32)
+    x = tl.where(fresh, x, y)
+    errors = tl.zeros((TOKENS, HEAD_PAD), tl.float32)
+    packed = tl.zeros((TOKENS, WORDS_PAD), tl.int32)
+    share = tl.zeros((HEAD_PAD,), tl.float32)  # nothing comes before the first channel
+    for c in range(HEAD_SIZE):
+        # asked for before it is needed
+        next_share = tl.load(
+            shares + (c + 1) * HEAD_SIZE + channel, mask=(channel <= c) & (c + 1 < HEAD_SIZE), other=0.0
+        )
+        scale, zero = load_scale_zero(
+            slab, FMT.key_scale_offset, FMT.key_zero_offset, in_page * HEAD_SIZE + c, True, FMT
+        )
+        code, error = choose_code(take_up(x, errors, share, channel, c), scale, zero, FMT.key_bits)
+        errors = tl.where((channel == c)[None, :], error[:, None], errors)
+        bits = code.to(tl.int32) << (c // FMT.key_words * FMT.key_bits)
+        packed += tl.where(word == c % FMT.key_words, bits[:, None], 0)
+        share = next_share
+    words = (slab + FMT.key_codes_offset).to(tl.pointer_type(tl.uint16))
+    address = words + (in_page * GROUP + token[:, None]) * FMT.key_words + word
+    tl.store(address, packed.to(tl.uint16), mask=word < FMT.key_words)
 
 
 @triton.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
@@ -50,20 +134,15 @@ def feedback_kernel(
     window_table_width,
     LAYOUT: tl.constexpr,
     SLOTS_PER_BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     WORDS_PAD: tl.constexpr,
-    ONE_TOKEN: tl.constexpr,
 ):
     FMT: tl.constexpr = LAYOUT.fmt
     GROUP: tl.constexpr = FMT.key_group_size
-    WINDOW: tl.constexpr = LAYOUT.window_length
-    LEVELS: tl.constexpr = (1 << FMT.key_bits) - 1
     HEAD_SIZE: tl.constexpr = FMT.head_size
     head = tl.program_id(1)
-    if ONE_TOKEN:
-        request, chunk = tl.program_id(0), 0
-    else:
-        request, chunk = find_request(query_start_loc, tl.program_id(0), num_reqs, GROUP)
+    request, chunk = find_request(query_start_loc, tl.program_id(0), num_reqs, GROUP)
     start, query_len, computed, window_start, live = read_request(
         query_start_loc, seq_lens, window_bytes, window_byte_stride, window_table, request, window_table_stride
     )
@@ -73,48 +152,42 @@ def feedback_kernel(
     if wanted:
         block = tl.load(block_table + request.to(tl.int64) * table_stride + group // FMT.groups_per_page)
         if block > 0:
-            in_page = group % FMT.groups_per_page
-            slab = pages + block.to(tl.int64) * page_byte_stride + head.to(tl.int64) * FMT.head_bytes
-            token = tl.arange(0, GROUP)
-            position = group * GROUP + token
-            fresh = position >= computed
-            new_key = key + (start + position - computed).to(tl.int64) * key_stride + head * key_head_stride
-            copy = slot_offset(
-                slot_of_position(position, tl.maximum(computed // WINDOW - 2, 0), WINDOW),
+            round_tokens(
+                pages + block.to(tl.int64) * page_byte_stride + head.to(tl.int64) * FMT.head_bytes,
+                tl.program_id(2),
+                key + head * key_head_stride,
+                key_stride,
+                window + head.to(tl.int64) * window_head_stride,
+                feedback + head.to(tl.int64) * HEAD_SIZE * HEAD_SIZE,
+                group,
+                start,
+                computed,
                 window_table + request.to(tl.int64) * window_table_stride,
                 window_table_width,
                 window_stride,
                 window_slot_stride,
+                LAYOUT,
                 SLOTS_PER_BLOCK,
+                TOKENS,
+                HEAD_PAD,
+                WORDS_PAD,
             )
-            kept_key = window + copy + head * window_head_stride
-            shares = feedback + head.to(tl.int64) * HEAD_SIZE * HEAD_SIZE
-
-            channel = tl.arange(0, HEAD_PAD)
-            word = tl.arange(0, WORDS_PAD)[None, :]
-            errors = tl.zeros((GROUP, HEAD_PAD), tl.float32)
-            packed = tl.zeros((GROUP, WORDS_PAD), tl.int32)
-            for c in range(HEAD_SIZE):
-                x = tl.load(new_key + c, mask=fresh, other=0.0).to(tl.float32)
-                x += tl.load(kept_key + c, mask=~fresh, other=0.0).to(tl.float32)
-                share = tl.load(shares + c * HEAD_SIZE + channel, mask=channel < c, other=0.0)
-                x -= tl.sum(errors * share[None, :], 1)
-                scale, zero = load_scale_zero(
-                    slab, FMT.key_scale_offset, FMT.key_zero_offset, in_page * HEAD_SIZE + c, True, FMT
-                )
-                scaled = (x - zero) * tl.div_rn(1.0, scale)
-                finite = tl.abs(scaled) < float("inf")  # false for NaN, and for a group with a NaN scale
-                code = round_half_even(tl.minimum(tl.maximum(tl.where(finite, scaled, 0.0), 0.0), 1.0 * LEVELS))
-                error = tl.where(finite, x - (code * scale + zero), 0.0)
-                errors = tl.where((channel == c)[None, :], error[:, None], errors)
-                bits = code.to(tl.int32) << (c // FMT.key_words * FMT.key_bits)
-                packed += tl.where(word == c % FMT.key_words, bits[:, None], 0)
-            words = (slab + FMT.key_codes_offset).to(tl.pointer_type(tl.uint16))
-            address = words + (in_page * GROUP + token[:, None]) * FMT.key_words + word
-            tl.store(address, packed.to(tl.uint16), mask=word < FMT.key_words)
 
 
-def round_with_feedback(key: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor) -> None:
+def check_feedback(feedback: Tensor, num_kv_heads: int, fmt: PageFormat) -> None:
+    """Whether ``feedback`` is contiguous ``[num_kv_heads, head_size, head_size]``.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    expected = (num_kv_heads, fmt.head_size, fmt.head_size)
+    if tuple(feedback.shape) != expected or not feedback.is_contiguous():
+        raise ValueError(f"feedback must be contiguous {expected}, got {tuple(feedback.shape)}")
+
+
+def round_pages_with_feedback(
+    key: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor
+) -> None:
     """Choose the key codes again of every group that ``quantize_pages`` has written in this step.
 
     Args:
@@ -122,15 +195,12 @@ def round_with_feedback(key: Tensor, cache: PagedCache, batch: Batch, layout: Ca
         feedback: contiguous float32 ``[num_kv_heads, head_size, head_size]``.
     """
     fmt, num_kv_heads, num_reqs = layout.fmt, key.shape[1], batch.seq_lens.shape[0]
-    expected = (num_kv_heads, fmt.head_size, fmt.head_size)
-    if tuple(feedback.shape) != expected or not feedback.is_contiguous():
-        raise ValueError(f"feedback must be contiguous {expected}, got {tuple(feedback.shape)}")
+    check_feedback(feedback, num_kv_heads, fmt)
     if num_reqs == 0 or key.shape[0] == 0:
         return
-    one_token = batch.max_query_len == 1
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
-    programs = num_reqs if one_token else num_chunks(key.shape[0], num_reqs, fmt.key_group_size)
-    feedback_kernel[(programs, num_kv_heads)](
+    programs = num_chunks(key.shape[0], num_reqs, fmt.key_group_size)
+    feedback_kernel[(programs, num_kv_heads, fmt.key_group_size // FEEDBACK_TOKENS)](
         key,
         feedback,
         cache.pages,
@@ -153,8 +223,8 @@ def round_with_feedback(key: Tensor, cache: PagedCache, batch: Batch, layout: Ca
         cache.window_block_table.shape[1],
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
+        TOKENS=FEEDBACK_TOKENS,
         HEAD_PAD=padded(fmt.head_size),
         WORDS_PAD=triton.next_power_of_2(fmt.key_words),
-        ONE_TOKEN=one_token,
-        num_warps=8,
+        num_warps=4,
     )

@@ -1,8 +1,8 @@
 """Quantizing complete groups of tokens into their pages.
 
-One program owns a group of ``key_group_size`` tokens of one KV head: whole words of key codes and of value codes, so no
-two programs write the same byte. Tiles are indexed ``[..., slot of a word, word]``: packing is then a sum over one
-axis, and no channel count needs to be a power of two.
+A *slice* is some channels of the keys, or some tokens of the values, of a group of ``key_group_size`` tokens of one KV
+head: whole words of codes, so no two programs write the same byte. Tiles are indexed ``[..., slot of a word, word]``:
+packing is then a sum over one axis, and no channel count needs to be a power of two.
 
 The bytes equal ``core.quantizer``'s. Its formulas are repeated here operation by operation, and the kernel is launched
 with ``enable_fp_fusion=False``, since a fused multiply-add rounds once where two operations round twice.
@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 from logquant_vllm.core import quantizer
+from logquant_vllm.core.page_format import PageFormat
+from logquant_vllm.core.quantizer import scale_floor_divisor
 from logquant_vllm.kernels.common import (
     E4M3_MAX,
     E4M3_NAN,
@@ -25,6 +27,7 @@ from logquant_vllm.kernels.common import (
     slot_of_position,
     slot_offset,
 )
+from logquant_vllm.kernels.feedback import round_tokens
 
 FP16_MAX = tl.constexpr(quantizer.FP16_MAX)
 FP16_TINY = tl.constexpr(quantizer.FP16_TINY)
@@ -87,12 +90,165 @@ def _store_metadata(slab, scale_offset, zero_offset, index, scale, zero, mask, S
 
 
 @triton.jit
-def quantize_group(
+def quantize_keys(
+    slab,
+    first_word,
+    fresh_key,  # this head's new tokens
+    key_stride,
+    copies,  # this head's keys in the window
+    group,
+    in_page,
+    start,
+    computed,
+    window_row,
+    window_table_width,
+    window_stride,
+    window_slot_stride,
+    LAYOUT: tl.constexpr,
+    SLOTS_PER_BLOCK: tl.constexpr,
+    KEY_SLICE: tl.constexpr,
+    KEY_STEP: tl.constexpr,
+    KEY_FLOOR: tl.constexpr,
+    CODES: tl.constexpr,
+):
+    """Keys of one group and head, ``KEY_SLICE`` words from ``first_word`` on: ``[token, slot, word]``, one scale per
+    channel. Without ``CODES`` only scales and zeros are stored."""
+    FMT: tl.constexpr = LAYOUT.fmt
+    GROUP: tl.constexpr = FMT.key_group_size
+    WINDOW: tl.constexpr = LAYOUT.window_length
+    HEAD_SIZE: tl.constexpr = FMT.head_size
+    words = tl.pointer_type(tl.uint16)
+    compactions = tl.maximum(computed // WINDOW - 2, 0)
+    KEY_SLOTS: tl.constexpr = 16 // FMT.key_bits
+    token = tl.arange(0, GROUP)[:, None, None]
+    position = group * GROUP + token
+    fresh = position >= computed
+    row = (start + position - computed).to(tl.int64)
+    copy = slot_offset(
+        slot_of_position(position, compactions, WINDOW),
+        window_row,
+        window_table_width,
+        window_stride,
+        window_slot_stride,
+        SLOTS_PER_BLOCK,
+    )
+    slot = tl.arange(0, KEY_SLOTS)[:, None]
+    token_2d = tl.arange(0, GROUP)[:, None]
+    word = first_word + tl.arange(0, KEY_SLICE)[None, :]
+    channel, exists = slot * FMT.key_words + word, word < FMT.key_words
+    x = tl.load(
+        fresh_key + row * key_stride + channel[None],
+        mask=fresh & exists[None],
+        other=0.0,
+    ).to(tl.float32)
+    y = tl.load(copies + copy + channel[None], mask=~fresh & exists[None], other=0.0).to(tl.float32)
+    x = tl.where(fresh, x, y)
+    finite = tl.min(_is_finite(x).to(tl.int32), 0) > 0
+    scale, zero, inverse, offset = _scale_and_zero(
+        tl.min(x, 0), tl.max(x, 0), finite, FMT.key_bits, FMT.scale_bits, KEY_STEP, KEY_FLOOR
+    )
+    if CODES:
+        codes = _codes(x, offset[None], inverse[None], finite[None], FMT.key_bits)
+        packed = tl.sum(codes << (slot * FMT.key_bits)[None], 1)
+        address = (slab + FMT.key_codes_offset).to(words) + (in_page * GROUP + token_2d) * FMT.key_words + word
+        tl.store(address, packed.to(tl.uint16), mask=exists)
+    _store_metadata(
+        slab,
+        FMT.key_scale_offset,
+        FMT.key_zero_offset,
+        in_page * HEAD_SIZE + channel,
+        scale,
+        zero,
+        exists,
+        FMT.scale_bits,
+    )
+
+
+@triton.jit
+def quantize_values(
+    slab,
+    value_group,
+    first_word,
+    fresh_value,  # this head's new tokens
+    value_stride,
+    copies,  # this head's values in the window
+    group,
+    in_page,
+    start,
+    computed,
+    window_row,
+    window_table_width,
+    window_stride,
+    window_slot_stride,
+    LAYOUT: tl.constexpr,
+    SLOTS_PER_BLOCK: tl.constexpr,
+    VALUE_SLICE: tl.constexpr,
+    VALUE_GROUP_PAD: tl.constexpr,
+    VALUE_STEP: tl.constexpr,
+    VALUE_FLOOR: tl.constexpr,
+):
+    """Values of one group of tokens and of channels likewise: ``[slot, word, channel]``, one scale per token."""
+    FMT: tl.constexpr = LAYOUT.fmt
+    GROUP: tl.constexpr = FMT.key_group_size
+    WINDOW: tl.constexpr = LAYOUT.window_length
+    HEAD_SIZE: tl.constexpr = FMT.head_size
+    words = tl.pointer_type(tl.uint16)
+    compactions = tl.maximum(computed // WINDOW - 2, 0)
+    VALUE_SLOTS: tl.constexpr = 16 // FMT.value_bits
+    VALUE_WORDS: tl.constexpr = FMT.value_words_per_group
+    slot = tl.arange(0, VALUE_SLOTS)[:, None]
+    within = tl.arange(0, VALUE_GROUP_PAD)
+    token_2d = slot * VALUE_WORDS + first_word + tl.arange(0, VALUE_SLICE)[None, :]
+    position = group * GROUP + token_2d
+    fresh = (position >= computed)[:, :, None]
+    row = (start + position - computed).to(tl.int64)[:, :, None]
+    copy = slot_offset(
+        slot_of_position(position, compactions, WINDOW),
+        window_row,
+        window_table_width,
+        window_stride,
+        window_slot_stride,
+        SLOTS_PER_BLOCK,
+    )[:, :, None]
+    channel_1d = value_group * FMT.value_group_size + within
+    exists_1d = (within < FMT.value_group_size) & (channel_1d < HEAD_SIZE)
+    channel, exists = channel_1d[None, None, :], exists_1d[None, None, :]
+    x = tl.load(fresh_value + row * value_stride + channel, mask=fresh & exists, other=0.0).to(tl.float32)
+    y = tl.load(copies + copy + channel, mask=~fresh & exists, other=0.0).to(tl.float32)
+    x = tl.where(fresh, x, y)
+    low = tl.min(tl.where(exists, x, float("inf")), 2)
+    high = tl.max(tl.where(exists, x, float("-inf")), 2)
+    finite = tl.min(_is_finite(x).to(tl.int32), 2) > 0
+    scale, zero, inverse, offset = _scale_and_zero(
+        low, high, finite, FMT.value_bits, FMT.scale_bits, VALUE_STEP, VALUE_FLOOR
+    )
+    codes = _codes(x, offset[:, :, None], inverse[:, :, None], finite[:, :, None], FMT.value_bits)
+    packed = tl.sum(codes << (slot * FMT.value_bits)[:, :, None], 0)  # [word, channel]
+    word_1d = first_word + tl.arange(0, VALUE_SLICE)[:, None]
+    address = (slab + FMT.value_codes_offset).to(words) + channel_1d[None, :] * FMT.value_words
+    address += in_page * VALUE_WORDS + word_1d
+    tl.store(address, packed.to(tl.uint16), mask=exists_1d[None, :])
+    _store_metadata(
+        slab,
+        FMT.value_scale_offset,
+        FMT.value_zero_offset,
+        value_group * FMT.page_size + in_page * GROUP + token_2d,
+        scale,
+        zero,
+        token_2d >= 0,
+        FMT.scale_bits,
+    )
+
+
+@triton.jit
+def quantize_slice(
     request,
-    chunk,
+    group,
     head,
+    part,
     key,
     value,
+    feedback,
     pages,
     window_bytes,
     window,
@@ -114,127 +270,129 @@ def quantize_group(
     window_table_width,
     LAYOUT: tl.constexpr,
     SLOTS_PER_BLOCK: tl.constexpr,
-    KEY_WORDS_PAD: tl.constexpr,
+    KEY_SLICE: tl.constexpr,
+    VALUE_SLICE: tl.constexpr,
     VALUE_GROUP_PAD: tl.constexpr,
     KEY_STEP: tl.constexpr,
     KEY_FLOOR: tl.constexpr,
     VALUE_STEP: tl.constexpr,
     VALUE_FLOOR: tl.constexpr,
+    FEEDBACK: tl.constexpr,
 ):
-    """Quantize the ``chunk``-th group that a request completes in this step, for one KV head, if there is one."""
+    """Quantize one slice of a group that a request completes in this step, for one KV head, unless the group lies in a
+    page that it shares.
+
+    Args:
+        part: slice: those of the keys come first, then those of the values (``num_slices``).
+        KEY_SLICE, VALUE_SLICE: words of codes of a slice, powers of two.
+        feedback: float32 ``[num_kv_heads, head_size, head_size]``, if FEEDBACK is not 0.
+        FEEDBACK: tokens of a slice of keys whose codes are chosen with error feedback. Each such slice stores the
+            scales of the whole group, all of them the same.
+    """
     FMT: tl.constexpr = LAYOUT.fmt
-    GROUP: tl.constexpr = FMT.key_group_size
-    WINDOW: tl.constexpr = LAYOUT.window_length
-    HEAD_SIZE: tl.constexpr = FMT.head_size
-    start, query_len, computed, window_start, live = read_request(
+    KEY_SLICES: tl.constexpr = (FMT.key_words + KEY_SLICE - 1) // KEY_SLICE
+    HEAD_PAD: tl.constexpr = triton.next_power_of_2(FMT.head_size)
+    WORDS_PAD: tl.constexpr = triton.next_power_of_2(FMT.key_words)
+    KEY_PARTS: tl.constexpr = FMT.key_group_size // FEEDBACK if FEEDBACK else KEY_SLICES
+    VALUE_PARTS: tl.constexpr = FMT.value_words_per_group // VALUE_SLICE
+    start, _, computed, window_start, live = read_request(
         query_start_loc, seq_lens, window_bytes, window_byte_stride, window_table, request, window_table_stride
     )
     shared = tl.where(window_start > 0, window_start + LAYOUT.prefix_replay_tokens, 0)
-    # a chunk is the same number of groups whatever the first group is: skip groups, do not shift chunks
-    group = computed // GROUP + chunk
-    wanted = live & (query_len > 0) & (group < (computed + query_len) // GROUP) & (group * GROUP >= shared)
-    if wanted:
-        block = tl.load(block_table + request.to(tl.int64) * table_stride + group // FMT.groups_per_page)
-        if block > 0:
-            in_page = group % FMT.groups_per_page
-            slab = pages + block.to(tl.int64) * page_byte_stride + head.to(tl.int64) * FMT.head_bytes
-            window_row = window_table + request.to(tl.int64) * window_table_stride
-            compactions = tl.maximum(computed // WINDOW - 2, 0)
-            words = tl.pointer_type(tl.uint16)
-
-            # keys: [token, slot, word], one scale per channel
-            KEY_SLOTS: tl.constexpr = 16 // FMT.key_bits
-            token = tl.arange(0, GROUP)[:, None, None]
-            slot = tl.arange(0, KEY_SLOTS)[:, None]
-            word = tl.arange(0, KEY_WORDS_PAD)[None, :]
-            channel, exists = slot * FMT.key_words + word, word < FMT.key_words
-            position = group * GROUP + token
-            fresh = position >= computed
-            row = (start + position - computed).to(tl.int64)
-            copy = slot_offset(
-                slot_of_position(position, compactions, WINDOW),
-                window_row,
-                window_table_width,
-                window_stride,
-                window_slot_stride,
-                SLOTS_PER_BLOCK,
-            )
-            x = tl.load(
-                key + row * key_stride + head * key_head_stride + channel[None], mask=fresh & exists[None], other=0.0
-            ).to(tl.float32)
-            y = tl.load(
-                window + copy + head * window_head_stride + channel[None], mask=~fresh & exists[None], other=0.0
-            ).to(tl.float32)
-            x = tl.where(fresh, x, y)
-            finite = tl.min(_is_finite(x).to(tl.int32), 0) > 0
-            scale, zero, inverse, offset = _scale_and_zero(
-                tl.min(x, 0), tl.max(x, 0), finite, FMT.key_bits, FMT.scale_bits, KEY_STEP, KEY_FLOOR
-            )
-            codes = _codes(x, offset[None], inverse[None], finite[None], FMT.key_bits)
-            packed = tl.sum(codes << (slot * FMT.key_bits)[None], 1)
-            token_2d = tl.arange(0, GROUP)[:, None]
-            address = (slab + FMT.key_codes_offset).to(words) + (in_page * GROUP + token_2d) * FMT.key_words + word
-            tl.store(address, packed.to(tl.uint16), mask=exists)
-            _store_metadata(
-                slab,
-                FMT.key_scale_offset,
-                FMT.key_zero_offset,
-                in_page * HEAD_SIZE + channel,
-                scale,
-                zero,
-                exists,
-                FMT.scale_bits,
-            )
-
-            # values: [slot, word, channel of a value group], one scale per token and value group
-            VALUE_SLOTS: tl.constexpr = 16 // FMT.value_bits
-            VALUE_WORDS: tl.constexpr = FMT.value_words_per_group
-            VALUE_GROUPS: tl.constexpr = FMT.value_groups
-            slot = tl.arange(0, VALUE_SLOTS)[:, None]
-            word = tl.arange(0, VALUE_WORDS)[None, :]
-            token_2d = slot * VALUE_WORDS + word
-            position = group * GROUP + token_2d
-            fresh = (position >= computed)[:, :, None]
-            row = (start + position - computed).to(tl.int64)[:, :, None]
-            copy = slot_offset(
-                slot_of_position(position, compactions, WINDOW),
-                window_row,
-                window_table_width,
-                window_stride,
-                window_slot_stride,
-                SLOTS_PER_BLOCK,
-            )[:, :, None]
-            for value_group in tl.static_range(VALUE_GROUPS):
-                within = tl.arange(0, VALUE_GROUP_PAD)
-                channel_1d = value_group * FMT.value_group_size + within
-                exists_1d = (within < FMT.value_group_size) & (channel_1d < HEAD_SIZE)
-                channel, exists = channel_1d[None, None, :], exists_1d[None, None, :]
-                x = tl.load(
-                    value + row * value_stride + head * value_head_stride + channel, mask=fresh & exists, other=0.0
-                ).to(tl.float32)
-                y = tl.load(
-                    window + copy + head * window_head_stride + HEAD_SIZE + channel, mask=~fresh & exists, other=0.0
-                ).to(tl.float32)
-                x = tl.where(fresh, x, y)
-                low = tl.min(tl.where(exists, x, float("inf")), 2)
-                high = tl.max(tl.where(exists, x, float("-inf")), 2)
-                finite = tl.min(_is_finite(x).to(tl.int32), 2) > 0
-                scale, zero, inverse, offset = _scale_and_zero(
-                    low, high, finite, FMT.value_bits, FMT.scale_bits, VALUE_STEP, VALUE_FLOOR
-                )
-                codes = _codes(x, offset[:, :, None], inverse[:, :, None], finite[:, :, None], FMT.value_bits)
-                packed = tl.sum(codes << (slot * FMT.value_bits)[:, :, None], 0)  # [word, channel]
-                word_1d = tl.arange(0, VALUE_WORDS)[:, None]
-                address = (slab + FMT.value_codes_offset).to(words) + channel_1d[None, :] * FMT.value_words
-                address += in_page * VALUE_WORDS + word_1d
-                tl.store(address, packed.to(tl.uint16), mask=exists_1d[None, :])
-                _store_metadata(
+    block = tl.load(block_table + request.to(tl.int64) * table_stride + group // FMT.groups_per_page)
+    if live & (block > 0) & (group * FMT.key_group_size >= shared):
+        in_page = group % FMT.groups_per_page
+        slab = pages + block.to(tl.int64) * page_byte_stride + head.to(tl.int64) * FMT.head_bytes
+        window_row = window_table + request.to(tl.int64) * window_table_stride
+        copies = window + head.to(tl.int64) * window_head_stride
+        if part < KEY_PARTS:
+            # without feedback this slice's words, with it the scales of all words
+            for i in range(KEY_SLICES if FEEDBACK else 1):
+                quantize_keys(
                     slab,
-                    FMT.value_scale_offset,
-                    FMT.value_zero_offset,
-                    value_group * FMT.page_size + in_page * GROUP + token_2d,
-                    scale,
-                    zero,
-                    token_2d >= 0,
-                    FMT.scale_bits,
+                    (i if FEEDBACK else part) * KEY_SLICE,
+                    key + head * key_head_stride,
+                    key_stride,
+                    copies,
+                    group,
+                    in_page,
+                    start,
+                    computed,
+                    window_row,
+                    window_table_width,
+                    window_stride,
+                    window_slot_stride,
+                    LAYOUT,
+                    SLOTS_PER_BLOCK,
+                    KEY_SLICE,
+                    KEY_STEP,
+                    KEY_FLOOR,
+                    FEEDBACK == 0,
                 )
+            if FEEDBACK:
+                tl.debug_barrier()  # the scales are read back
+                round_tokens(
+                    slab,
+                    part,
+                    key + head * key_head_stride,
+                    key_stride,
+                    copies,
+                    feedback + head.to(tl.int64) * FMT.head_size * FMT.head_size,
+                    group,
+                    start,
+                    computed,
+                    window_row,
+                    window_table_width,
+                    window_stride,
+                    window_slot_stride,
+                    LAYOUT,
+                    SLOTS_PER_BLOCK,
+                    FEEDBACK,
+                    HEAD_PAD,
+                    WORDS_PAD,
+                )
+        else:
+            quantize_values(
+                slab,
+                (part - KEY_PARTS) // VALUE_PARTS,
+                (part - KEY_PARTS) % VALUE_PARTS * VALUE_SLICE,
+                value + head * value_head_stride,
+                value_stride,
+                copies + FMT.head_size,
+                group,
+                in_page,
+                start,
+                computed,
+                window_row,
+                window_table_width,
+                window_stride,
+                window_slot_stride,
+                LAYOUT,
+                SLOTS_PER_BLOCK,
+                VALUE_SLICE,
+                VALUE_GROUP_PAD,
+                VALUE_STEP,
+                VALUE_FLOOR,
+            )
+
+
+def slices(fmt: PageFormat, elements: int) -> dict[str, int]:
+    """The constants of :func:`quantize_slice` that follow from the number of elements of a slice."""
+    value_group = triton.next_power_of_2(min(fmt.value_group_size, fmt.head_size))
+    key_slice = elements * fmt.key_bits // (16 * fmt.key_group_size)
+    value_slice = elements * fmt.value_bits // (16 * value_group)
+    return {
+        "KEY_SLICE": min(max(key_slice, 1), triton.next_power_of_2(fmt.key_words)),
+        "VALUE_SLICE": min(max(value_slice, 1), fmt.value_words_per_group),
+        "VALUE_GROUP_PAD": value_group,
+        "KEY_STEP": fmt.range_shrink / ((1 << fmt.key_bits) - 1),
+        "KEY_FLOOR": 1.0 / scale_floor_divisor(fmt.key_bits),
+        "VALUE_STEP": fmt.range_shrink / ((1 << fmt.value_bits) - 1),
+        "VALUE_FLOOR": 1.0 / scale_floor_divisor(fmt.value_bits),
+    }
+
+
+def num_slices(fmt: PageFormat, key_slice: int, value_slice: int, feedback: int) -> int:
+    """Slices of a group of tokens of one KV head; ``feedback`` is the constant FEEDBACK of :func:`quantize_slice`."""
+    keys = fmt.key_group_size // feedback if feedback else -(-fmt.key_words // key_slice)
+    return keys + fmt.value_groups * (fmt.value_words_per_group // value_slice)
