@@ -21,7 +21,8 @@ from logquant_vllm.hf import LogQuantCache
 from logquant_vllm.lab import statistics
 from logquant_vllm.lab.cache import LabCache
 from logquant_vllm.lab.experiment import Experiment
-from logquant_vllm.lab.methods import all_methods, choose_methods
+from logquant_vllm.lab.methods import all_methods, choose_methods, primary_of
+from logquant_vllm.lab.report import family
 from logquant_vllm.lab.runner import Runner
 from logquant_vllm.lab.selection import KiviResidual, LogSelection, RandomSelection, SinkWindow
 from logquant_vllm.lab.tasks import QUICK, choose_tasks
@@ -188,6 +189,22 @@ def test_bytes_by_hand() -> None:
     assert stored("partial-log-w64") == 72 + (128 + 64) * 256 / 1024
     # 3 bits an element; 64 keys behind 6 * 160, and the newest 160 values, are in no group
     assert stored("kivi-g32-r160") == (48 * 960 + 256 * 64 + 48 * 864 + 256 * 160) / 1024
+
+
+def test_families_differ_in_their_budget_alone() -> None:
+    names = ["sink-window-w32-calibrated", "sink-window-w128-calibrated", "kivi-g32-r64", "kivi-g64-r64", "residual128"]
+    expected = ["sink-window-calibrated", "sink-window-calibrated", "kivi-g32", "kivi-g64", "residual128"]
+    assert [family(name) for name in names] == expected
+
+
+def test_methods_of_a_model_without_calibration() -> None:
+    """All means all that it can run; what it cannot is refused before anything is computed, and the rest compared with
+    what its server would run."""
+    chosen = choose_methods(None, calibrated=False)
+    assert len(chosen) > 30 and not any(method.quantizer.calibrated for method in chosen)
+    assert primary_of(chosen) == "logquant-w64" and primary_of(choose_methods(None)) == "calibrated-w64"
+    with pytest.raises(ValueError, match="calibrated-w64 needs a calibration"):
+        choose_methods(["calibrated-w64"], calibrated=False)
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------

@@ -55,16 +55,19 @@ def evaluate(
     if context.invoked_subcommand is not None:
         return
     with user_errors():
+        from logquant_vllm.calibration import FILE_NAME
         from logquant_vllm.lab.methods import QUICK, choose_methods
         from logquant_vllm.lab.tasks import choose_tasks
 
         names = split(methods)
-        chosen = choose_methods(list(QUICK) if quick and names is None else names)
+        directory = model_directory(model)
+        calibrated = (Path(directory) / FILE_NAME).is_file()
+        chosen = choose_methods(list(QUICK) if quick and names is None else names, calibrated)
         asked = choose_tasks(split(tasks), quick)
         result = (
-            _with_progress(model_directory(model), device, chosen, asked, count, time_limit, batch)
+            _with_progress(directory, device, chosen, asked, count, time_limit, batch)
             if base_url is None
-            else _served(base_url, model_directory(model), asked, count, concurrency)
+            else _served(base_url, directory, asked, count, concurrency)
         )
         output.mkdir(parents=True, exist_ok=True)
         path = output / "result.json"

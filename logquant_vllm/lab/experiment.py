@@ -13,20 +13,23 @@ import torch
 
 import logquant_vllm
 from logquant_vllm.lab import statistics
-from logquant_vllm.lab.methods import BASELINE, PRIMARY, PRIMARY_OPPONENTS, Method
+from logquant_vllm.lab.methods import BASELINE, PRIMARY_OPPONENTS, Method, primary_of
 from logquant_vllm.lab.runner import Prompts, Runner
 from logquant_vllm.lab.tasks import Item, Task, compare
 
 Values = dict[int, float]
 """Item number to its number under one metric."""
 
-PLAN = {
-    "primary": PRIMARY,
-    "against": list(PRIMARY_OPPONENTS),
-    "on": ["lookup", "trace", "arithmetic"],
-    "test": "McNemar, exact, two-sided, paired by item; other metrics: paired permutation of means",
-    "named": "before any run; all other comparisons are exploratory",
-}
+
+def plan_of(primary: str) -> dict[str, Any]:
+    """What was fixed before any run."""
+    return {
+        "primary": primary,
+        "against": list(PRIMARY_OPPONENTS),
+        "on": ["lookup", "trace", "arithmetic"],
+        "test": "McNemar, exact, two-sided, paired by item; other metrics: paired permutation of means",
+        "named": "before any run; all other comparisons are exploratory",
+    }
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Experiment:
         advance: Callable[[str, float], None] = lambda name, share: None,
     ) -> None:
         self.runner, self.methods, self.tasks, self.advance = runner, list(methods), list(tasks), advance
+        self.primary = primary_of(self.methods)
         self.started = time.monotonic()
         self.deadline = None if time_limit is None else self.started + time_limit
         self.counts = {task.name: count or task.count for task in self.tasks}
@@ -138,7 +142,7 @@ class Experiment:
             "dtype": str(self.runner.model.dtype).removeprefix("torch."),
             "seconds": round(time.monotonic() - self.started, 1),
             "complete": self.complete,
-            "plan": PLAN,
+            "plan": plan_of(self.primary),
             "records": records,
         }
 
@@ -167,8 +171,8 @@ class Experiment:
                     "mean_length": round(sum(tally.lengths or [0]) / max(len(tally.lengths), 1)),
                     **asdict(measure),
                     "p_against_primary": None
-                    if method.name == PRIMARY
-                    else _paired(values, _part(tally, PRIMARY, metric, part), binary),
+                    if method.name == self.primary
+                    else _paired(values, _part(tally, self.primary, metric, part), binary),
                 }
             )
         return records

@@ -8,7 +8,7 @@ from typing import Any
 
 from logquant_vllm.lab.attention import LOG, ORACLE
 from logquant_vllm.lab.attention_error import EVICTED, KL, L1, QUANTIZED
-from logquant_vllm.lab.methods import BASELINE, PRIMARY, PRIMARY_OPPONENTS
+from logquant_vllm.lab.methods import BASELINE, PRIMARIES, PRIMARY_OPPONENTS
 from logquant_vllm.lab.report import Record
 
 STYLES = {
@@ -18,7 +18,8 @@ STYLES = {
     "random + recent": ("C4", "D"),
     ORACLE: ("0.45", "*"),
 }
-MAIN = (BASELINE, PRIMARY, *PRIMARY_OPPONENTS, "2bit", "2bit-token", "2bit-k4v2", "hf-kivi-r128", "fp8", "log-w64-k4v2")
+MAIN = [BASELINE, *PRIMARIES, *PRIMARY_OPPONENTS, "sink-window-w64-calibrated", "2bit-calibrated", "2bit-token"]
+MAIN += ["hf-kivi-r128", "fp8", "calibrated-w64-k4v2", "log-w64-k4v2"]
 """Methods that carry their name in the figure of accuracy against compression."""
 ANSWERS = ("lookup", "arithmetic", "trace")
 EXACT_MATCH = "exact match"
@@ -153,7 +154,7 @@ def draw_accuracy_compression(records: Sequence[Record], path: Path, tasks: Sequ
             x, r = found[name]
             error = [[max(r["value"] - r["low"], 0)], [max(r["high"] - r["value"], 0)]]
             style: dict[str, Any] = {"marker": "osv^DPX*h<"[i % 10], "markersize": 7, "zorder": 4}
-            if name == PRIMARY:  # filled, small and in front, as others lie upon it
+            if name in PRIMARIES:  # filled, small and in front, as others lie upon it
                 style |= {"markersize": 5, "zorder": 5}
             else:
                 style |= {"markerfacecolor": "none"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -87,6 +88,7 @@ def kivi_quantizer(group: int = 32) -> Quantizer:
 
 K4V2 = Quantizer(key_bits=4)
 CALIBRATED = Quantizer(calibrated=True)
+CALIBRATED_K4V2 = Quantizer(key_bits=4, calibrated=True)
 
 
 def all_methods() -> dict[str, Method]:
@@ -107,7 +109,7 @@ def all_methods() -> dict[str, Method]:
         Method("log-w64-kivi32", LogSelection(64), kivi_quantizer(32)),
         Method("log-w64-kivi64", LogSelection(64), kivi_quantizer(64)),
         Method("log-w64-k4v2", LogSelection(64), K4V2),
-        Method("calibrated-w64-k4v2", LogSelection(64), Quantizer(key_bits=4, calibrated=True)),
+        Method("calibrated-w64-k4v2", LogSelection(64), CALIBRATED_K4V2),
         Method("log-w64-k4v4", LogSelection(64), Quantizer(key_bits=4, value_bits=4)),
         Method("log-w64-g32", LogSelection(64), Quantizer(key_group=32, value_group=32)),
         Method("log-w64-g128", LogSelection(64), Quantizer(key_group=128, value_group=128)),
@@ -125,12 +127,18 @@ def all_methods() -> dict[str, Method]:
         Method("sink-window-w64-kivi32", SinkWindow(64), kivi_quantizer(32)),
         Method("2bit-kivi32", Selection(), kivi_quantizer(32)),
         Method("2bit-k4v2", Selection(), K4V2),
+        Method("2bit-k4v2-calibrated", Selection(), CALIBRATED_K4V2),
+        Method("log-w64-first-calibrated", LogSelection(64), CALIBRATED, keeps_first_after_hit=True),
+        Method("partial-log-w64-calibrated", LogSelection(64, partial=True), CALIBRATED),
+        Method("random-w64-calibrated", RandomSelection(64), CALIBRATED),
     ]
     for window in (32, 128):
         chosen += [
             Method(f"logquant-w{window}", LogSelection(window)),
             Method(f"calibrated-w{window}", LogSelection(window), CALIBRATED),
             Method(f"sink-window-w{window}", SinkWindow(window)),
+            Method(f"sink-window-w{window}-calibrated", SinkWindow(window), CALIBRATED),
+            Method(f"partial-log-w{window}-calibrated", LogSelection(window, partial=True), CALIBRATED),
             Method(f"partial-log-w{window}", LogSelection(window, partial=True)),
             Method(f"random-w{window}", RandomSelection(window)),
         ]
@@ -141,21 +149,37 @@ def all_methods() -> dict[str, Method]:
 
 
 BASELINE = "bf16"
-PRIMARY = "logquant-w64"
+PRIMARIES = ("calibrated-w64", "logquant-w64")
+"""What a server runs by default: on a model with a calibration, and on others."""
+PRIMARY = PRIMARIES[-1]
 PRIMARY_OPPONENTS = ("kivi-g32-r160", "sink-window-w64")
 """Fixed before any run: about the same measured bytes at 1,500 tokens (KIVI's a little more than LogQuant's)."""
+
+
+def primary_of(methods: Iterable[Method]) -> str:
+    """The method that the others are compared with."""
+    names = {method.name for method in methods}
+    return next((name for name in PRIMARIES if name in names), PRIMARY)
+
 
 QUICK = (BASELINE, PRIMARY, *PRIMARY_OPPONENTS, "2bit-token")
 
 
-def choose_methods(names: list[str] | None) -> list[Method]:
+def choose_methods(names: list[str] | None, calibrated: bool = True) -> list[Method]:
     """Methods by name, all of them for None; the baseline is always among them, in front.
 
+    Args:
+        calibrated: whether the model has a calibration; without one all means all others.
+
     Raises:
-        ValueError: naming an unknown method and those that exist.
+        ValueError: naming an unknown method and those that exist, or one that needs a calibration.
     """
     known = all_methods()
     for name in names or ():
         if name not in known:
             raise ValueError(f"unknown method {name!r}; the methods are {', '.join(known)}")
+        if known[name].quantizer.calibrated and not calibrated:
+            raise ValueError(f"{name} needs a calibration beside the model: `logquant-vllm calibrate MODEL`")
+    if not calibrated:
+        known = {name: method for name, method in known.items() if not method.quantizer.calibrated}
     return [known[name] for name in known if names is None or name in names or name == BASELINE]

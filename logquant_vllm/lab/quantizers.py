@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from logquant_vllm.core.calibration import Basis
 from logquant_vllm.core.hadamard import hadamard_matrix, rotate
-from logquant_vllm.core.quantizer import E4M3_MAX, dequantize, quantize, round_with_feedback
+from logquant_vllm.core.quantizer import E4M3_MAX, Quantized, dequantize, quantize, round_with_feedback
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Quantizer:
             assert basis is not None and basis.feedback is not None
             stored = (x.float() @ basis.key).to(x.dtype).unflatten(-2, (-1, self.key_group)).transpose(-4, -3)
             q = quantize(stored, -2, self.key_bits, self.scale_bits, self.shrink)
-            q = round_with_feedback(stored, q, self.key_bits, basis.feedback)
+            q = _rounding(x.device)(stored, q, self.key_bits, basis.feedback)
             return (dequantize(q, -2).transpose(-4, -3).flatten(-3, -2) @ basis.query.mT).to(x.dtype)
         matrix = hadamard_matrix(x.shape[-1], torch.float32, x.device) if self.rotation else None
         # a rotated key passes through the model's dtype on its way to the cache
@@ -98,6 +99,15 @@ class Quantizer:
     def _per_token(self, x: Tensor, bits: int, group: int) -> Tensor:
         grouped = x.unflatten(-1, (-1, min(group, x.shape[-1])))
         return dequantize(quantize(grouped, -1, bits, self.scale_bits, self.shrink), -1).flatten(-2)
+
+
+def _rounding(device: torch.device) -> Callable[[Tensor, Quantized, int, Tensor], Quantized]:
+    """On a GPU a kernel: the reference launches a dozen for each channel, layer and step."""
+    if device.type == "cuda":
+        from logquant_vllm.kernels import rounding  # needs Triton
+
+        return rounding.round_with_feedback
+    return round_with_feedback
 
 
 def _fp8(x: Tensor) -> Tensor:

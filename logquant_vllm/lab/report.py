@@ -79,7 +79,7 @@ def markdown(result: dict[str, Any], images: Sequence[str] = ()) -> str:
 
 def family(method: str) -> str:
     """Methods that differ in their budget alone share a family, and a curve."""
-    return re.sub(r"-w\d+$|-r\d+$", "", method)
+    return re.sub(r"-[wr]\d+(?=-|$)", "", method)
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
@@ -107,6 +107,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     axes.set_xscale("log")
     if records[0]["metric"] == "KL divergence":
         axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_ylim(bottom=0)
     axes.set_xlabel("bytes per token, KV head and layer")
     axes.set_ylabel(records[0]["metric"])
     axes.set_title(records[0]["task"])

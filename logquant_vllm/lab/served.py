@@ -13,7 +13,7 @@ from openai import APIConnectionError, OpenAI
 
 import logquant_vllm
 from logquant_vllm.lab import statistics
-from logquant_vllm.lab.experiment import PLAN
+from logquant_vllm.lab.experiment import plan_of
 from logquant_vllm.lab.tasks import Item, Task
 
 PASSES = ("served cold", "served after a prefix hit")
@@ -88,8 +88,7 @@ def run(
         "seconds": round(time.monotonic() - started, 1),
         "complete": True,
         "plan": {
-            **PLAN,
-            "primary": PASSES[1],
+            **plan_of(PASSES[1]),
             "against": [PASSES[0]],
             "on": [record["task"] for record in records[::2]],
         },
