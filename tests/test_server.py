@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -205,6 +208,24 @@ def test_in_window_answers_equal_bf16(server: Server) -> None:
         theirs = answers(bf16, near)
     assert accuracy(near, theirs) >= 0.8
     assert ours == theirs
+
+
+def test_accuracy_of_what_is_served(server: Server, tmp_path: Path) -> None:
+    """``logquant-vllm eval --base-url`` asks every question twice, and tells where the looked-up records lie."""
+    command = [sys.executable, "-m", "logquant_vllm.cli", "eval", "--base-url", f"{server.base_url}/v1"]
+    command += ["--tasks", "lookup", "--count", "12", "--no-plots", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "result.json").read_text())["records"]
+    by_name = {(r["task"], r["method"]): r for r in records}
+    for method in ("served cold", "served after a prefix hit"):
+        whole = by_name["lookup", method]
+        parts = [r for (task, name), r in by_name.items() if name == method and task.startswith("lookup: ")]
+        assert whole["count"] == sum(part["count"] for part in parts) == 12
+        assert whole["value"] * 12 == pytest.approx(sum(part["value"] * part["count"] for part in parts))
+        assert whole["value"] > 0.5
+    assert by_name["lookup: beyond", "served cold"]["count"] > 0
+    assert "## lookup: beyond: exact match" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.skipif(DTYPE != "float32", reason="equal tokens need equal rounding")

@@ -56,24 +56,28 @@ def run(
         if not next(task.items(tokenizer)).text:
             continue
         items = list(itertools.islice(task.items(tokenizer), count or task.count))
+        parts = [None, *sorted({name for item in items for name in item.bins})]
         cold: list[float] = []
         for i, name in enumerate(PASSES):
             with ThreadPoolExecutor(concurrency) as pool:
                 values = list(pool.map(ask, items))
-            records.append(
-                {
-                    "method": name,
-                    "quantizer": "the server's",
-                    "selection": "the server's",
-                    "task": task.name,
-                    "metric": "exact match",
-                    "bytes_per_token": None,
-                    "quantized_bits_per_element": None,
-                    "mean_length": round(sum(len(item.ids) for item in items) / len(items)),
-                    **asdict(statistics.proportion(values)),
-                    "p_against_primary": statistics.mcnemar(values, cold) if cold else None,
-                }
-            )
+            for part in parts:
+                chosen = [k for k, item in enumerate(items) if part is None or part in item.bins]
+                right = [values[k] for k in chosen]
+                records.append(
+                    {
+                        "method": name,
+                        "quantizer": "the server's",
+                        "selection": "the server's",
+                        "task": task.name if part is None else f"{task.name}: {part}",
+                        "metric": "exact match",
+                        "bytes_per_token": None,
+                        "quantized_bits_per_element": None,
+                        "mean_length": round(sum(len(items[k].ids) for k in chosen) / len(chosen)),
+                        **asdict(statistics.proportion(right)),
+                        "p_against_primary": statistics.mcnemar(right, [cold[k] for k in chosen]) if cold else None,
+                    }
+                )
             cold = values
             advance(task.name, (i + 1) / len(PASSES))
     if not records:
@@ -90,7 +94,7 @@ def run(
         "plan": {
             **plan_of(PASSES[1]),
             "against": [PASSES[0]],
-            "on": [record["task"] for record in records[::2]],
+            "on": list(dict.fromkeys(record["task"] for record in records)),
         },
         "records": records,
     }
