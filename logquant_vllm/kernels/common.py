@@ -28,7 +28,7 @@ ROUNDING = tl.constexpr(12582912.0)
 
 # What differs from step to step must not compile a kernel anew: counts, whatever their divisors, and metadata of a part
 # of the batch, wherever it begins.
-STEP_COUNTS = ["num_reqs", "num_copying", "num_tokens", "num_splits", "table_stride"]
+STEP_COUNTS = ["num_reqs", "num_tokens", "num_splits", "table_stride"]
 STEP_COUNTS += ["window_table_stride", "window_table_width"]
 STEP_METADATA = ["query_start_loc", "seq_lens", "block_table", "window_table"]
 
@@ -68,6 +68,12 @@ def copy_operand(dtype: torch.dtype) -> tl.dtype:
 def launches_ahead(device: torch.device) -> bool:
     """Whether a kernel can be launched while the one before still runs, and wait for it by itself (from Hopper on)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many there are; 1 without a GPU, where the interpreter runs programs one after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def num_chunks(num_tokens: int, num_reqs: int, size: int) -> int:

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
-from logquant_vllm.kernels.common import copy_operand, launches_ahead, padded
+from logquant_vllm.kernels.common import copy_operand, launches_ahead, multiprocessors, padded
 from logquant_vllm.kernels.decode import combine_kernel, decode_kernel
 from logquant_vllm.kernels.join import join_pieces_kernel
 from logquant_vllm.kernels.work import PIECES, REQUESTS, row_units_bound
@@ -36,11 +36,6 @@ def _decode_by_hand(device: torch.device, dtype: torch.dtype, layout: CacheLayou
     from logquant_vllm.kernels import decode_gluon  # needs the version of Triton that vLLM has on GPUs
 
     return decode_gluon if decode_gluon.supports(layout.fmt, gqa) else None
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def num_splits(num_reqs: int, num_kv_heads: int, max_pages: int) -> int:
@@ -163,7 +158,7 @@ def _decode_in_shares(
     # beyond the next power of two) and has to assume the longest requests: the tokens would differ in rounding.
     rows = triton.next_power_of_2(num_reqs) * num_kv_heads
     units = rows * row_units_bound(cache.block_table.shape[1] * fmt.page_size, layout.num_slots, fmt.page_size)
-    programs = min(by_hand.programs_per_multiprocessor(fmt) * _multiprocessors(query.device), units)
+    programs = min(by_hand.programs_per_multiprocessor(fmt) * multiprocessors(query.device), units)
     ahead = launches_ahead(query.device)
     requests = REQUESTS[num_reqs > REQUESTS[0]]
     partial = torch.empty(programs, PIECES, gqa, head_size, dtype=torch.float32, device=query.device)

@@ -14,18 +14,8 @@ from torch import Tensor
 
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
-from logquant_vllm.kernels.common import (
-    STEP_COUNTS,
-    STEP_METADATA,
-    find_request,
-    load_scale_zero,
-    num_chunks,
-    padded,
-    read_request,
-    round_half_even,
-    slot_of_position,
-    slot_offset,
-)
+from logquant_vllm.kernels.common import STEP_COUNTS, STEP_METADATA, load_scale_zero, num_chunks, round_half_even
+from logquant_vllm.kernels.groups import find_group, load_tokens, open_group
 
 FEEDBACK_TOKENS = 8  # of a program
 
@@ -64,31 +54,32 @@ def round_tokens(
     LAYOUT: tl.constexpr,
     SLOTS_PER_BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    WORDS_PAD: tl.constexpr,
 ):
     """Choose the key codes of the ``part``-th ``TOKENS`` of a group, whose scales are in its page."""
     FMT: tl.constexpr = LAYOUT.fmt
     GROUP: tl.constexpr = FMT.key_group_size
-    WINDOW: tl.constexpr = LAYOUT.window_length
     HEAD_SIZE: tl.constexpr = FMT.head_size
+    HEAD_PAD: tl.constexpr = triton.next_power_of_2(HEAD_SIZE)
+    WORDS_PAD: tl.constexpr = triton.next_power_of_2(FMT.key_words)
     in_page = group % FMT.groups_per_page
     token, channel = part * TOKENS + tl.arange(0, TOKENS), tl.arange(0, HEAD_PAD)
     word = tl.arange(0, WORDS_PAD)[None, :]
-    position = group * GROUP + token
-    fresh, in_head = (position >= computed)[:, None], (channel < HEAD_SIZE)[None, :]
-    row = (start + position - computed).to(tl.int64)[:, None]
-    copy = slot_offset(
-        slot_of_position(position, tl.maximum(computed // WINDOW - 2, 0), WINDOW),
+    x = load_tokens(
+        (group * GROUP + token)[:, None],
+        channel[None, :],
+        (channel < HEAD_SIZE)[None, :],
+        fresh_key,
+        key_stride,
+        copies,
+        start,
+        computed,
         window_row,
         window_table_width,
         window_stride,
         window_slot_stride,
+        LAYOUT,
         SLOTS_PER_BLOCK,
-    )[:, None]
-    x = tl.load(fresh_key + row * key_stride + channel[None, :], mask=fresh & in_head, other=0.0).to(tl.float32)
-    y = tl.load(copies + copy + channel[None, :], mask=~fresh & in_head, other=0.0).to(tl.float32)
-    x = tl.where(fresh, x, y)
+    )
     errors = tl.zeros((TOKENS, HEAD_PAD), tl.float32)
     packed = tl.zeros((TOKENS, WORDS_PAD), tl.int32)
     share = tl.zeros((HEAD_PAD,), tl.float32)  # nothing comes before the first channel
@@ -135,25 +126,31 @@ def feedback_kernel(
     LAYOUT: tl.constexpr,
     SLOTS_PER_BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    WORDS_PAD: tl.constexpr,
 ):
     FMT: tl.constexpr = LAYOUT.fmt
-    GROUP: tl.constexpr = FMT.key_group_size
     HEAD_SIZE: tl.constexpr = FMT.head_size
     head = tl.program_id(1)
-    request, chunk = find_request(query_start_loc, tl.program_id(0), num_reqs, GROUP)
-    start, query_len, computed, window_start, live = read_request(
-        query_start_loc, seq_lens, window_bytes, window_byte_stride, window_table, request, window_table_stride
-    )
-    shared = tl.where(window_start > 0, window_start + LAYOUT.prefix_replay_tokens, 0)
-    group = computed // GROUP + chunk
-    wanted = live & (query_len > 0) & (group < (computed + query_len) // GROUP) & (group * GROUP >= shared)
-    if wanted:
-        block = tl.load(block_table + request.to(tl.int64) * table_stride + group // FMT.groups_per_page)
-        if block > 0:
+    request, group, exists = find_group(query_start_loc, seq_lens, tl.program_id(0), num_reqs, FMT.key_group_size)
+    if exists:
+        slab, window_row, start, computed, writable = open_group(
+            request,
+            group,
+            head,
+            pages,
+            window_bytes,
+            block_table,
+            window_table,
+            query_start_loc,
+            seq_lens,
+            page_byte_stride,
+            window_byte_stride,
+            table_stride,
+            window_table_stride,
+            LAYOUT,
+        )
+        if writable:
             round_tokens(
-                pages + block.to(tl.int64) * page_byte_stride + head.to(tl.int64) * FMT.head_bytes,
+                slab,
                 tl.program_id(2),
                 key + head * key_head_stride,
                 key_stride,
@@ -162,15 +159,13 @@ def feedback_kernel(
                 group,
                 start,
                 computed,
-                window_table + request.to(tl.int64) * window_table_stride,
+                window_row,
                 window_table_width,
                 window_stride,
                 window_slot_stride,
                 LAYOUT,
                 SLOTS_PER_BLOCK,
                 TOKENS,
-                HEAD_PAD,
-                WORDS_PAD,
             )
 
 
@@ -224,7 +219,5 @@ def round_pages_with_feedback(
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
         TOKENS=FEEDBACK_TOKENS,
-        HEAD_PAD=padded(fmt.head_size),
-        WORDS_PAD=triton.next_power_of_2(fmt.key_words),
         num_warps=4,
     )

@@ -1,14 +1,16 @@
 """Quantizing complete groups of tokens into their pages.
 
 A *slice* is some channels of the keys, or some tokens of the values, of a group of ``key_group_size`` tokens of one KV
-head: whole words of codes, so no two programs write the same byte. Tiles are indexed ``[..., slot of a word, word]``:
-packing is then a sum over one axis, and no channel count needs to be a power of two.
+head: whole words of codes, so no two programs write the same byte (or both the same scale). Tiles are indexed ``[...,
+slot of a word, word]``: packing is then a sum over one axis, and no channel count needs to be a power of two.
 
 The bytes equal ``core.quantizer``'s. Its formulas are repeated here operation by operation, and the kernel is launched
 with ``enable_fp_fusion=False``, since a fused multiply-add rounds once where two operations round twice.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -22,12 +24,10 @@ from logquant_vllm.kernels.common import (
     E4M3_TINY,
     decode_e4m3,
     encode_e4m3,
-    read_request,
     round_half_even,
-    slot_of_position,
-    slot_offset,
 )
 from logquant_vllm.kernels.feedback import round_tokens
+from logquant_vllm.kernels.groups import load_tokens
 
 FP16_MAX = tl.constexpr(quantizer.FP16_MAX)
 FP16_TINY = tl.constexpr(quantizer.FP16_TINY)
@@ -115,34 +115,29 @@ def quantize_keys(
     channel. Without ``CODES`` only scales and zeros are stored."""
     FMT: tl.constexpr = LAYOUT.fmt
     GROUP: tl.constexpr = FMT.key_group_size
-    WINDOW: tl.constexpr = LAYOUT.window_length
     HEAD_SIZE: tl.constexpr = FMT.head_size
-    words = tl.pointer_type(tl.uint16)
-    compactions = tl.maximum(computed // WINDOW - 2, 0)
     KEY_SLOTS: tl.constexpr = 16 // FMT.key_bits
-    token = tl.arange(0, GROUP)[:, None, None]
-    position = group * GROUP + token
-    fresh = position >= computed
-    row = (start + position - computed).to(tl.int64)
-    copy = slot_offset(
-        slot_of_position(position, compactions, WINDOW),
+    words = tl.pointer_type(tl.uint16)
+    token = tl.arange(0, GROUP)[:, None]
+    slot = tl.arange(0, KEY_SLOTS)[:, None]
+    word = first_word + tl.arange(0, KEY_SLICE)[None, :]
+    channel, exists = slot * FMT.key_words + word, word < FMT.key_words
+    x = load_tokens(
+        (group * GROUP + token)[:, :, None],
+        channel[None],
+        exists[None],
+        fresh_key,
+        key_stride,
+        copies,
+        start,
+        computed,
         window_row,
         window_table_width,
         window_stride,
         window_slot_stride,
+        LAYOUT,
         SLOTS_PER_BLOCK,
     )
-    slot = tl.arange(0, KEY_SLOTS)[:, None]
-    token_2d = tl.arange(0, GROUP)[:, None]
-    word = first_word + tl.arange(0, KEY_SLICE)[None, :]
-    channel, exists = slot * FMT.key_words + word, word < FMT.key_words
-    x = tl.load(
-        fresh_key + row * key_stride + channel[None],
-        mask=fresh & exists[None],
-        other=0.0,
-    ).to(tl.float32)
-    y = tl.load(copies + copy + channel[None], mask=~fresh & exists[None], other=0.0).to(tl.float32)
-    x = tl.where(fresh, x, y)
     finite = tl.min(_is_finite(x).to(tl.int32), 0) > 0
     scale, zero, inverse, offset = _scale_and_zero(
         tl.min(x, 0), tl.max(x, 0), finite, FMT.key_bits, FMT.scale_bits, KEY_STEP, KEY_FLOOR
@@ -150,7 +145,7 @@ def quantize_keys(
     if CODES:
         codes = _codes(x, offset[None], inverse[None], finite[None], FMT.key_bits)
         packed = tl.sum(codes << (slot * FMT.key_bits)[None], 1)
-        address = (slab + FMT.key_codes_offset).to(words) + (in_page * GROUP + token_2d) * FMT.key_words + word
+        address = (slab + FMT.key_codes_offset).to(words) + (in_page * GROUP + token) * FMT.key_words + word
         tl.store(address, packed.to(tl.uint16), mask=exists)
     _store_metadata(
         slab,
@@ -190,32 +185,32 @@ def quantize_values(
     """Values of one group of tokens and of channels likewise: ``[slot, word, channel]``, one scale per token."""
     FMT: tl.constexpr = LAYOUT.fmt
     GROUP: tl.constexpr = FMT.key_group_size
-    WINDOW: tl.constexpr = LAYOUT.window_length
     HEAD_SIZE: tl.constexpr = FMT.head_size
-    words = tl.pointer_type(tl.uint16)
-    compactions = tl.maximum(computed // WINDOW - 2, 0)
     VALUE_SLOTS: tl.constexpr = 16 // FMT.value_bits
     VALUE_WORDS: tl.constexpr = FMT.value_words_per_group
+    words = tl.pointer_type(tl.uint16)
     slot = tl.arange(0, VALUE_SLOTS)[:, None]
     within = tl.arange(0, VALUE_GROUP_PAD)
     token_2d = slot * VALUE_WORDS + first_word + tl.arange(0, VALUE_SLICE)[None, :]
-    position = group * GROUP + token_2d
-    fresh = (position >= computed)[:, :, None]
-    row = (start + position - computed).to(tl.int64)[:, :, None]
-    copy = slot_offset(
-        slot_of_position(position, compactions, WINDOW),
+    channel_1d = value_group * FMT.value_group_size + within
+    exists_1d = (within < FMT.value_group_size) & (channel_1d < HEAD_SIZE)
+    exists = exists_1d[None, None, :]
+    x = load_tokens(
+        (group * GROUP + token_2d)[:, :, None],
+        channel_1d[None, None, :],
+        exists,
+        fresh_value,
+        value_stride,
+        copies,
+        start,
+        computed,
         window_row,
         window_table_width,
         window_stride,
         window_slot_stride,
+        LAYOUT,
         SLOTS_PER_BLOCK,
-    )[:, :, None]
-    channel_1d = value_group * FMT.value_group_size + within
-    exists_1d = (within < FMT.value_group_size) & (channel_1d < HEAD_SIZE)
-    channel, exists = channel_1d[None, None, :], exists_1d[None, None, :]
-    x = tl.load(fresh_value + row * value_stride + channel, mask=fresh & exists, other=0.0).to(tl.float32)
-    y = tl.load(copies + copy + channel, mask=~fresh & exists, other=0.0).to(tl.float32)
-    x = tl.where(fresh, x, y)
+    )
     low = tl.min(tl.where(exists, x, float("inf")), 2)
     high = tl.max(tl.where(exists, x, float("-inf")), 2)
     finite = tl.min(_is_finite(x).to(tl.int32), 2) > 0
@@ -242,31 +237,24 @@ def quantize_values(
 
 @triton.jit
 def quantize_slice(
-    request,
+    slab,
     group,
     head,
     part,
     key,
     value,
     feedback,
-    pages,
-    window_bytes,
     window,
-    block_table,
-    window_table,
-    query_start_loc,
-    seq_lens,
+    start,
+    computed,
+    window_row,
     key_stride,
     key_head_stride,
     value_stride,
     value_head_stride,
-    page_byte_stride,
-    window_byte_stride,
     window_stride,
     window_slot_stride,
     window_head_stride,
-    table_stride,
-    window_table_stride,
     window_table_width,
     LAYOUT: tl.constexpr,
     SLOTS_PER_BLOCK: tl.constexpr,
@@ -279,11 +267,10 @@ def quantize_slice(
     VALUE_FLOOR: tl.constexpr,
     FEEDBACK: tl.constexpr,
 ):
-    """Quantize one slice of a group that a request completes in this step, for one KV head, unless the group lies in a
-    page that it shares.
+    """Quantize one slice of a writable group (``groups.open_group``) for one KV head.
 
     Args:
-        part: slice: those of the keys come first, then those of the values (``num_slices``).
+        part: slice: those of the keys come first, then those of the values.
         KEY_SLICE, VALUE_SLICE: words of codes of a slice, powers of two.
         feedback: float32 ``[num_kv_heads, head_size, head_size]``, if FEEDBACK is not 0.
         FEEDBACK: tokens of a slice of keys whose codes are chosen with error feedback. Each such slice stores the
@@ -291,74 +278,19 @@ def quantize_slice(
     """
     FMT: tl.constexpr = LAYOUT.fmt
     KEY_SLICES: tl.constexpr = (FMT.key_words + KEY_SLICE - 1) // KEY_SLICE
-    HEAD_PAD: tl.constexpr = triton.next_power_of_2(FMT.head_size)
-    WORDS_PAD: tl.constexpr = triton.next_power_of_2(FMT.key_words)
     KEY_PARTS: tl.constexpr = FMT.key_group_size // FEEDBACK if FEEDBACK else KEY_SLICES
     VALUE_PARTS: tl.constexpr = FMT.value_words_per_group // VALUE_SLICE
-    start, _, computed, window_start, live = read_request(
-        query_start_loc, seq_lens, window_bytes, window_byte_stride, window_table, request, window_table_stride
-    )
-    shared = tl.where(window_start > 0, window_start + LAYOUT.prefix_replay_tokens, 0)
-    block = tl.load(block_table + request.to(tl.int64) * table_stride + group // FMT.groups_per_page)
-    if live & (block > 0) & (group * FMT.key_group_size >= shared):
-        in_page = group % FMT.groups_per_page
-        slab = pages + block.to(tl.int64) * page_byte_stride + head.to(tl.int64) * FMT.head_bytes
-        window_row = window_table + request.to(tl.int64) * window_table_stride
-        copies = window + head.to(tl.int64) * window_head_stride
-        if part < KEY_PARTS:
-            # without feedback this slice's words, with it the scales of all words
-            for i in range(KEY_SLICES if FEEDBACK else 1):
-                quantize_keys(
-                    slab,
-                    (i if FEEDBACK else part) * KEY_SLICE,
-                    key + head * key_head_stride,
-                    key_stride,
-                    copies,
-                    group,
-                    in_page,
-                    start,
-                    computed,
-                    window_row,
-                    window_table_width,
-                    window_stride,
-                    window_slot_stride,
-                    LAYOUT,
-                    SLOTS_PER_BLOCK,
-                    KEY_SLICE,
-                    KEY_STEP,
-                    KEY_FLOOR,
-                    FEEDBACK == 0,
-                )
-            if FEEDBACK:
-                tl.debug_barrier()  # the scales are read back
-                round_tokens(
-                    slab,
-                    part,
-                    key + head * key_head_stride,
-                    key_stride,
-                    copies,
-                    feedback + head.to(tl.int64) * FMT.head_size * FMT.head_size,
-                    group,
-                    start,
-                    computed,
-                    window_row,
-                    window_table_width,
-                    window_stride,
-                    window_slot_stride,
-                    LAYOUT,
-                    SLOTS_PER_BLOCK,
-                    FEEDBACK,
-                    HEAD_PAD,
-                    WORDS_PAD,
-                )
-        else:
-            quantize_values(
+    in_page = group % FMT.groups_per_page
+    copies = window + head.to(tl.int64) * window_head_stride
+    if part < KEY_PARTS:
+        # without feedback this slice's words, with it the scales of all words
+        for i in range(KEY_SLICES if FEEDBACK else 1):
+            quantize_keys(
                 slab,
-                (part - KEY_PARTS) // VALUE_PARTS,
-                (part - KEY_PARTS) % VALUE_PARTS * VALUE_SLICE,
-                value + head * value_head_stride,
-                value_stride,
-                copies + FMT.head_size,
+                (i if FEEDBACK else part) * KEY_SLICE,
+                key + head * key_head_stride,
+                key_stride,
+                copies,
                 group,
                 in_page,
                 start,
@@ -369,30 +301,72 @@ def quantize_slice(
                 window_slot_stride,
                 LAYOUT,
                 SLOTS_PER_BLOCK,
-                VALUE_SLICE,
-                VALUE_GROUP_PAD,
-                VALUE_STEP,
-                VALUE_FLOOR,
+                KEY_SLICE,
+                KEY_STEP,
+                KEY_FLOOR,
+                FEEDBACK == 0,
             )
+        if FEEDBACK:
+            tl.debug_barrier()  # the scales are read back
+            round_tokens(
+                slab,
+                part,
+                key + head * key_head_stride,
+                key_stride,
+                copies,
+                feedback + head.to(tl.int64) * FMT.head_size * FMT.head_size,
+                group,
+                start,
+                computed,
+                window_row,
+                window_table_width,
+                window_stride,
+                window_slot_stride,
+                LAYOUT,
+                SLOTS_PER_BLOCK,
+                FEEDBACK,
+            )
+    else:
+        quantize_values(
+            slab,
+            (part - KEY_PARTS) // VALUE_PARTS,
+            (part - KEY_PARTS) % VALUE_PARTS * VALUE_SLICE,
+            value + head * value_head_stride,
+            value_stride,
+            copies + FMT.head_size,
+            group,
+            in_page,
+            start,
+            computed,
+            window_row,
+            window_table_width,
+            window_stride,
+            window_slot_stride,
+            LAYOUT,
+            SLOTS_PER_BLOCK,
+            VALUE_SLICE,
+            VALUE_GROUP_PAD,
+            VALUE_STEP,
+            VALUE_FLOOR,
+        )
 
 
-def slices(fmt: PageFormat, elements: int) -> dict[str, int]:
-    """The constants of :func:`quantize_slice` that follow from the number of elements of a slice."""
+def slice_constants(fmt: PageFormat, elements: int, feedback: int = 0) -> dict[str, Any]:
+    """Constants of :func:`quantize_slice` for slices of about ``elements`` elements, and how many SLICES a group of one
+    KV head has; ``feedback`` is its constant FEEDBACK."""
     value_group = triton.next_power_of_2(min(fmt.value_group_size, fmt.head_size))
     key_slice = elements * fmt.key_bits // (16 * fmt.key_group_size)
     value_slice = elements * fmt.value_bits // (16 * value_group)
+    key_slice = min(max(key_slice, 1), triton.next_power_of_2(fmt.key_words))
+    value_slice = min(max(value_slice, 1), fmt.value_words_per_group)
+    key_parts = fmt.key_group_size // feedback if feedback else -(-fmt.key_words // key_slice)
     return {
-        "KEY_SLICE": min(max(key_slice, 1), triton.next_power_of_2(fmt.key_words)),
-        "VALUE_SLICE": min(max(value_slice, 1), fmt.value_words_per_group),
+        "KEY_SLICE": key_slice,
+        "VALUE_SLICE": value_slice,
         "VALUE_GROUP_PAD": value_group,
         "KEY_STEP": fmt.range_shrink / ((1 << fmt.key_bits) - 1),
         "KEY_FLOOR": 1.0 / scale_floor_divisor(fmt.key_bits),
         "VALUE_STEP": fmt.range_shrink / ((1 << fmt.value_bits) - 1),
         "VALUE_FLOOR": 1.0 / scale_floor_divisor(fmt.value_bits),
+        "SLICES": key_parts + fmt.value_groups * (fmt.value_words_per_group // value_slice),
     }
-
-
-def num_slices(fmt: PageFormat, key_slice: int, value_slice: int, feedback: int) -> int:
-    """Slices of a group of tokens of one KV head; ``feedback`` is the constant FEEDBACK of :func:`quantize_slice`."""
-    keys = fmt.key_group_size // feedback if feedback else -(-fmt.key_words // key_slice)
-    return keys + fmt.value_groups * (fmt.value_words_per_group // value_slice)

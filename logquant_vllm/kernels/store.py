@@ -10,17 +10,19 @@ import triton.language as tl
 from torch import Tensor
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
-from logquant_vllm.kernels.common import STEP_COUNTS, STEP_METADATA, check_tokens, find_request, num_chunks
+from logquant_vllm.kernels.common import STEP_COUNTS, STEP_METADATA, check_tokens, num_chunks
 from logquant_vllm.kernels.feedback import round_pages_with_feedback
-from logquant_vllm.kernels.quantize import num_slices, quantize_slice, slices
+from logquant_vllm.kernels.groups import find_group, open_group
+from logquant_vllm.kernels.quantize import quantize_slice, slice_constants
 from logquant_vllm.kernels.store_step import store_step
 from logquant_vllm.kernels.window import update_slots, window_chunks
 
 SLICE_ELEMENTS = 2048  # an H200 quantized 8,192 tokens of 8 heads in 108 us; 1,024 elements: 125 us, 4,096: 151 us
+COPIED_TOKENS = tl.constexpr(32)  # at a time
 
 
 @triton.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
-def store_kernel(
+def quantize_kernel(
     key,  # [num_tokens, num_kv_heads, head_size], last dimension contiguous
     value,  # likewise
     pages,  # uint8 [num_blocks, page_bytes]
@@ -52,76 +54,50 @@ def store_kernel(
     KEY_FLOOR: tl.constexpr,
     VALUE_STEP: tl.constexpr,
     VALUE_FLOOR: tl.constexpr,
-    SLICES: tl.constexpr,  # of a group and head; 0: update the window
-    SLOTS_PAD: tl.constexpr,  # power of two, at least window_length
-    CHANNELS: tl.constexpr,  # channels of a program, a power of two
-    TOKENS: tl.constexpr,  # new tokens copied at a time
+    SLICES: tl.constexpr,
 ):
-    """Quantize the groups that a step completes, a program each, or update the window."""
+    """One program for each group that a step may complete and KV head."""
     head = tl.program_id(1)
-    if SLICES == 0:
-        update_slots(
-            tl.program_id(0),
+    GROUP: tl.constexpr = LAYOUT.fmt.key_group_size
+    request, group, exists = find_group(query_start_loc, seq_lens, tl.program_id(0), num_reqs, GROUP)
+    if exists:
+        slab, window_row, start, computed, writable = open_group(
+            request,
+            group,
             head,
-            tl.program_id(2),
-            key,
-            value,
+            pages,
             window_bytes,
-            window,
+            block_table,
             window_table,
             query_start_loc,
             seq_lens,
-            key_stride,
-            key_head_stride,
-            value_stride,
-            value_head_stride,
+            page_byte_stride,
             window_byte_stride,
-            window_stride,
-            window_slot_stride,
-            window_head_stride,
+            table_stride,
             window_table_stride,
-            window_table_width,
             LAYOUT,
-            SLOTS_PER_BLOCK,
-            SLOTS_PAD,
-            CHANNELS,
-            TOKENS,
         )
-    else:
-        GROUP: tl.constexpr = LAYOUT.fmt.key_group_size
-        request, chunk = find_request(query_start_loc, tl.program_id(0), num_reqs, GROUP)
-        query_len = tl.load(query_start_loc + request + 1) - tl.load(query_start_loc + request)
-        seq_len = tl.load(seq_lens + request)
-        # a chunk is the same number of groups whatever the first group is: skip groups, do not shift chunks
-        group = (seq_len - query_len) // GROUP + chunk
-        if (query_len > 0) & (group < seq_len // GROUP):
+        if writable:
             for part in range(SLICES):
                 quantize_slice(
-                    request,
+                    slab,
                     group,
                     head,
                     part,
                     key,
                     value,
                     key,  # no feedback: it is a kernel of its own
-                    pages,
-                    window_bytes,
                     window,
-                    block_table,
-                    window_table,
-                    query_start_loc,
-                    seq_lens,
+                    start,
+                    computed,
+                    window_row,
                     key_stride,
                     key_head_stride,
                     value_stride,
                     value_head_stride,
-                    page_byte_stride,
-                    window_byte_stride,
                     window_stride,
                     window_slot_stride,
                     window_head_stride,
-                    table_stride,
-                    window_table_stride,
                     window_table_width,
                     LAYOUT,
                     SLOTS_PER_BLOCK,
@@ -136,16 +112,73 @@ def store_kernel(
                 )
 
 
-def _store(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, quantize: bool) -> None:
+@triton.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
+def window_kernel(
+    key,  # [num_tokens, num_kv_heads, head_size], last dimension contiguous
+    value,  # likewise
+    window_bytes,  # uint8 [num_blocks, page_bytes]
+    window,  # the same memory in the model's dtype: [num_blocks, slots, num_kv_heads, 2, head_size]
+    window_table,
+    query_start_loc,
+    seq_lens,
+    key_stride,
+    key_head_stride,
+    value_stride,
+    value_head_stride,
+    window_byte_stride,
+    window_stride,
+    window_slot_stride,
+    window_head_stride,
+    window_table_stride,
+    window_table_width,
+    LAYOUT: tl.constexpr,
+    SLOTS_PER_BLOCK: tl.constexpr,
+    SLOTS_PAD: tl.constexpr,  # power of two, at least window_length
+    CHANNELS: tl.constexpr,  # of a chunk, a power of two
+):
+    """One program for each request, KV head and chunk of channels."""
+    update_slots(
+        tl.program_id(0),
+        tl.program_id(1),
+        tl.program_id(2),
+        key,
+        value,
+        window_bytes,
+        window,
+        window_table,
+        query_start_loc,
+        seq_lens,
+        key_stride,
+        key_head_stride,
+        value_stride,
+        value_head_stride,
+        window_byte_stride,
+        window_stride,
+        window_slot_stride,
+        window_head_stride,
+        window_table_stride,
+        window_table_width,
+        LAYOUT,
+        SLOTS_PER_BLOCK,
+        SLOTS_PAD,
+        CHANNELS,
+        COPIED_TOKENS,
+    )
+
+
+def quantize_pages(
+    key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor | None = None
+) -> None:
+    """Quantize every group of tokens that this step completes into its page; see ``core.operations.quantize_pages``."""
+    if batch.max_query_len == 1:
+        store_step(key, value, cache, batch, layout, feedback, quantize=True, update=False)
+        return
     check_tokens(key, value, cache)
     fmt, num_kv_heads, num_reqs = layout.fmt, key.shape[1], batch.seq_lens.shape[0]
     if num_reqs == 0 or key.shape[0] == 0:
         return
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
-    sizes = slices(fmt, SLICE_ELEMENTS)
-    channels, chunks = window_chunks(fmt.head_size)
-    programs = num_chunks(key.shape[0], num_reqs, fmt.key_group_size) if quantize else num_reqs
-    store_kernel[(programs, num_kv_heads, 1 if quantize else chunks)](
+    quantize_kernel[(num_chunks(key.shape[0], num_reqs, fmt.key_group_size), num_kv_heads)](
         key,
         value,
         cache.pages,
@@ -170,25 +203,11 @@ def _store(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: 
         cache.window_block_table.shape[1],
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
-        **sizes,
-        SLICES=num_slices(fmt, sizes["KEY_SLICE"], sizes["VALUE_SLICE"], 0) if quantize else 0,
-        SLOTS_PAD=triton.next_power_of_2(layout.window_length),
-        CHANNELS=channels,
-        TOKENS=32,
-        num_warps=8 if quantize else 4,
+        **slice_constants(fmt, SLICE_ELEMENTS),
+        num_warps=8,
         # the bytes are those of the reference, and a fused multiply-add rounds once where two operations round twice
         enable_fp_fusion=False,
     )
-
-
-def quantize_pages(
-    key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor | None = None
-) -> None:
-    """Quantize every group of tokens that this step completes into its page; see ``core.operations.quantize_pages``."""
-    if batch.max_query_len == 1:
-        store_step(key, value, cache, batch, layout, feedback, quantize=True, update=False)
-        return
-    _store(key, value, cache, batch, layout, quantize=True)
     if feedback is not None:
         round_pages_with_feedback(key, cache, batch, layout, feedback)
 
@@ -198,7 +217,36 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
     if batch.max_query_len == 1:
         store_step(key, value, cache, batch, layout, quantize=False, update=True)
         return
-    _store(key, value, cache, batch, layout, quantize=False)
+    check_tokens(key, value, cache)
+    fmt, num_kv_heads, num_reqs = layout.fmt, key.shape[1], batch.seq_lens.shape[0]
+    if num_reqs == 0 or key.shape[0] == 0:
+        return
+    slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
+    channels, chunks = window_chunks(fmt.head_size)
+    window_kernel[(num_reqs, num_kv_heads, chunks)](
+        key,
+        value,
+        cache.window,
+        slots,
+        cache.window_block_table,
+        batch.query_start_loc,
+        batch.seq_lens,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        cache.window.stride(0),
+        slots.stride(0),
+        slots.stride(1),
+        slots.stride(2),
+        cache.window_block_table.stride(0),
+        cache.window_block_table.shape[1],
+        LAYOUT=layout,
+        SLOTS_PER_BLOCK=slots.shape[1],
+        SLOTS_PAD=triton.next_power_of_2(layout.window_length),
+        CHANNELS=channels,
+        num_warps=4,
+    )
 
 
 def store_tokens(

@@ -10,9 +10,6 @@ written to log-selected slots, and the token of a request whose slots move is co
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,12 +20,14 @@ from logquant_vllm.kernels.common import (
     STEP_METADATA,
     check_tokens,
     count_compactions,
+    multiprocessors,
     read_request,
     slot_of_position,
     slot_offset,
 )
 from logquant_vllm.kernels.feedback import FEEDBACK_TOKENS, check_feedback
-from logquant_vllm.kernels.quantize import num_slices, quantize_slice, slices
+from logquant_vllm.kernels.groups import open_group
+from logquant_vllm.kernels.quantize import quantize_slice, slice_constants
 from logquant_vllm.kernels.window import update_slots, window_chunks, write_window_start
 
 SLICE_ELEMENTS = 1024
@@ -88,6 +87,12 @@ def copy_token(
 
 
 @triton.jit
+def count_slices(seq_len, LAYOUT: tl.constexpr, SLICES: tl.constexpr):
+    """Tasks that quantize, of a request with a new token and one KV head."""
+    return tl.where(seq_len % LAYOUT.fmt.key_group_size == 0, SLICES, 0)
+
+
+@triton.jit
 def count_tasks(
     query_start_loc,
     seq_lens,
@@ -97,17 +102,14 @@ def count_tasks(
     SLICES: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Tasks of the requests ``index`` for one KV head, and how many of them quantize; 0 from ``num_reqs`` on."""
-    GROUP: tl.constexpr = LAYOUT.fmt.key_group_size
+    """Tasks of the requests ``index`` for one KV head, those that quantize first; 0 from ``num_reqs`` on."""
     WINDOW: tl.constexpr = LAYOUT.window_length
     exists = index < num_reqs
     start = tl.load(query_start_loc + index, mask=exists, other=0)
     has_token = tl.load(query_start_loc + index + 1, mask=exists, other=0) > start
     seq_len = tl.load(seq_lens + index, mask=exists, other=0)
-    completes = has_token & (seq_len % GROUP == 0)
-    moves = has_token & (count_compactions(seq_len, WINDOW) > count_compactions(seq_len - 1, WINDOW))
-    quantizing = tl.where(completes, SLICES, 0)
-    return quantizing + tl.where(moves, CHUNKS, 0), quantizing
+    moves = count_compactions(seq_len, WINDOW) > count_compactions(seq_len - 1, WINDOW)
+    return tl.where(has_token, count_slices(seq_len, LAYOUT, SLICES) + tl.where(moves, CHUNKS, 0), 0)
 
 
 @triton.jit(do_not_specialize=[*STEP_COUNTS, "num_kv_heads"], do_not_specialize_on_alignment=STEP_METADATA)
@@ -123,7 +125,6 @@ def store_step_kernel(
     query_start_loc,
     seq_lens,
     num_reqs,
-    num_copying,  # programs that copy tokens, one for each request, or none
     num_kv_heads,
     key_stride,
     key_head_stride,
@@ -155,7 +156,9 @@ def store_step_kernel(
     HEADS: tl.constexpr,  # copied at a time
     HEAD_PAD: tl.constexpr,
 ):
+    """First programs that copy tokens, one for each request if windows are updated, then those that share out tasks."""
     program = tl.program_id(0)
+    num_copying = num_reqs if CHUNKS else 0
     if program < num_copying:
         copy_token(
             program,
@@ -184,54 +187,65 @@ def store_step_kernel(
         )
     else:
         index = tl.arange(0, REQUESTS)
-        counts, _counts = count_tasks(query_start_loc, seq_lens, index, num_reqs, LAYOUT, SLICES, CHUNKS)
-        counts *= num_kv_heads
+        counts = count_tasks(query_start_loc, seq_lens, index, num_reqs, LAYOUT, SLICES, CHUNKS) * num_kv_heads
         ends = tl.cumsum(counts, 0)
         for task in range(program - num_copying, tl.sum(counts, 0), tl.num_programs(0) - num_copying):
             passed = (ends <= task) & (index < num_reqs)
             request = tl.sum(passed.to(tl.int32), 0)
             of_request = task - tl.max(tl.where(passed, ends, 0), 0)
             head, part = of_request % num_kv_heads, of_request // num_kv_heads
-            _tasks, quantizing = count_tasks(query_start_loc, seq_lens, request, num_reqs, LAYOUT, SLICES, CHUNKS)
+            seq_len = tl.load(seq_lens + request)
+            quantizing = count_slices(seq_len, LAYOUT, SLICES)
             if part < quantizing:
-                quantize_slice(
+                group = seq_len // LAYOUT.fmt.key_group_size - 1
+                slab, window_row, start, computed, writable = open_group(
                     request,
-                    tl.load(seq_lens + request) // LAYOUT.fmt.key_group_size - 1,
+                    group,
                     head,
-                    part,
-                    key,
-                    value,
-                    feedback,
                     pages,
                     window_bytes,
-                    window,
                     block_table,
                     window_table,
                     query_start_loc,
                     seq_lens,
-                    key_stride,
-                    key_head_stride,
-                    value_stride,
-                    value_head_stride,
                     page_byte_stride,
                     window_byte_stride,
-                    window_stride,
-                    window_slot_stride,
-                    window_head_stride,
                     table_stride,
                     window_table_stride,
-                    window_table_width,
                     LAYOUT,
-                    SLOTS_PER_BLOCK,
-                    KEY_SLICE,
-                    VALUE_SLICE,
-                    VALUE_GROUP_PAD,
-                    KEY_STEP,
-                    KEY_FLOOR,
-                    VALUE_STEP,
-                    VALUE_FLOOR,
-                    FEEDBACK,
                 )
+                if writable:
+                    quantize_slice(
+                        slab,
+                        group,
+                        head,
+                        part,
+                        key,
+                        value,
+                        feedback,
+                        window,
+                        start,
+                        computed,
+                        window_row,
+                        key_stride,
+                        key_head_stride,
+                        value_stride,
+                        value_head_stride,
+                        window_stride,
+                        window_slot_stride,
+                        window_head_stride,
+                        window_table_width,
+                        LAYOUT,
+                        SLOTS_PER_BLOCK,
+                        KEY_SLICE,
+                        VALUE_SLICE,
+                        VALUE_GROUP_PAD,
+                        KEY_STEP,
+                        KEY_FLOOR,
+                        VALUE_STEP,
+                        VALUE_FLOOR,
+                        FEEDBACK,
+                    )
             else:
                 update_slots(
                     request,
@@ -262,13 +276,6 @@ def store_step_kernel(
                 )
 
 
-@functools.cache
-def _task_programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return TASK_PROGRAMS  # the interpreter runs programs one after another
-    return TASK_PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def store_step(
     key: Tensor,
     value: Tensor,
@@ -286,15 +293,18 @@ def store_step(
     if num_reqs == 0 or key.shape[0] == 0:
         return
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
-    sizes = slices(fmt, SLICE_ELEMENTS)
     if feedback is not None:
         check_feedback(feedback, num_kv_heads, fmt)
     tokens = 0 if feedback is None else FEEDBACK_TOKENS
-    parts = num_slices(fmt, sizes["KEY_SLICE"], sizes["VALUE_SLICE"], tokens) if quantize else 0
+    constants = slice_constants(fmt, SLICE_ELEMENTS, tokens)
     channels, chunks = window_chunks(fmt.head_size)
+    if not quantize:
+        constants["SLICES"] = 0
+    if not update:
+        chunks = 0
+    tasks = num_reqs * num_kv_heads * (constants["SLICES"] + chunks)
     copying = num_reqs if update else 0
-    tasks = num_reqs * num_kv_heads * (parts + (chunks if update else 0))
-    store_step_kernel[(copying + min(tasks, _task_programs(key.device)),)](
+    store_step_kernel[(copying + min(tasks, TASK_PROGRAMS * multiprocessors(key.device)),)](
         key,
         value,
         key if feedback is None else feedback,
@@ -306,7 +316,6 @@ def store_step(
         batch.query_start_loc,
         batch.seq_lens,
         num_reqs,
-        copying,
         num_kv_heads,
         key.stride(0),
         key.stride(1),
@@ -322,11 +331,10 @@ def store_step(
         cache.window_block_table.shape[1],
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
-        **sizes,
+        **constants,
         FEEDBACK=tokens,
         REQUESTS=max(triton.next_power_of_2(num_reqs), 32),
-        SLICES=parts,
-        CHUNKS=chunks if update else 0,
+        CHUNKS=chunks,
         SLOTS_PAD=triton.next_power_of_2(layout.window_length),
         CHANNELS=channels,
         HEADS=min(COPIED_HEADS, triton.next_power_of_2(num_kv_heads)),
