@@ -55,13 +55,14 @@ def evaluate(
     if context.invoked_subcommand is not None:
         return
     with user_errors():
-        from logquant_vllm.calibration import FILE_NAME
+        from logquant_vllm import calibration
+        from logquant_vllm.config import LogQuantConfig
         from logquant_vllm.lab.methods import QUICK, choose_methods
         from logquant_vllm.lab.tasks import choose_tasks
 
         names = split(methods)
         directory = model_directory(model)
-        calibrated = (Path(directory) / FILE_NAME).is_file()
+        calibrated = calibration.find(LogQuantConfig(), directory) is not None
         chosen = choose_methods(list(QUICK) if quick and names is None else names, calibrated)
         asked = choose_tasks(split(tasks), quick)
         result = (

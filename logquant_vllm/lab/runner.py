@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from logquant_vllm import calibration
+from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core.calibration import Basis, Moments, calibrated_basis
 from logquant_vllm.lab.cache import ROOM, LabCache, Layer, PromptCache
 from logquant_vllm.lab.methods import Method
@@ -40,14 +41,15 @@ class Runner:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype)
         self.model, self.device = model.to(device).eval(), torch.device(device)
         self.head_size = int(model.config.head_dim)
-        self.bases = self._load_bases(Path(directory) / calibration.FILE_NAME)
+        self.bases = self._load_bases(str(directory))
         # an answer is one line, so any token that holds a newline ends it
         stops = [i for i in range(len(self.tokenizer)) if "\n" in self.tokenizer.decode([i])]
         self.stops = torch.tensor([*stops, self.tokenizer.eos_token_id], device=self.device)
 
-    def _load_bases(self, path: Path) -> list[Basis] | None:
+    def _load_bases(self, directory: str) -> list[Basis] | None:
         """The basis of every layer in float32; None without a calibration beside the model."""
-        if not path.is_file():
+        path = calibration.find(LogQuantConfig(), directory)
+        if path is None:
             return None
         bases = []
         for moments in calibration.load(path):
