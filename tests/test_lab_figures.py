@@ -138,7 +138,7 @@ def test_pareto_front() -> None:
 
 
 def test_compression_of_the_stored_result() -> None:
-    records = json.loads((RESULTS / "accuracy" / "result.json").read_text())["records"]
+    records = json.loads((RESULTS / "accuracy.json").read_text())["records"]
     found = figures.compression(records, "lookup")
     assert found["bf16"][0] == 1.0 and found["fp8"][0] == 2.0 and 4 < found["logquant-w64"][0] < 4.2
     with pytest.raises(ValueError, match=r"no bf16 on 'maths'.*arithmetic.*lookup"):
@@ -180,7 +180,7 @@ def is_png(path: Path) -> bool:
 def test_figures_of_stored_results(tmp_path: Path) -> None:
     picture = tmp_path / "new" / "a.png"
     code, output = run(
-        "accuracy-compression", "--result", str(RESULTS / "accuracy" / "result.json"), "-o", str(picture)
+        "accuracy-compression", "--result", str(RESULTS / "accuracy.json"), "-o", str(picture)
     )
     assert code == 0 and is_png(picture), output
     stored = tmp_path / "serve.json"
