@@ -5,15 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.calibration import Moments, calibrated_basis
-
-
-def uneven_moments(head_size: int, num_kv_heads: int, seed: int = 0) -> Moments:
-    """Moments of channels that differ in size and hang together."""
-    g = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(2, num_kv_heads, head_size, head_size, generator=g, dtype=torch.float64)
-    mixed *= (3 * torch.rand(2, num_kv_heads, 1, head_size, generator=g, dtype=torch.float64)).exp()
-    return Moments(*(mixed @ mixed.mT / head_size))
+from logquant_vllm.bench.calibrations import random_moments
+from logquant_vllm.core.calibration import calibrated_basis
 
 
 def feedback_of(head_size: int, num_kv_heads: int, dense: bool) -> tuple[Tensor, Tensor]:
@@ -23,7 +16,7 @@ def feedback_of(head_size: int, num_kv_heads: int, dense: bool) -> tuple[Tensor,
         dense: of uneven moments. Otherwise every second channel takes half the error of the one before: with keys that
             are multiples of 1/8 no sum is rounded then, whatever its order.
     """
-    moments = uneven_moments(head_size, num_kv_heads)
+    moments = random_moments(head_size, num_kv_heads)
     basis = calibrated_basis(moments)
     assert basis.feedback is not None
     weight = basis.query.mT @ moments.query @ basis.query

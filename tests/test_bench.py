@@ -9,8 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from logquant_vllm.bench.engine import Workload
-from logquant_vllm.bench.records import DecodeRecord, Results, ServeRecord
+from logquant_vllm import calibration
+from logquant_vllm.bench.engine import Plan, Workload
+from logquant_vllm.bench.records import DecodeRecord, Results, ServeRecord, StoreRecord
+from logquant_vllm.bench.serve import random_calibration
 from logquant_vllm.bench.timing import summarize
 from logquant_vllm.cli import app
 from logquant_vllm.cli.bench import parse_case
@@ -72,8 +74,13 @@ def test_wrong_cases(text: str) -> None:
         (["serve", "--shape", "llama-9"], "llama-3.1-8b"),
         (["serve", "demo", "--options", '{"windowlength": 3}'], "windowlength"),
         (["serve", "demo", "--engine-args", "[1]"], "JSON object"),
+        (["serve", "demo", "--dtypes", "auto,logquant-calibrated"], "needs a --shape"),
         (["decode", "--options", "{"], "JSON object"),
         (["decode", "--head-dim", "80"], "head size 80"),
+        (["store", "--options", "{"], "JSON object"),
+        (["store", "--head-dim", "80"], "head size 80"),
+        (["store", "--batches", "1,0"], "positive numbers"),
+        (["store", "--prompts", "1;2"], "positive numbers"),
     ],
 )
 def test_user_errors(arguments: list[str], message: str) -> None:
@@ -82,9 +89,18 @@ def test_user_errors(arguments: list[str], message: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_decode_needs_a_gpu() -> None:
-    code, output = run("decode", "--cases", "1x512")
+@pytest.mark.parametrize("what", ["decode", "store"])
+def test_kernels_need_a_gpu(what: str) -> None:
+    code, output = run(what)
     assert code == 2 and "no CUDA device" in output
+
+
+def test_random_calibration_fits_its_shape(tmp_path: Path) -> None:
+    """One that a model of that shape accepts, and that no engine finds by itself."""
+    path = random_calibration("llama-3.1-8b", tmp_path)
+    calibration.check(calibration.load(path), path, 32, 8, 128)
+    assert path.name != calibration.FILE_NAME
+    assert Plan(name="logquant-calibrated", kv_gib=1, engine={}).kv_cache_dtype == "logquant"
 
 
 def test_summary() -> None:
@@ -137,3 +153,19 @@ def test_decode_on_this_machine(tmp_path: Path) -> None:
     assert code == 0, output
     found = Results[DecodeRecord].model_validate_json(path.read_text()).records
     assert [(record.batch, record.context) for record in found] == [(2, 700)] * 2 + [(1, 129)] * 2
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_store_on_this_machine(tmp_path: Path) -> None:
+    path = tmp_path / "store.json"
+    code, output = run("store", "--batches", "2", "--prompts", "100", "--json", str(path))
+    assert code == 0, output
+    found = Results[StoreRecord].model_validate_json(path.read_text()).records
+    assert [(r.requests, r.new_tokens, r.completing) for r in found[::2]] == [
+        (2, 1, 0),
+        (2, 1, 1),
+        (2, 1, 2),
+        (1, 100, 1),
+    ]
+    assert [r.calibrated for r in found] == [False, True] * 4

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from logquant_vllm import calibration
+from logquant_vllm.bench.calibrations import random_moments
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core import operations as reference
 from logquant_vllm.core.calibration import calibrated_basis, change_basis, rotate_heads, rotation_basis
@@ -18,7 +19,7 @@ from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.core.quantizer import dequantize, quantize, round_with_feedback
 from logquant_vllm.cpu import operations as cpp
 from logquant_vllm.hf.calibrate import sensitivity
-from tests.calibrations import feedback_of, uneven_moments
+from tests.calibrations import feedback_of
 from tests.paging import PagedBatch, assert_close, random_qkv
 
 pytestmark = pytest.mark.usefixtures("few_threads")
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("few_threads")
 
 @pytest.mark.parametrize(("head_size", "heads"), [(16, 1), (64, 3), (96, 2), (128, 2)])
 def test_scores_are_unchanged(head_size: int, heads: int) -> None:
-    basis = calibrated_basis(uneven_moments(head_size, heads))
+    basis = calibrated_basis(random_moments(head_size, heads))
     q, k, _ = random_qkv(20, 4 * heads, heads, head_size, torch.float64)
     expected = torch.einsum("qhgd,khd->hgqk", q.unflatten(1, (heads, 4)), k)
     q, k = rotate_heads(q, k, basis)
@@ -36,7 +37,7 @@ def test_scores_are_unchanged(head_size: int, heads: int) -> None:
 
 def test_channels_share_what_errors_cost() -> None:
     """Whitened keys, and equal pivots of the queries' moments: the least that any basis can reach."""
-    moments = uneven_moments(64, 2)
+    moments = random_moments(64, 2)
     basis = calibrated_basis(moments, damping=1e-4)
     spread = basis.key.mT @ moments.key @ basis.key
     weight = basis.query.mT @ moments.query @ basis.query
@@ -77,7 +78,7 @@ def cost(x: torch.Tensor, image: torch.Tensor, weight: torch.Tensor) -> float:
 @pytest.mark.parametrize("bits", [2, 4])
 def test_basis_and_feedback_lower_what_errors_cost(bits: int) -> None:
     heads, size = 2, 64
-    moments = uneven_moments(size, heads)
+    moments = random_moments(size, heads)
     roots = torch.linalg.cholesky(moments.key)
     x = torch.randn(40, heads, 64, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) @ roots.mT
     costs = []
@@ -130,7 +131,7 @@ def test_cpp_equals_the_reference(head_size: int, key_bits: int, scale_bits: int
 
 def test_file(tmp_path: Path) -> None:
     path = tmp_path / calibration.FILE_NAME
-    moments = [uneven_moments(64, 2, seed) for seed in range(3)]
+    moments = [random_moments(64, 2, seed) for seed in range(3)]
     calibration.save(moments, path)
     found = calibration.load(path)
     calibration.check(found, path, 3, 2, 64)

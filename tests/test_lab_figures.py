@@ -179,9 +179,7 @@ def is_png(path: Path) -> bool:
 @needs_matplotlib
 def test_figures_of_stored_results(tmp_path: Path) -> None:
     picture = tmp_path / "new" / "a.png"
-    code, output = run(
-        "accuracy-compression", "--result", str(RESULTS / "accuracy.json"), "-o", str(picture)
-    )
+    code, output = run("accuracy-compression", "--result", str(RESULTS / "accuracy.json"), "-o", str(picture))
     assert code == 0 and is_png(picture), output
     stored = tmp_path / "serve.json"
     serve_results(256).save(stored)

@@ -60,6 +60,7 @@ def test_in_interpreter(selection: str) -> None:
         str(Path(__file__)),
         str(Path(__file__).with_name("test_work.py")),
         str(Path(__file__).with_name("test_rounding.py")),
+        str(Path(__file__).with_name("test_bench_store.py")),
     ]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)

@@ -38,9 +38,11 @@ class Inputs(NamedTuple):
     batch: Batch
 
 
-def random_inputs(batch: int, context: int, shape: Shape, layout: CacheLayout, seed: int) -> Inputs:
+def random_inputs(
+    batch: int, context: int, shape: Shape, layout: CacheLayout, seed: int, device: str = "cuda"
+) -> Inputs:
     """A cache of random codes, random valid scales and random copies, over shuffled blocks."""
-    device, dtype, fmt = "cuda", torch.bfloat16, layout.fmt
+    dtype, fmt = torch.bfloat16, layout.fmt
     g = torch.Generator(device=device).manual_seed(seed)
     pages = math.ceil(context / fmt.page_size)
     window = fmt.num_window_blocks(context, layout.window_length, shape.num_kv_heads, dtype)

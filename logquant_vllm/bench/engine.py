@@ -43,11 +43,17 @@ class Workload(BaseModel):
 class Plan(BaseModel):
     """What to start."""
 
-    kv_cache_dtype: str
+    name: str
+    """The KV cache dtype; what follows a ``-`` tells engines of one dtype apart."""
     kv_gib: float
     engine: dict[str, Any]
     """Arguments of ``vllm.LLM``."""
     ttft_repeats: int = 3
+
+    @property
+    def kv_cache_dtype(self) -> str:
+        """vLLM's name of it."""
+        return self.name.partition("-")[0]
 
 
 class Order(BaseModel):
@@ -74,8 +80,9 @@ def run_once(llm: Any, workload: Workload, output_len: int, seed: int) -> tuple[
 
 
 def measure(llm: Any, plan: Plan, workload: Workload, capacity: int) -> ServeRecord:
-    """Run one workload, after a short one of the same input length."""
-    warmup = workload.model_copy(update={"requests": min(2, workload.requests)})
+    """Run one workload, after a short one of the same input length and, where they fit a step, as many requests."""
+    fitting = max(2, plan.engine.get("max_num_batched_tokens", 0) // workload.input_len)
+    warmup = workload.model_copy(update={"requests": min(fitting, workload.requests)})
     run_once(llm, warmup, WARMUP_TOKENS, seed=1)
     repeats = plan.ttft_repeats if workload.output_len == 1 else 1
     runs = [run_once(llm, workload, workload.output_len, seed=2 + i) for i in range(repeats)]
@@ -85,7 +92,7 @@ def measure(llm: Any, plan: Plan, workload: Workload, capacity: int) -> ServeRec
     per_token = [(m.last_token_ts - m.first_token_ts) / max(workload.output_len - 1, 1) for m in metrics]
     tokens = workload.requests * workload.output_len
     return ServeRecord(
-        kv_cache_dtype=plan.kv_cache_dtype,
+        kv_cache_dtype=plan.name,
         **workload.model_dump(),
         kv_gib=plan.kv_gib,
         capacity_tokens=capacity,

@@ -35,6 +35,25 @@ class DecodeRecord(BaseModel):
     """Time to read them at the bandwidth of a large copy on the same machine."""
 
 
+class StoreRecord(BaseModel):
+    """Storing the new tokens of one layer; times in microseconds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    calibrated: bool
+    """Whether key codes are chosen with error feedback."""
+    requests: int
+    new_tokens: int
+    """Of each request: 1 in a decode step, more with a prompt."""
+    completing: int
+    """Requests that complete a group of tokens, which is quantized."""
+    num_kv_heads: int
+    head_dim: int
+    time_us: float
+    time_us_p10: float
+    time_us_p90: float
+
+
 class ServeRecord(BaseModel):
     """One workload on one engine."""
 
@@ -57,7 +76,7 @@ class ServeRecord(BaseModel):
     repeats: int
 
 
-Record = TypeVar("Record", DecodeRecord, ServeRecord)
+Record = TypeVar("Record", DecodeRecord, StoreRecord, ServeRecord)
 
 
 class Results(BaseModel, Generic[Record]):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from logquant_vllm import calibration
+from logquant_vllm.bench.calibrations import random_moments
 from logquant_vllm.bench.engine import Order, Plan, Workload
 from logquant_vllm.bench.records import ServeRecord
 
@@ -59,13 +61,22 @@ def shape_directory(name: str) -> Iterator[Path]:
         yield Path(folder)
 
 
+def random_calibration(name: str, folder: Path) -> Path:
+    """A calibration file for the shape ``name`` in ``folder``, where no engine looks for one by itself."""
+    shape = SHAPES[name]
+    layers, heads, size = (shape[key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+    path = folder / "random.logquant"
+    calibration.save([random_moments(size, heads, seed) for seed in range(layers)], path)
+    return path
+
+
 class Engine:
     """A :mod:`logquant_vllm.bench.engine` process and its log."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.capacity = 0
-        self.log = Path(tempfile.mkstemp(prefix=f"bench-{plan.kv_cache_dtype}-", suffix=".log")[1])
+        self.log = Path(tempfile.mkstemp(prefix=f"bench-{plan.name}-", suffix=".log")[1])
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "logquant_vllm.bench.engine", plan.model_dump_json()],
@@ -92,12 +103,12 @@ class Engine:
                     log.write(line)
         if self.process.wait() != 0:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
-            raise RuntimeError(f"the {self.plan.kv_cache_dtype} engine ended with {self.process.returncode}:\n{tail}")
+            raise RuntimeError(f"the {self.plan.name} engine ended with {self.process.returncode}:\n{tail}")
 
     def wait_ready(self) -> None:
         """Until the engine has loaded, compiled and captured; raises RuntimeError if it does not start."""
         if next(self._lines("READY"), None) is None:
-            raise RuntimeError(f"the {self.plan.kv_cache_dtype} engine ended before it was ready; see {self.log}")
+            raise RuntimeError(f"the {self.plan.name} engine ended before it was ready; see {self.log}")
         if not self.capacity:
             raise RuntimeError(f"vLLM's log does not say how many tokens the KV cache holds; see {self.log}")
 
@@ -108,7 +119,7 @@ class Engine:
         self.process.stdin.flush()
         line = next(self._lines("RECORD"), None)
         if line is None:
-            raise RuntimeError(f"the {self.plan.kv_cache_dtype} engine ended early; see {self.log}")
+            raise RuntimeError(f"the {self.plan.name} engine ended early; see {self.log}")
         return ServeRecord.model_validate_json(line)
 
     def stop(self) -> None:
@@ -131,7 +142,7 @@ def run(
     """
     turns = [plans] if together else [[plan] for plan in plans]
     for turn in turns:
-        report(f"starting {', '.join(plan.kv_cache_dtype for plan in turn)}")
+        report(f"starting {', '.join(plan.name for plan in turn)}")
         engines: list[Engine] = []
         try:
             engines += [Engine(plan) for plan in turn]

@@ -15,11 +15,12 @@ from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.serve import DEMO, DEMO_MODEL
 from logquant_vllm.config import LogQuantConfig
 
-app = typer.Typer(no_args_is_help=True, help="Measure the decode kernel or the whole engine.")
+app = typer.Typer(no_args_is_help=True, help="Measure the kernels or the whole engine.")
 
 DECODE_CASES = (
     "16x32768,64x8192,1x131072,8x4096,1x512,8x512,64x512,256x512,1x1024,8x1024,64x1024,1x2048,8x2048,64x2048,128x2048"
 )
+CALIBRATED = "logquant-calibrated"
 SERVE_WORKLOADS = ["64x8192+256", "256x2048+1024", "8x512+256", "1x8192+1", "1x65536+1"]
 
 
@@ -33,6 +34,18 @@ def parse_case(text: str) -> tuple[int, int]:
     if not (batch.isdigit() and context.isdigit() and int(batch) and int(context)):
         raise ValueError(f"case {text!r}: write BATCHxCONTEXT, for example 16x32768")
     return int(batch), int(context)
+
+
+def parse_counts(name: str, text: str) -> list[int]:
+    """``1,8,64``; nothing for an empty text.
+
+    Raises:
+        ValueError: if these are not positive numbers.
+    """
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"{name} {text!r}: write positive numbers separated by commas, for example 1,8,64")
+    return [int(part) for part in parts]
 
 
 def parse_json(name: str, text: str) -> dict[str, Any]:
@@ -97,11 +110,61 @@ def decode(
 
 @app.command()
 @user_errors()
+def store(
+    batches: Annotated[str, typer.Option(help="Requests of a decode step, separated by commas.")] = "1,8,64,256",
+    prompts: Annotated[str, typer.Option(help="Tokens of a prompt, separated by commas.")] = "512,8192",
+    num_kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
+    options: Annotated[str, typer.Option(help="LogQuant's options as JSON.")] = "{}",
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Time storing a layer's new tokens, without a calibration and with one; needs a GPU.
+
+    Of a decode step's requests none, one or all complete a group, which is quantized. Every case is checked against the
+    reference before it is timed.
+    """
+    counts = parse_counts("--batches", batches), parse_counts("--prompts", prompts)
+    config = LogQuantConfig.from_options(parse_json("--options", options))
+    config.page_format(head_dim)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("bench store times GPU kernels, and this machine has no CUDA device; see bench serve")
+    from logquant_vllm.bench import records
+    from logquant_vllm.bench import store as bench
+    from logquant_vllm.bench.decode import Shape
+
+    console = Console()
+    results = records.Results[records.StoreRecord](
+        command=records.command_line(),
+        date=records.today(),
+        versions=records.versions(),
+        device=records.device_name(),
+        notes={"context": float(bench.CONTEXT), "options": options},
+    )
+    console.print(results.device)
+    for group in bench.measure(bench.cases_of(*counts), Shape(num_kv_heads, num_kv_heads, head_dim), config):
+        plain, calibrated = group
+        console.print(
+            f"{plain.requests:4} x {plain.new_tokens:5} tokens, {plain.completing:3} complete a group: "
+            f"[bold]{plain.time_us:7.1f} us[/bold] ({plain.time_us_p10:.1f} to {plain.time_us_p90:.1f}), calibrated "
+            f"[bold]{calibrated.time_us:7.1f} us[/bold] ({calibrated.time_us_p10:.1f} to {calibrated.time_us_p90:.1f})"
+        )
+        results.records += group
+        if output:
+            results.save(output)
+
+
+@app.command()
+@user_errors()
 def serve(
     model: Annotated[str, typer.Argument(help=f'Model directory or hub name, or "{DEMO}".')] = "",
     shape: Annotated[str, typer.Option(help="Instead of a model: random weights of a known geometry.")] = "",
     workload: Annotated[list[str] | None, typer.Option(help="REQUESTSxINPUT+OUTPUT; may be repeated.")] = None,
-    dtypes: Annotated[str, typer.Option(help="KV cache dtypes, separated by commas.")] = "auto,fp8,logquant",
+    dtypes: Annotated[
+        str,
+        typer.Option(help=f"KV cache dtypes, separated by commas; {CALIBRATED} is logquant with a random calibration."),
+    ] = "auto,fp8,logquant",
     kv_gib: Annotated[float, typer.Option(help="KV memory of every engine in GiB.")] = 16.0,
     options: Annotated[str, typer.Option(help="LogQuant's options as JSON.")] = "{}",
     engine_args: Annotated[str, typer.Option(help="Further arguments of vllm.LLM as JSON.")] = "{}",
@@ -118,6 +181,8 @@ def serve(
     if bool(model) == bool(shape):
         raise ValueError(f"name a model or a --shape, one of the two; shapes are {', '.join(bench.SHAPES)}")
     workloads = [Workload.parse(text) for text in workload or SERVE_WORKLOADS]
+    if CALIBRATED in dtypes.split(",") and not shape:
+        raise ValueError(f"{CALIBRATED} needs a --shape; a model's own calibration is used with logquant")
     logquant = LogQuantConfig.from_options(parse_json("--options", options)).model_dump(exclude_defaults=True)
     longest = max(w.input_len + w.output_len for w in workloads)
     engine: dict[str, Any] = {"max_model_len": longest, "max_num_batched_tokens": 8192, "max_num_seqs": 256}
@@ -126,17 +191,17 @@ def serve(
     engine |= parse_json("--engine-args", engine_args)
     with contextlib.ExitStack() as stack:
         if shape:
-            engine |= {"load_format": "dummy", "model": str(stack.enter_context(bench.shape_directory(shape)))}
+            folder = stack.enter_context(bench.shape_directory(shape))
+            engine |= {"load_format": "dummy", "model": str(folder)}
         else:
             engine["model"] = str(DEMO_MODEL) if model == DEMO else model
-        plans = [
-            Plan(
-                kv_cache_dtype=dtype,
-                kv_gib=kv_gib,
-                engine=engine | ({"additional_config": {"logquant": logquant}} if dtype == "logquant" else {}),
-            )
-            for dtype in dtypes.split(",")
-        ]
+        plans = []
+        for name in dtypes.split(","):
+            chosen = dict(logquant)
+            if name == CALIBRATED:
+                chosen["calibration"] = str(bench.random_calibration(shape, folder))
+            ours = {"additional_config": {"logquant": chosen}} if name in ("logquant", CALIBRATED) else {}
+            plans.append(Plan(name=name, kv_gib=kv_gib, engine=engine | ours))
         results = records.Results[records.ServeRecord](
             command=records.command_line(),
             date=records.today(),

@@ -26,7 +26,7 @@ from logquant_vllm.kernels.common import (
     encode_e4m3,
     round_half_even,
 )
-from logquant_vllm.kernels.feedback import round_tokens
+from logquant_vllm.kernels.feedback import choose_codes
 from logquant_vllm.kernels.groups import load_tokens
 
 FP16_MAX = tl.constexpr(quantizer.FP16_MAX)
@@ -109,10 +109,9 @@ def quantize_keys(
     KEY_SLICE: tl.constexpr,
     KEY_STEP: tl.constexpr,
     KEY_FLOOR: tl.constexpr,
-    CODES: tl.constexpr,
 ):
     """Keys of one group and head, ``KEY_SLICE`` words from ``first_word`` on: ``[token, slot, word]``, one scale per
-    channel. Without ``CODES`` only scales and zeros are stored."""
+    channel."""
     FMT: tl.constexpr = LAYOUT.fmt
     GROUP: tl.constexpr = FMT.key_group_size
     HEAD_SIZE: tl.constexpr = FMT.head_size
@@ -142,11 +141,10 @@ def quantize_keys(
     scale, zero, inverse, offset = _scale_and_zero(
         tl.min(x, 0), tl.max(x, 0), finite, FMT.key_bits, FMT.scale_bits, KEY_STEP, KEY_FLOOR
     )
-    if CODES:
-        codes = _codes(x, offset[None], inverse[None], finite[None], FMT.key_bits)
-        packed = tl.sum(codes << (slot * FMT.key_bits)[None], 1)
-        address = (slab + FMT.key_codes_offset).to(words) + (in_page * GROUP + token) * FMT.key_words + word
-        tl.store(address, packed.to(tl.uint16), mask=exists)
+    codes = _codes(x, offset[None], inverse[None], finite[None], FMT.key_bits)
+    packed = tl.sum(codes << (slot * FMT.key_bits)[None], 1)
+    address = (slab + FMT.key_codes_offset).to(words) + (in_page * GROUP + token) * FMT.key_words + word
+    tl.store(address, packed.to(tl.uint16), mask=exists)
     _store_metadata(
         slab,
         FMT.key_scale_offset,
@@ -154,6 +152,72 @@ def quantize_keys(
         in_page * HEAD_SIZE + channel,
         scale,
         zero,
+        exists,
+        FMT.scale_bits,
+    )
+
+
+@triton.jit
+def quantize_keys_with_feedback(
+    slab,
+    fresh_key,  # this head's new tokens
+    key_stride,
+    copies,  # this head's keys in the window
+    shares,  # this head's feedback
+    group,
+    in_page,
+    start,
+    computed,
+    window_row,
+    window_table_width,
+    window_stride,
+    window_slot_stride,
+    LAYOUT: tl.constexpr,
+    SLOTS_PER_BLOCK: tl.constexpr,
+    KEY_STEP: tl.constexpr,
+    KEY_FLOOR: tl.constexpr,
+):
+    """All keys of one group and head, ``[token, channel]``: the scales of :func:`quantize_keys`, other codes."""
+    FMT: tl.constexpr = LAYOUT.fmt
+    GROUP: tl.constexpr = FMT.key_group_size
+    HEAD_SIZE: tl.constexpr = FMT.head_size
+    token = tl.arange(0, GROUP)[:, None]
+    channel = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
+    exists = channel < HEAD_SIZE
+    x = load_tokens(
+        group * GROUP + token,
+        channel[None, :],
+        exists[None, :],
+        fresh_key,
+        key_stride,
+        copies,
+        start,
+        computed,
+        window_row,
+        window_table_width,
+        window_stride,
+        window_slot_stride,
+        LAYOUT,
+        SLOTS_PER_BLOCK,
+    )
+    finite = tl.min(_is_finite(x).to(tl.int32), 0) > 0
+    stored_scale, stored_zero, inverse, offset = _scale_and_zero(
+        tl.min(x, 0), tl.max(x, 0), finite, FMT.key_bits, FMT.scale_bits, KEY_STEP, KEY_FLOOR
+    )
+    scale = decode_e4m3(stored_scale) if FMT.scale_bits == 8 else stored_scale.to(tl.float32)
+    inverse = tl.where(finite, inverse, float("nan"))
+    packed = choose_codes(x, scale, offset, inverse, shares, HEAD_SIZE, FMT.key_bits)
+    word = tl.arange(0, packed.shape[1])[None, :]
+    address = (slab + FMT.key_codes_offset).to(tl.pointer_type(tl.uint16))
+    address += (in_page * GROUP + token) * FMT.key_words + word
+    tl.store(address, packed.to(tl.uint16), mask=word < FMT.key_words)
+    _store_metadata(
+        slab,
+        FMT.key_scale_offset,
+        FMT.key_zero_offset,
+        in_page * HEAD_SIZE + channel,
+        stored_scale,
+        stored_zero,
         exists,
         FMT.scale_bits,
     )
@@ -271,23 +335,40 @@ def quantize_slice(
 
     Args:
         part: slice: those of the keys come first, then those of the values.
+        feedback: float32 ``[num_kv_heads, head_size, head_size]``, if FEEDBACK.
         KEY_SLICE, VALUE_SLICE: words of codes of a slice, powers of two.
-        feedback: float32 ``[num_kv_heads, head_size, head_size]``, if FEEDBACK is not 0.
-        FEEDBACK: tokens of a slice of keys whose codes are chosen with error feedback. Each such slice stores the
-            scales of the whole group, all of them the same.
+        FEEDBACK: choose the codes of keys with error feedback; all keys are one slice then, whatever KEY_SLICE is.
     """
     FMT: tl.constexpr = LAYOUT.fmt
-    KEY_SLICES: tl.constexpr = (FMT.key_words + KEY_SLICE - 1) // KEY_SLICE
-    KEY_PARTS: tl.constexpr = FMT.key_group_size // FEEDBACK if FEEDBACK else KEY_SLICES
+    KEY_PARTS: tl.constexpr = 1 if FEEDBACK else (FMT.key_words + KEY_SLICE - 1) // KEY_SLICE
     VALUE_PARTS: tl.constexpr = FMT.value_words_per_group // VALUE_SLICE
     in_page = group % FMT.groups_per_page
     copies = window + head.to(tl.int64) * window_head_stride
     if part < KEY_PARTS:
-        # without feedback this slice's words, with it the scales of all words
-        for i in range(KEY_SLICES if FEEDBACK else 1):
+        if FEEDBACK:
+            quantize_keys_with_feedback(
+                slab,
+                key + head * key_head_stride,
+                key_stride,
+                copies,
+                feedback + head.to(tl.int64) * FMT.head_size * FMT.head_size,
+                group,
+                in_page,
+                start,
+                computed,
+                window_row,
+                window_table_width,
+                window_stride,
+                window_slot_stride,
+                LAYOUT,
+                SLOTS_PER_BLOCK,
+                KEY_STEP,
+                KEY_FLOOR,
+            )
+        else:
             quantize_keys(
                 slab,
-                (i if FEEDBACK else part) * KEY_SLICE,
+                part * KEY_SLICE,
                 key + head * key_head_stride,
                 key_stride,
                 copies,
@@ -304,27 +385,6 @@ def quantize_slice(
                 KEY_SLICE,
                 KEY_STEP,
                 KEY_FLOOR,
-                FEEDBACK == 0,
-            )
-        if FEEDBACK:
-            tl.debug_barrier()  # the scales are read back
-            round_tokens(
-                slab,
-                part,
-                key + head * key_head_stride,
-                key_stride,
-                copies,
-                feedback + head.to(tl.int64) * FMT.head_size * FMT.head_size,
-                group,
-                start,
-                computed,
-                window_row,
-                window_table_width,
-                window_stride,
-                window_slot_stride,
-                LAYOUT,
-                SLOTS_PER_BLOCK,
-                FEEDBACK,
             )
     else:
         quantize_values(
@@ -351,15 +411,15 @@ def quantize_slice(
         )
 
 
-def slice_constants(fmt: PageFormat, elements: int, feedback: int = 0) -> dict[str, Any]:
+def slice_constants(fmt: PageFormat, elements: int, feedback: bool) -> dict[str, Any]:
     """Constants of :func:`quantize_slice` for slices of about ``elements`` elements, and how many SLICES a group of one
-    KV head has; ``feedback`` is its constant FEEDBACK."""
+    KV head has."""
     value_group = triton.next_power_of_2(min(fmt.value_group_size, fmt.head_size))
     key_slice = elements * fmt.key_bits // (16 * fmt.key_group_size)
     value_slice = elements * fmt.value_bits // (16 * value_group)
     key_slice = min(max(key_slice, 1), triton.next_power_of_2(fmt.key_words))
     value_slice = min(max(value_slice, 1), fmt.value_words_per_group)
-    key_parts = fmt.key_group_size // feedback if feedback else -(-fmt.key_words // key_slice)
+    key_parts = 1 if feedback else -(-fmt.key_words // key_slice)
     return {
         "KEY_SLICE": key_slice,
         "VALUE_SLICE": value_slice,
@@ -368,5 +428,6 @@ def slice_constants(fmt: PageFormat, elements: int, feedback: int = 0) -> dict[s
         "KEY_FLOOR": 1.0 / scale_floor_divisor(fmt.key_bits),
         "VALUE_STEP": fmt.range_shrink / ((1 << fmt.value_bits) - 1),
         "VALUE_FLOOR": 1.0 / scale_floor_divisor(fmt.value_bits),
+        "FEEDBACK": feedback,
         "SLICES": key_parts + fmt.value_groups * (fmt.value_words_per_group // value_slice),
     }

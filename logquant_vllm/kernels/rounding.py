@@ -8,7 +8,9 @@ from torch import Tensor
 
 from logquant_vllm.core.quantizer import Quantized, dequantized_zero
 from logquant_vllm.kernels.common import padded
-from logquant_vllm.kernels.feedback import FEEDBACK_TOKENS, choose_code, take_up
+from logquant_vllm.kernels.feedback import choose_codes, feedback_warps
+
+MAX_TOKENS = 64  # of a program
 
 
 @triton.jit
@@ -25,21 +27,25 @@ def round_kernel(
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
 ):
-    """Some tokens of a group of one head; channels follow one another as in ``kernels.feedback``."""
+    """Some tokens of a group of one head."""
+    WORDS: tl.constexpr = HEAD_SIZE * BITS // 16
     group = tl.program_id(0).to(tl.int64)
     token, channel = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, HEAD_PAD)
-    exists = token < GROUP
+    exists, in_head = token < GROUP, channel < HEAD_SIZE
     rows = (group * GROUP + token) * HEAD_SIZE
+    tile = tl.load(x + rows[:, None] + channel[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
+    s = tl.load(scale + group * HEAD_SIZE + channel, mask=in_head, other=1.0)
+    z = tl.load(zero + group * HEAD_SIZE + channel, mask=in_head, other=0.0)
     shares = feedback + group % heads * HEAD_SIZE * HEAD_SIZE
-    in_head = exists[:, None] & (channel < HEAD_SIZE)[None, :]
-    tile = tl.load(x + rows[:, None] + channel[None, :], mask=in_head, other=0.0).to(tl.float32)
-    errors = tl.zeros((TOKENS, HEAD_PAD), tl.float32)
-    for c in range(HEAD_SIZE):
-        share = tl.load(shares + c * HEAD_SIZE + channel, mask=channel < c, other=0.0)
-        s, z = tl.load(scale + group * HEAD_SIZE + c), tl.load(zero + group * HEAD_SIZE + c)
-        code, error = choose_code(take_up(tile, errors, share, channel, c), s, z, BITS)
-        errors = tl.where((channel == c)[None, :], error[:, None], errors)
-        tl.store(codes + rows + c, code.to(tl.int32), mask=exists)
+    packed = choose_codes(tile.to(tl.float32), s, z, tl.div_rn(1.0, s), shares, HEAD_SIZE, BITS)
+    word = tl.arange(0, packed.shape[1])
+    for slot in tl.static_range(16 // BITS):
+        code = packed >> (slot * BITS) & ((1 << BITS) - 1)
+        tl.store(
+            codes + rows[:, None] + (slot * WORDS + word)[None, :],
+            code,
+            mask=exists[:, None] & (word < WORDS)[None, :],
+        )
 
 
 def round_with_feedback(x: Tensor, q: Quantized, bits: int, feedback: Tensor) -> Quantized:
@@ -48,9 +54,10 @@ def round_with_feedback(x: Tensor, q: Quantized, bits: int, feedback: Tensor) ->
     Sums of shares are taken in another order: where a channel lies on the edge between two codes, the codes may differ.
     """
     *_, heads, group, head_size = x.shape
+    tokens = min(padded(group), MAX_TOKENS)
     codes, scale = q.codes.contiguous().clone(), q.scale.float()
     if x.numel():
-        round_kernel[(x.numel() // (group * head_size), -(-group // FEEDBACK_TOKENS))](
+        round_kernel[(x.numel() // (group * head_size), -(-group // tokens))](
             codes,
             x.contiguous(),
             scale.contiguous(),
@@ -59,10 +66,10 @@ def round_with_feedback(x: Tensor, q: Quantized, bits: int, feedback: Tensor) ->
             heads,
             BITS=bits,
             GROUP=group,
-            TOKENS=FEEDBACK_TOKENS,
+            TOKENS=tokens,
             HEAD_SIZE=head_size,
             HEAD_PAD=padded(head_size),
-            num_warps=4,
+            num_warps=feedback_warps(tokens),
             # products and differences are rounded one by one, as the reference does
             enable_fp_fusion=False,
         )

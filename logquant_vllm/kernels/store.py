@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
 from logquant_vllm.kernels.common import STEP_COUNTS, STEP_METADATA, check_tokens, num_chunks
-from logquant_vllm.kernels.feedback import round_pages_with_feedback
+from logquant_vllm.kernels.feedback import check_feedback, feedback_warps
 from logquant_vllm.kernels.groups import find_group, open_group
 from logquant_vllm.kernels.quantize import quantize_slice, slice_constants
 from logquant_vllm.kernels.store_step import store_step
@@ -25,6 +25,7 @@ COPIED_TOKENS = tl.constexpr(32)  # at a time
 def quantize_kernel(
     key,  # [num_tokens, num_kv_heads, head_size], last dimension contiguous
     value,  # likewise
+    feedback,  # float32 [num_kv_heads, head_size, head_size], or anything without FEEDBACK
     pages,  # uint8 [num_blocks, page_bytes]
     window_bytes,  # uint8 [num_blocks, page_bytes]
     window,  # the same memory in the model's dtype: [num_blocks, slots, num_kv_heads, 2, head_size]
@@ -54,6 +55,7 @@ def quantize_kernel(
     KEY_FLOOR: tl.constexpr,
     VALUE_STEP: tl.constexpr,
     VALUE_FLOOR: tl.constexpr,
+    FEEDBACK: tl.constexpr,
     SLICES: tl.constexpr,
 ):
     """One program for each group that a step may complete and KV head."""
@@ -86,7 +88,7 @@ def quantize_kernel(
                     part,
                     key,
                     value,
-                    key,  # no feedback: it is a kernel of its own
+                    feedback,
                     window,
                     start,
                     computed,
@@ -108,7 +110,7 @@ def quantize_kernel(
                     KEY_FLOOR,
                     VALUE_STEP,
                     VALUE_FLOOR,
-                    0,
+                    FEEDBACK,
                 )
 
 
@@ -178,9 +180,12 @@ def quantize_pages(
     if num_reqs == 0 or key.shape[0] == 0:
         return
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
+    if feedback is not None:
+        check_feedback(feedback, num_kv_heads, fmt)
     quantize_kernel[(num_chunks(key.shape[0], num_reqs, fmt.key_group_size), num_kv_heads)](
         key,
         value,
+        key if feedback is None else feedback,
         cache.pages,
         cache.window,
         slots,
@@ -203,13 +208,11 @@ def quantize_pages(
         cache.window_block_table.shape[1],
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
-        **slice_constants(fmt, SLICE_ELEMENTS),
-        num_warps=8,
+        **slice_constants(fmt, SLICE_ELEMENTS, feedback is not None),
+        num_warps=8 if feedback is None else feedback_warps(fmt.key_group_size),
         # the bytes are those of the reference, and a fused multiply-add rounds once where two operations round twice
         enable_fp_fusion=False,
     )
-    if feedback is not None:
-        round_pages_with_feedback(key, cache, batch, layout, feedback)
 
 
 def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:

@@ -25,13 +25,14 @@ from logquant_vllm.kernels.common import (
     slot_of_position,
     slot_offset,
 )
-from logquant_vllm.kernels.feedback import FEEDBACK_TOKENS, check_feedback
+from logquant_vllm.kernels.feedback import check_feedback, feedback_warps
 from logquant_vllm.kernels.groups import open_group
 from logquant_vllm.kernels.quantize import quantize_slice, slice_constants
 from logquant_vllm.kernels.window import update_slots, window_chunks, write_window_start
 
 SLICE_ELEMENTS = 1024
 TASK_PROGRAMS = 4  # of a multiprocessor
+FEEDBACK_PROGRAMS = 2  # likewise, with error feedback: more do not fit, for their registers
 COPIED_HEADS = 8  # at a time
 
 
@@ -116,7 +117,7 @@ def count_tasks(
 def store_step_kernel(
     key,  # [num_tokens, num_kv_heads, head_size], last dimension contiguous
     value,  # likewise
-    feedback,  # float32 [num_kv_heads, head_size, head_size], or anything if FEEDBACK is 0
+    feedback,  # float32 [num_kv_heads, head_size, head_size], or anything without FEEDBACK
     pages,  # uint8 [num_blocks, page_bytes]
     window_bytes,  # uint8 [num_blocks, page_bytes]
     window,  # the same memory in the model's dtype: [num_blocks, slots, num_kv_heads, 2, head_size]
@@ -295,8 +296,7 @@ def store_step(
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
     if feedback is not None:
         check_feedback(feedback, num_kv_heads, fmt)
-    tokens = 0 if feedback is None else FEEDBACK_TOKENS
-    constants = slice_constants(fmt, SLICE_ELEMENTS, tokens)
+    constants = slice_constants(fmt, SLICE_ELEMENTS, feedback is not None)
     channels, chunks = window_chunks(fmt.head_size)
     if not quantize:
         constants["SLICES"] = 0
@@ -304,7 +304,8 @@ def store_step(
         chunks = 0
     tasks = num_reqs * num_kv_heads * (constants["SLICES"] + chunks)
     copying = num_reqs if update else 0
-    store_step_kernel[(copying + min(tasks, TASK_PROGRAMS * multiprocessors(key.device)),)](
+    programs = (TASK_PROGRAMS if feedback is None else FEEDBACK_PROGRAMS) * multiprocessors(key.device)
+    store_step_kernel[(copying + min(tasks, programs),)](
         key,
         value,
         key if feedback is None else feedback,
@@ -332,14 +333,13 @@ def store_step(
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
         **constants,
-        FEEDBACK=tokens,
         REQUESTS=max(triton.next_power_of_2(num_reqs), 32),
         CHUNKS=chunks,
         SLOTS_PAD=triton.next_power_of_2(layout.window_length),
         CHANNELS=channels,
         HEADS=min(COPIED_HEADS, triton.next_power_of_2(num_kv_heads)),
         HEAD_PAD=triton.next_power_of_2(fmt.head_size),
-        num_warps=4,
+        num_warps=4 if feedback is None else feedback_warps(fmt.key_group_size),
         # the bytes are those of the reference, and a fused multiply-add rounds once where two operations round twice
         enable_fp_fusion=False,
     )
