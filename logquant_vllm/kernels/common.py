@@ -65,9 +65,14 @@ def copy_operand(dtype: torch.dtype) -> tl.dtype:
 
 
 @functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """CUDA's compute capability; (0, 0) without a GPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def launches_ahead(device: torch.device) -> bool:
     """Whether a kernel can be launched while the one before still runs, and wait for it by itself (from Hopper on)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability(device) >= (9, 0)
 
 
 @functools.cache

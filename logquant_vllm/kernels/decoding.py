@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
-from logquant_vllm.kernels.common import copy_operand, launches_ahead, multiprocessors, padded
+from logquant_vllm.kernels.common import capability, copy_operand, launches_ahead, multiprocessors, padded
 from logquant_vllm.kernels.decode import combine_kernel, decode_kernel
 from logquant_vllm.kernels.join import join_pieces_kernel
 from logquant_vllm.kernels.work import PIECES, REQUESTS, row_units_bound
@@ -31,7 +31,7 @@ JOIN_PIECES = (8, 256)
 @functools.cache
 def _decode_by_hand(device: torch.device, dtype: torch.dtype, layout: CacheLayout, gqa: int) -> Any:
     """The module of the kernel whose registers are laid out by hand, or None where ``kernels.decode`` has to serve."""
-    if device.type != "cuda" or dtype == torch.float32 or torch.cuda.get_device_capability(device) < (8, 9):
+    if dtype == torch.float32 or capability(device) < (8, 9):
         return None
     from logquant_vllm.kernels import decode_gluon  # needs the version of Triton that vLLM has on GPUs
 
