@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.common import LN2, STEP_COUNTS, STEP_METADATA, read_request
+from logquant_vllm.kernels.gluon_factors import factors_memory
 from logquant_vllm.kernels.gluon_pages import PRODUCT_UNIT, attend_pages
 from logquant_vllm.kernels.gluon_tiles import (
     BY_HEAD,
@@ -23,7 +24,6 @@ from logquant_vllm.kernels.gluon_tiles import (
     MMA,
     PLAIN,
     WEIGHT_UNIT,
-    factors_memory,
     halves_of,
     of_heads,
 )

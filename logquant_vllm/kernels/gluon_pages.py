@@ -11,6 +11,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from logquant_vllm.kernels.common import pages_end, read_from_page
+from logquant_vllm.kernels.gluon_factors import (
+    decode_scales,
+    decode_zeros,
+    factors_of_step,
+    larger_words,
+    load_factors,
+    multiply_words,
+    power_word,
+    store_factors,
+)
 from logquant_vllm.kernels.gluon_tiles import (
     BY_ROW,
     CODE_UNIT,
@@ -25,30 +35,22 @@ from logquant_vllm.kernels.gluon_tiles import (
     code_shift,
     column_maxima,
     copy_words,
-    decode_scales,
-    decode_zeros,
     exp2,
-    factors_of_step,
     halves_of,
     lane_maxima,
-    larger_words,
     left_operand,
-    load_factors,
     load_words,
     move_all,
     multiply_pairs,
-    multiply_words,
     on_top_blocks,
     peak_bits,
     power_of_two,
-    power_word,
     reference_of,
     row_steps,
     rows_memory,
     scale_and_shift,
     scale_rows,
     stacked,
-    store_factors,
     transpose_tiles,
 )
 
