@@ -16,6 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from logquant_vllm.calibration import FILE_NAME
+from logquant_vllm.cli.serve import DEMO_MODEL
 from logquant_vllm.demo import tasks
 from tests.serving import Server, free_port
 
@@ -40,6 +42,7 @@ def test_endpoint(server: Server) -> None:
     info = httpx.get(url, headers=KEY).json()
     assert info["model"] == server.model
     assert info["config"]["window_length"] == 64
+    assert Path(info["calibration"]) == DEMO_MODEL / FILE_NAME
     assert info["page"]["num_blocks"] == BLOCKS
     assert info["capacity"]["max_model_len"] == MAX_LEN
     assert info["capacity"]["tokens"] == int(info["capacity"]["concurrency"] * MAX_LEN)

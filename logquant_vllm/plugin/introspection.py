@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 import logquant_vllm
+from logquant_vllm import calibration
 from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
 from logquant_vllm.planning import ModelShape, logquant_capacity, plain_capacity
 from logquant_vllm.plugin import KV_CACHE_DTYPE
@@ -54,6 +56,7 @@ class LogQuantInfo(Frozen):
     model: str
     dtype: str
     config: LogQuantConfig
+    calibration: str | None = Field(description="File that the option calibration found; null without a calibration.")
     page: PageInfo
     capacity: CapacityInfo
     versions: Versions
@@ -71,6 +74,13 @@ def _version(*names: str) -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+@cache
+def _calibration(config: LogQuantConfig, model: str) -> str | None:
+    """Looked for once: what an engine has loaded does not change with its files."""
+    path = calibration.find(config, model)
+    return None if path is None else str(path)
 
 
 def describe(vllm_config: Any) -> LogQuantInfo:
@@ -101,6 +111,7 @@ def describe(vllm_config: Any) -> LogQuantInfo:
         model=str(model.served_model_name),
         dtype=shape.dtype,
         config=config,
+        calibration=_calibration(config, str(model.model)),
         page=PageInfo(page_size=PAGE_SIZE, block_bytes=ours.block_bytes * ranks, num_blocks=num_blocks),
         capacity=CapacityInfo(
             max_model_len=length,
