@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from logquant_vllm import calibration
+from logquant_vllm.bench.calibrations import random_moments
 from tests.models import write_model
 from tests.paging import assert_close
 
@@ -131,9 +133,10 @@ def test_compiled_equals_eager(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1 or os.cpu_count() == 1, reason="needs two GPUs or two cores")
 def test_tensor_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks with one KV head each give the distributions of one rank with two."""
+    """Two ranks with one KV head each give the distributions of one rank with two, each with its head's calibration."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one NUMA node serves both ranks
     path = write_model(tmp_path / "model", **MODELS["llama-64-gqa1"])
+    calibration.save([random_moments(64, 2, seed) for seed in range(2)], path / calibration.FILE_NAME)
     lengths = [5, 300, 400]
     one = logprobs(path, "logquant", lengths, dtype="float32")
     two = logprobs(path, "logquant", lengths, dtype="float32", tensor_parallel_size=2)
