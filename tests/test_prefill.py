@@ -1,46 +1,118 @@
-"""Attention of long queries as the server computes it on a GPU, beside the reference."""
+"""Attention of long queries as the server computes it on a GPU, beside the reference.
+
+Without a GPU, torch stands in for FlashAttention and for the kernel that reads the past; all between them is the same.
+"""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from logquant_vllm.core import operations as reference
+from logquant_vllm.core import past as past_reference
 from logquant_vllm.core.hadamard import hadamard_matrix, rotate
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
-from logquant_vllm.core.past import past_slices
+from logquant_vllm.core.past import past_of
 from tests.paging import PagedBatch, assert_close, random_qkv
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("room", [512, 1024, 8192])
-@pytest.mark.parametrize(("head_size", "gqa"), [(64, 8), (96, 1), (128, 4), (256, 2)])
-def test_prefill(head_size: int, gqa: int, room: int, dtype: torch.dtype) -> None:
-    """Several requests, with a past and without, whose past takes one slice or many."""
-    pytest.importorskip("vllm", reason="vLLM is not installed")
+def torch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention's call: the output, and LSEs ``[heads, tokens]``; without keys 0 and ``-inf``."""
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    assert len(q) == starts_q[-1] and len(k) >= starts_k[-1]
+    lse = torch.full((q.shape[1], len(q)), -torch.inf)
+    for r in range(len(starts_q) - 1):
+        rows, keys = slice(starts_q[r], starts_q[r + 1]), slice(starts_k[r], starts_k[r + 1])
+        n, m = rows.stop - rows.start, keys.stop - keys.start
+        assert n <= max_seqlen_q and m <= max_seqlen_k
+        x, y, z = (t.float().transpose(0, 1) for t in (q[rows], k[keys], v[keys]))
+        y, z = (t.repeat_interleave(q.shape[1] // k.shape[1], 0) for t in (y, z))
+        scores = x @ y.mT * softmax_scale
+        if causal:
+            scores += torch.full((n, m), -torch.inf).triu(1 + m - n)
+        lse[:, rows] = scores.logsumexp(-1)
+        out[rows] = (scores.softmax(-1).nan_to_num(0.0) @ z).transpose(0, 1).to(out.dtype)
+    return out, lse
+
+
+@pytest.fixture
+def flash_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """FlashAttention for a head size and dtype, and what it needs of vLLM."""
     from vllm.v1.worker.workspace import init_workspace_manager
 
     from logquant_vllm.plugin.prefill import Prefill, flash_attention
 
-    init_workspace_manager(torch.device("cuda"))
+    def workspace(self: Prefill, tokens: int, dtype: torch.dtype) -> list[Tensor]:
+        size = self.layout.fmt.head_size
+        shapes = [(self.room, self.num_kv_heads, size)] * 2 + [(tokens, self.num_heads, size)]
+        return [torch.full(shape, torch.nan, dtype=dtype) for shape in shapes]
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(Prefill, "workspace", workspace)
+        monkeypatch.setattr("logquant_vllm.kernels.past.gather_past", past_reference.gather_past)
+        return lambda head_size, dtype: torch_attention
+    init_workspace_manager(torch.device(DEVICE))
+    return flash_attention
+
+
+GRID = [
+    # head size, query heads of a KV head, dtype, room for the past
+    (64, 8, torch.float16, 512),
+    (128, 4, torch.bfloat16, 1024),
+]
+ON_GPU = [
+    (head_size, gqa, dtype, room)
+    for head_size, gqa in [(64, 8), (96, 1), (128, 4), (256, 2)]
+    for dtype in (torch.float16, torch.bfloat16)
+    for room in (512, 1024, 8192)
+]
+
+
+@pytest.mark.parametrize(
+    ("head_size", "gqa", "dtype", "room"),
+    [*GRID, *(pytest.param(*case, marks=[needs_gpu, pytest.mark.gpu]) for case in ON_GPU if case not in GRID)],
+)
+def test_prefill(flash_of: Any, head_size: int, gqa: int, dtype: torch.dtype, room: int) -> None:
+    """Several requests, with a past and without, in any order, whose past takes one slice or many."""
+    from logquant_vllm.plugin.prefill import Prefill
+
     layout = CacheLayout(PageFormat(head_size), 64)
-    rotated = partial(rotate, matrix=hadamard_matrix(head_size, dtype, "cuda"))
-    flash = flash_attention(head_size, dtype)
+    rotated = partial(rotate, matrix=hadamard_matrix(head_size, dtype, DEVICE))
+    flash = flash_of(head_size, dtype)
     assert flash is not None
     prefill = Prefill(flash, layout, 2 * gqa, 2, head_size**-0.5, room, rotated)
-    requests = PagedBatch(layout, 2, 3, 2400, dtype, "cuda")
-    for seed, new in enumerate([[700, 0, 65], [900, 0, 1], [1, 3, 500], [257, 40, 2]]):
-        q, k, v = random_qkv(sum(new), 2 * gqa, 2, head_size, dtype, "cuda", seed)
-        bounds = [n + 5 for n in requests.seq_lens]  # the host knows upper bounds
+    requests = PagedBatch(layout, 2, 4, 2400, dtype, DEVICE)
+    steps = [([700, 0, 65, 0], 0), ([900, 0, 1, 0], 3), ([1, 3, 200, 300], 3), ([257, 40, 2, 70], 4)]
+    for seed, (new, with_past) in enumerate(steps):
+        q, k, v = random_qkv(sum(new), 2 * gqa, 2, head_size, dtype, DEVICE, seed)
+        bounds = [n + 5 if n else 0 for n in requests.seq_lens]  # the host knows upper bounds
         batch = requests.batch(new)
         expected, _ = reference.attention(rotated(q), rotated(k), v, requests.cache, batch, layout, prefill.scale)
         output = torch.full_like(q, torch.nan)
-        past = past_slices(batch.num_computed, bounds if seed else [0, 0, 0], room)
+        past = past_of(batch, new, bounds, room)
+        assert (past.num_requests, past.num_tokens) == (with_past, sum(new[:with_past]))
         prefill.attend(output, q, k, v, requests.cache, batch, past)
         assert_close(output, expected, what=f"step {seed}")
         reference.quantize_pages(rotated(k), v, requests.cache, batch, layout)

@@ -29,6 +29,27 @@ class PastSlice(NamedTuple):
     start_loc: Tensor  # int32 [num_reqs + 1]: rows of each request
 
 
+class Past(NamedTuple):
+    """What the requests of a batch have cached: all of it belongs to the first ``num_requests``."""
+
+    num_requests: int
+    num_tokens: int  # new tokens of these requests
+    max_query_len: int  # their longest query
+    slices: list[PastSlice]
+
+
+def past_of(batch: Batch, query_lens: Sequence[int], bounds: Sequence[int], room: int) -> Past:
+    """The past of a batch. Requests behind the last that may have one need not be looked at.
+
+    Args:
+        query_lens: new tokens of each request, on the host.
+        bounds, room: as in :func:`past_slices`.
+    """
+    some = max((i + 1 for i, bound in enumerate(bounds) if bound > 0), default=0)
+    slices = past_slices(batch.num_computed[:some], bounds[:some], room)
+    return Past(some, sum(query_lens[:some]), max(query_lens[:some], default=0), slices)
+
+
 def past_slices(num_computed: Tensor, bounds: Sequence[int], room: int) -> list[PastSlice]:
     """Cut the past of a batch into slices of at most ``room`` tokens; none if nothing is cached.
 

@@ -5,7 +5,7 @@ key, value -> rotate -> quantize completed groups -> attention over pages, windo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import Any, ClassVar
@@ -30,7 +30,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig
 from logquant_vllm.core.calibration import Basis, change_basis
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
-from logquant_vllm.core.past import PastSlice, past_slices
+from logquant_vllm.core.past import Past, past_of
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.basis import layer_basis
 from logquant_vllm.plugin.prefill import Prefill, flash_attention, past_room
@@ -109,7 +109,7 @@ class BatchPart:
     tokens: slice
     requests: slice
     batch: Batch
-    past: list[PastSlice] = field(default_factory=list)
+    past: Past | None = None  # of longer queries
 
 
 @dataclass
@@ -151,14 +151,17 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
             parts[-1].past = self._past(parts[-1], common)
         return LogQuantMetadata(tokens, batch, common.block_table_tensor, parts)
 
-    def _past(self, part: BatchPart, common: CommonAttentionMetadata) -> list[PastSlice]:
-        """What the part's requests have cached; of each, the host knows at least an upper bound."""
+    def _past(self, part: BatchPart, common: CommonAttentionMetadata) -> Past:
+        """What the part's requests have cached; of each, the host knows at least an upper bound.
+
+        vLLM has sorted the batch: by and large, prompts that are continued come before those that begin.
+        """
         starts = common.query_start_loc_cpu
         new = (starts[1:] - starts[:-1])[part.requests]
         bounds = common.seq_lens_cpu_upper_bound
         lens = torch.full_like(new, common.max_seq_len) if bounds is None else bounds[part.requests]
         room = past_room(self.vllm_config.scheduler_config.max_num_seqs)
-        return past_slices(part.batch.num_computed, (lens - new).tolist(), room)
+        return past_of(part.batch, new.tolist(), (lens - new).tolist(), room)
 
 
 _warmed_up = set[Any]()
@@ -307,6 +310,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
                 q = self._queries(query[t])
                 ops.attention(q, stored_key[t], value[t], view, part.batch, layout, self.scale, output[t])
             else:
+                assert part.past is not None
                 self._prefill.attend(output[t], query[t], key[t], value[t], view, part.batch, part.past)
         ops.update_window(stored_key, value, cache, batch, layout)
         return output

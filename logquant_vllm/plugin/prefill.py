@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
-from logquant_vllm.core.past import SLICE_STEP, PastSlice
+from logquant_vllm.core.past import SLICE_STEP, Past
 
 PAST_TOKENS = 32_768
 """Tokens of a slice of the past. For an 8B Llama they take 128 MiB, once for all layers."""
@@ -80,7 +80,7 @@ class Prefill:
         value: Tensor,
         cache: PagedCache,
         batch: Batch,
-        past: list[PastSlice],
+        past: Past,
     ) -> None:
         """``core.operations.attention`` of chunks, into ``output``.
 
@@ -88,25 +88,50 @@ class Prefill:
             output, query: ``[num_tokens, num_heads, head_size]``.
             key, value: ``[num_tokens, num_kv_heads, head_size]``; keys and queries *not* rotated: the scores within
                 the chunk are the same either way, and without a past nothing else is computed.
-            past: ``core.past.past_slices`` of ``batch``.
+            past: ``core.past.past_of`` the batch.
         """
         starts, longest = batch.query_start_loc, batch.max_query_len
-        queries = {"cu_seqlens_q": starts, "max_seqlen_q": longest, "softmax_scale": self.scale}
-        chunk = {"k": key, "v": value, "cu_seqlens_k": starts, "max_seqlen_k": longest}
-        lse = self.flash(q=query, **chunk, **queries, causal=True, out=output)[1]
-        if not past:
+        lse = self.flash(
+            q=query,
+            k=key,
+            v=value,
+            out=output,
+            cu_seqlens_q=starts,
+            cu_seqlens_k=starts,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            softmax_scale=self.scale,
+            causal=True,
+        )[1]
+        if not past.slices:
             return
         from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
         from logquant_vllm.kernels.past import gather_past
 
-        keys, values, partial = self.workspace(len(query), query.dtype)
-        query = self.rotated(query)
-        for piece in past:
+        # in a step with decoding requests, the end of one prompt often comes with the begin of another, which has none
+        requests, tokens = slice(past.num_requests), slice(past.num_tokens)
+        output, query, lse = output[tokens], self.rotated(query[tokens]), lse[:, tokens].contiguous()
+        starts = starts[: past.num_requests + 1]
+        batch = batch._replace(query_start_loc=starts, seq_lens=batch.seq_lens[requests])
+        cache = cache._replace(
+            block_table=cache.block_table[requests], window_block_table=cache.window_block_table[requests]
+        )
+        keys, values, partial = self.workspace(past.num_tokens, query.dtype)
+        for piece in past.slices:
             gather_past(keys, values, piece, cache, batch, self.layout)
-            cached = {"k": keys[: piece.rows], "v": values[: piece.rows]}
-            lengths = {"cu_seqlens_k": piece.start_loc, "max_seqlen_k": piece.span}
-            partial_lse = self.flash(q=query, **cached, **lengths, **queries, causal=False, out=partial)[1]
+            partial_lse = self.flash(
+                q=query,
+                k=keys[: piece.rows],
+                v=values[: piece.rows],
+                out=partial,
+                cu_seqlens_q=starts,
+                cu_seqlens_k=piece.start_loc,
+                max_seqlen_q=past.max_query_len,
+                max_seqlen_k=piece.span,
+                softmax_scale=self.scale,
+                causal=False,
+            )[1]
             merged = torch.empty_like(lse)
             merge_attn_states(output, partial, partial_lse, output, lse, merged)
             lse = merged
