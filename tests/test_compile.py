@@ -5,6 +5,7 @@ What runs here is ``kernels.warm_up``, which calls every operation once; each la
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -48,31 +49,77 @@ class Compiler:
         return GPUTarget("cuda", self.number, 32)
 
 
-@pytest.mark.parametrize("capability", [(9, 0), pytest.param((8, 0), marks=pytest.mark.slow)], ids=["sm_90", "sm_80"])
-@pytest.mark.parametrize("name", ["default", *(pytest.param(x, marks=pytest.mark.slow) for x in list(FORMATS)[1:])])
-def test_kernels_compile(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int]) -> None:
-    from triton.runtime import driver, jit
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """Names to what was compiled, one kernel for each specialization; nothing is launched."""
+    from triton.runtime import jit
 
-    from logquant_vllm.kernels import common, decoding
-    from logquant_vllm.kernels.warm_up import warm_up
-
-    compiled: dict[str, Any] = {}
+    kernels: dict[str, list[Any]] = {}
     run = jit.JITFunction.run
 
     def only_compile(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled[self.__name__] = run(self, *args, warmup=True, **kwargs)
+        kernel, known = run(self, *args, warmup=True, **kwargs), kernels.setdefault(self.__name__, [])
+        if not any(kernel is other for other in known):
+            known.append(kernel)
 
     monkeypatch.setattr(jit.JITFunction, "run", only_compile)
-    monkeypatch.setattr(driver, "_active", Compiler(*capability))
-    monkeypatch.setattr(common, "capability", lambda device: capability)
-    monkeypatch.setattr(decoding, "capability", lambda device: capability if GLUON else (8, 0))
+    return kernels
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make Triton, and what asks for the GPU's capability, believe in a GPU of that capability."""
+    from triton.runtime import driver
+
+    from logquant_vllm.kernels import common, decoding, store_step
+
+    for module in (decoding, store_step):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(driver, "_active", Compiler(*request.param))
+    monkeypatch.setattr(common, "capability", lambda device: request.param)
+    monkeypatch.setattr(decoding, "capability", lambda device: request.param if GLUON else (8, 0))
     decoding._decode_by_hand.cache_clear()
+    yield
+    decoding._decode_by_hand.cache_clear()
+
+
+HOPPER, AMPERE = pytest.param((9, 0), id="sm_90"), pytest.param((8, 0), id="sm_80", marks=pytest.mark.slow)
+
+
+def bases(head_size: int) -> list[Basis | None]:
+    """Without a calibration, and with one."""
+    basis = calibrated_basis(random_moments(head_size, KV_HEADS))
+    return [None, Basis(basis.query.bfloat16(), basis.key.bfloat16(), basis.feedback)]
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("target", [HOPPER, AMPERE], indirect=True)
+@pytest.mark.parametrize("name", ["default", *(pytest.param(x, marks=pytest.mark.slow) for x in list(FORMATS)[1:])])
+def test_kernels_compile(compiled: dict[str, list[Any]], name: str) -> None:
+    from logquant_vllm.kernels.warm_up import warm_up
+
     options, head_size, gqa = FORMATS[name]
     layout = LogQuantConfig.from_options(options).layout(head_size)
-    basis = calibrated_basis(random_moments(head_size, KV_HEADS))
-    calibrated = Basis(basis.query.bfloat16(), basis.key.bfloat16(), basis.feedback)
-    for used in (None, calibrated):
-        warm_up(layout, KV_HEADS * gqa, KV_HEADS, torch.bfloat16, torch.device("cpu"), used)
-    decoding._decode_by_hand.cache_clear()
+    for basis in bases(head_size):
+        warm_up(layout, KV_HEADS * gqa, KV_HEADS, torch.bfloat16, torch.device("cpu"), basis)
     assert compiled.keys() >= {"store_step_kernel", "quantize_kernel", "window_kernel", "decode_kernel"}
-    assert all(kernel.asm["cubin"] for kernel in compiled.values())
+    assert all(kernel.asm["cubin"] for kernels in compiled.values() for kernel in kernels)
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("target", [HOPPER], indirect=True)
+def test_warm_up_leaves_nothing_to_compile(compiled: dict[str, list[Any]]) -> None:
+    """Whatever number of requests a decode step has."""
+    from logquant_vllm.bench.decode import Shape
+    from logquant_vllm.bench.store import CONTEXT, inputs_of
+    from logquant_vllm.kernels import operations
+    from logquant_vllm.kernels.warm_up import warm_up
+
+    layout = LogQuantConfig().layout(64)
+    warm_up(layout, KV_HEADS, KV_HEADS, torch.bfloat16, torch.device("cpu"), None, 300, CONTEXT)
+    before = {name: len(kernels) for name, kernels in compiled.items()}
+    for requests in (1, 2, 3, 16, 31, 32, 33, 100, 256, 257, 300):
+        q, k, v, cache, batch = inputs_of(requests, 1, 1, Shape(KV_HEADS, KV_HEADS, 64), layout, 0, "cpu")
+        operations.attention(q, k, v, cache, batch, layout, 1.0)
+        operations.store_tokens(k, v, cache, batch, layout)
+    assert {name: len(kernels) for name, kernels in compiled.items()} == before

@@ -399,4 +399,5 @@ def test_warm_up() -> None:
         1,
         torch.float16,
         torch.device(DEVICE),
+        max_num_seqs=5,
     )

@@ -29,6 +29,7 @@ from logquant_vllm.kernels.feedback import check_feedback, feedback_warps
 from logquant_vllm.kernels.groups import open_group
 from logquant_vllm.kernels.quantize import quantize_slice, slice_constants
 from logquant_vllm.kernels.window import update_slots, window_chunks, write_window_start
+from logquant_vllm.kernels.work import REQUESTS
 
 SLICE_ELEMENTS = 1024
 TASK_PROGRAMS = 4  # of a multiprocessor
@@ -149,7 +150,7 @@ def store_step_kernel(
     VALUE_STEP: tl.constexpr,
     VALUE_FLOOR: tl.constexpr,
     FEEDBACK: tl.constexpr,  # as in kernels.quantize.quantize_slice
-    REQUESTS: tl.constexpr,  # power of two, at least num_reqs
+    REQUESTS: tl.constexpr,  # power of two, at least num_reqs; few of them, as each is compiled
     SLICES: tl.constexpr,  # of a group and head; 0: quantize nothing
     CHUNKS: tl.constexpr,  # of a window and head; 0: do not update the window
     SLOTS_PAD: tl.constexpr,  # power of two, at least window_length
@@ -333,7 +334,7 @@ def store_step(
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
         **constants,
-        REQUESTS=max(triton.next_power_of_2(num_reqs), 32),
+        REQUESTS=next((n for n in REQUESTS if num_reqs <= n), triton.next_power_of_2(num_reqs)),
         CHUNKS=chunks,
         SLOTS_PAD=triton.next_power_of_2(layout.window_length),
         CHANNELS=channels,

@@ -167,14 +167,22 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
 _warmed_up = set[Any]()
 
 
-def _warm_up(layout: CacheLayout, num_heads: int, num_kv_heads: int, dtype: torch.dtype, basis: Basis | None) -> None:
+def _warm_up(
+    layout: CacheLayout,
+    num_heads: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    basis: Basis | None,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> None:
     """Compile the kernels, once for all layers of a shape; C++ is compiled when it is loaded."""
     from logquant_vllm.kernels.warm_up import warm_up
 
     shape = (layout, num_heads, num_kv_heads, dtype)
     if shape not in _warmed_up:
         _warmed_up.add(shape)
-        warm_up(*shape, torch.device("cuda", torch.cuda.current_device()), basis)
+        warm_up(*shape, torch.device("cuda", torch.cuda.current_device()), basis, max_num_seqs, max_model_len)
 
 
 def _operations() -> ModuleType:
@@ -230,7 +238,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         self._basis: Basis | None = None
         self._feedback: Tensor | None = None
         self._prefill: Prefill | None = None
-        self._past_room = past_room(vllm_config.scheduler_config.max_num_seqs)
+        self._largest = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
+        self._past_room = past_room(self._largest[0])
 
     @property
     def window_layer(self) -> WindowLayer:
@@ -254,7 +263,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
                 self._prefill = Prefill(
                     flash, self.layout, self.num_heads, self.num_kv_heads, self.scale, self._past_room, self._queries
                 )
-            _warm_up(self.layout, self.num_heads, self.num_kv_heads, act_dtype, self._basis)
+            heads = self.num_heads, self.num_kv_heads
+            _warm_up(self.layout, *heads, act_dtype, self._basis, *self._largest)
 
     def _queries(self, x: Tensor) -> Tensor:
         return x if self._basis is None else change_basis(x, self._basis.query)
