@@ -23,7 +23,7 @@ TOKENS_PER_WARP = 16  # rows of a matrix instruction
 def choose_code(x, scale, zero, inverse, BITS: tl.constexpr):
     """The nearest code of ``x``, and what it is too large by, 0 where that is not finite; all float32."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
-    # NaN becomes 0: it is the smaller operand of neither
+    # the larger of NaN and 0 is 0
     code = round_half_even(tl.minimum(tl.maximum((x - zero) * inverse, 0.0), 1.0 * LEVELS))
     error = (code * scale + zero) - x
     return code, tl.where(tl.abs(error) < float("inf"), error, 0.0)
