@@ -107,7 +107,8 @@ def test_prefill(flash_of: Any, head_size: int, gqa: int, dtype: torch.dtype, ro
     steps = [([700, 0, 65, 0], 0), ([900, 0, 1, 0], 3), ([1, 3, 200, 300], 3), ([257, 40, 2, 70], 4)]
     for seed, (new, with_past) in enumerate(steps):
         q, k, v = random_qkv(sum(new), 2 * gqa, 2, head_size, dtype, DEVICE, seed)
-        bounds = [n + 5 if n else 0 for n in requests.seq_lens]  # the host knows upper bounds
+        # the host knows upper bounds, also of a request that has nothing
+        bounds = [n + 5 if n or (seed and r == 1) else 0 for r, n in enumerate(requests.seq_lens)]
         batch = requests.batch(new)
         expected, _ = reference.attention(rotated(q), rotated(k), v, requests.cache, batch, layout, prefill.scale)
         output = torch.full_like(q, torch.nan)

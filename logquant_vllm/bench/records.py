@@ -89,6 +89,11 @@ class Results(BaseModel, Generic[Record]):
     notes: dict[str, float | str] = {}
     records: list[Record] = []
 
+    @classmethod
+    def begin(cls, **notes: float | str) -> Results[Record]:
+        """No records yet: this command, today, on this machine."""
+        return cls(command=command_line(), date=today(), versions=versions(), device=device_name(), notes=notes)
+
     def save(self, path: Path) -> None:
         """Write the document; called after every record, so that an interrupted run loses one at most."""
         path.parent.mkdir(parents=True, exist_ok=True)

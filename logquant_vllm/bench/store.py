@@ -93,31 +93,27 @@ def measure(cases: list[tuple[int, int, int]], shape: Shape, config: LogQuantCon
     layout = config.layout(shape.head_dim)
     basis = calibrated_basis(random_moments(shape.head_dim, shape.num_kv_heads))
     assert basis.feedback is not None
-    kinds = {False: None, True: basis.feedback.cuda()}
+    kinds = {"plain": None, "calibrated": basis.feedback.cuda()}
     for requests, new, completing in cases:
-        bytes_of_one = requests * max(new, CONTEXT) * shape.num_kv_heads * layout.fmt.head_bytes // layout.fmt.page_size
-        sets = [
-            inputs_of(requests, new, completing, shape, layout, seed)
-            for seed in range(INPUT_SETS if bytes_of_one < 2**30 else 1)
-        ]
+        sets = [inputs_of(requests, new, completing, shape, layout, seed) for seed in range(INPUT_SETS)]
         calls: dict[str, list[Callable[[], object]]] = {}
-        for calibrated, feedback in kinds.items():
+        for kind, feedback in kinds.items():
             check(sets[0], layout, feedback)
-            calls[str(calibrated)] = [lambda x=x, f=feedback: store(x, layout, f) for x in sets]  # type: ignore
+            calls[kind] = [lambda x=x, f=feedback: store(x, layout, f) for x in sets]  # type: ignore
         timings = time_in_turns(calls)
         yield [
             StoreRecord(
-                calibrated=calibrated,
+                calibrated=kind == "calibrated",
                 requests=requests,
                 new_tokens=new,
                 completing=completing,
                 num_kv_heads=shape.num_kv_heads,
                 head_dim=shape.head_dim,
-                time_us=timings[str(calibrated)].median,
-                time_us_p10=timings[str(calibrated)].p10,
-                time_us_p90=timings[str(calibrated)].p90,
+                time_us=timing.median,
+                time_us_p10=timing.p10,
+                time_us_p90=timing.p90,
             )
-            for calibrated in kinds
+            for kind, timing in timings.items()
         ]
         del sets, calls
         torch.cuda.empty_cache()

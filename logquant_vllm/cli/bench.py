@@ -48,6 +48,14 @@ def parse_counts(name: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def need_gpu(command: str) -> None:
+    """Raises ValueError if there is none for ``command``."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(f"{command} times GPU kernels, and this machine has no CUDA device; see bench serve")
+
+
 def parse_json(name: str, text: str) -> dict[str, Any]:
     """A JSON object given on the command line.
 
@@ -80,22 +88,13 @@ def decode(
     pairs = [parse_case(case) for case in cases.split(",")]
     config = LogQuantConfig.from_options(parse_json("--options", options))
     config.page_format(head_dim)
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ValueError("bench decode times GPU kernels, and this machine has no CUDA device; see bench serve")
+    need_gpu("bench decode")
     from logquant_vllm.bench import decode as bench
     from logquant_vllm.bench import records
 
     console = Console()
     bandwidth = bench.copy_bandwidth()
-    results = records.Results[records.DecodeRecord](
-        command=records.command_line(),
-        date=records.today(),
-        versions=records.versions(),
-        device=records.device_name(),
-        notes={"copy_bandwidth_tb_s": bandwidth / 1e12, "options": options},
-    )
+    results = records.Results[records.DecodeRecord].begin(copy_bandwidth_tb_s=bandwidth / 1e12, options=options)
     console.print(f"{results.device}; a large copy moves {bandwidth / 1e12:.2f} TB/s")
     for group in bench.measure(pairs, bench.Shape(num_heads, num_kv_heads, head_dim), config, bandwidth):
         base, ours = group
@@ -126,22 +125,13 @@ def store(
     counts = parse_counts("--batches", batches), parse_counts("--prompts", prompts)
     config = LogQuantConfig.from_options(parse_json("--options", options))
     config.page_format(head_dim)
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ValueError("bench store times GPU kernels, and this machine has no CUDA device; see bench serve")
+    need_gpu("bench store")
     from logquant_vllm.bench import records
     from logquant_vllm.bench import store as bench
     from logquant_vllm.bench.decode import Shape
 
     console = Console()
-    results = records.Results[records.StoreRecord](
-        command=records.command_line(),
-        date=records.today(),
-        versions=records.versions(),
-        device=records.device_name(),
-        notes={"context": float(bench.CONTEXT), "options": options},
-    )
+    results = records.Results[records.StoreRecord].begin(context=float(bench.CONTEXT), options=options)
     console.print(results.device)
     for group in bench.measure(bench.cases_of(*counts), Shape(num_kv_heads, num_kv_heads, head_dim), config):
         plain, calibrated = group
@@ -181,13 +171,14 @@ def serve(
     if bool(model) == bool(shape):
         raise ValueError(f"name a model or a --shape, one of the two; shapes are {', '.join(bench.SHAPES)}")
     workloads = [Workload.parse(text) for text in workload or SERVE_WORKLOADS]
-    if CALIBRATED in dtypes.split(",") and not shape:
+    names = dtypes.split(",")
+    if CALIBRATED in names and not shape:
         raise ValueError(f"{CALIBRATED} needs a --shape; a model's own calibration is used with logquant")
     logquant = LogQuantConfig.from_options(parse_json("--options", options)).model_dump(exclude_defaults=True)
     longest = max(w.input_len + w.output_len for w in workloads)
     engine: dict[str, Any] = {"max_model_len": longest, "max_num_batched_tokens": 8192, "max_num_seqs": 256}
     if together:
-        engine["gpu_memory_utilization"] = 0.9 / len(dtypes.split(","))
+        engine["gpu_memory_utilization"] = 0.9 / len(names)
     engine |= parse_json("--engine-args", engine_args)
     with contextlib.ExitStack() as stack:
         if shape:
@@ -196,18 +187,13 @@ def serve(
         else:
             engine["model"] = str(DEMO_MODEL) if model == DEMO else model
         plans = []
-        for name in dtypes.split(","):
+        for name in names:
             chosen = dict(logquant)
             if name == CALIBRATED:
                 chosen["calibration"] = str(bench.random_calibration(shape, folder))
             ours = {"additional_config": {"logquant": chosen}} if name in ("logquant", CALIBRATED) else {}
             plans.append(Plan(name=name, kv_gib=kv_gib, engine=engine | ours))
-        results = records.Results[records.ServeRecord](
-            command=records.command_line(),
-            date=records.today(),
-            versions=records.versions(),
-            device=records.device_name(),
-        )
+        results = records.Results[records.ServeRecord].begin()
         console = Console()
         for record in bench.run(plans, workloads, together, console.print):
             results.records.append(record)

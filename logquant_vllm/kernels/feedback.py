@@ -45,12 +45,12 @@ def pick_block(x, first):
 
 
 @triton.jit
-def choose_codes(x, scale, zero, inverse, shares, HEAD_SIZE: tl.constexpr, BITS: tl.constexpr):
+def choose_codes(x, scale, zero, shares, HEAD_SIZE: tl.constexpr, BITS: tl.constexpr):
     """Codes of keys, rounded with error feedback.
 
     Args:
         x: float32 ``[tokens, channels]``, channels padded to a power of two, at least ``BLOCK``.
-        scale, zero, inverse: float32 ``[channels]``; all NaN for channels whose codes are 0.
+        scale, zero: float32 ``[channels]``; scales are NaN for channels whose codes are 0.
         shares: pointer to this head's float32 feedback ``[HEAD_SIZE, HEAD_SIZE]``, contiguous.
 
     Returns:
@@ -61,6 +61,7 @@ def choose_codes(x, scale, zero, inverse, shares, HEAD_SIZE: tl.constexpr, BITS:
     WORDS_PAD: tl.constexpr = triton.next_power_of_2(max(WORDS, 16))
     channel, index, word = tl.arange(0, x.shape[1]), tl.arange(0, BLOCK), tl.arange(0, WORDS_PAD)
     packed = tl.zeros((TOKENS, WORDS_PAD), tl.float32)
+    inverse = tl.div_rn(1.0, scale)
     # not pipelined: many small loads would each wait for their turn in shared memory
     for first in tl.range(0, HEAD_SIZE, BLOCK, num_stages=1):
         c = first + index

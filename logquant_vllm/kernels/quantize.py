@@ -201,12 +201,11 @@ def quantize_keys_with_feedback(
         SLOTS_PER_BLOCK,
     )
     finite = tl.min(_is_finite(x).to(tl.int32), 0) > 0
-    stored_scale, stored_zero, inverse, offset = _scale_and_zero(
+    stored_scale, stored_zero, _, offset = _scale_and_zero(
         tl.min(x, 0), tl.max(x, 0), finite, FMT.key_bits, FMT.scale_bits, KEY_STEP, KEY_FLOOR
     )
     scale = decode_e4m3(stored_scale) if FMT.scale_bits == 8 else stored_scale.to(tl.float32)
-    inverse = tl.where(finite, inverse, float("nan"))
-    packed = choose_codes(x, scale, offset, inverse, shares, HEAD_SIZE, FMT.key_bits)
+    packed = choose_codes(x, scale, offset, shares, HEAD_SIZE, FMT.key_bits)
     word = tl.arange(0, packed.shape[1])[None, :]
     address = (slab + FMT.key_codes_offset).to(tl.pointer_type(tl.uint16))
     address += (in_page * GROUP + token) * FMT.key_words + word

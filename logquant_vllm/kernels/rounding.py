@@ -37,7 +37,7 @@ def round_kernel(
     s = tl.load(scale + group * HEAD_SIZE + channel, mask=in_head, other=1.0)
     z = tl.load(zero + group * HEAD_SIZE + channel, mask=in_head, other=0.0)
     shares = feedback + group % heads * HEAD_SIZE * HEAD_SIZE
-    packed = choose_codes(tile.to(tl.float32), s, z, tl.div_rn(1.0, s), shares, HEAD_SIZE, BITS)
+    packed = choose_codes(tile.to(tl.float32), s, z, shares, HEAD_SIZE, BITS)
     word = tl.arange(0, packed.shape[1])
     for slot in tl.static_range(16 // BITS):
         code = packed >> (slot * BITS) & ((1 << BITS) - 1)
