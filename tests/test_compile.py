@@ -71,16 +71,20 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Make Triton, and what asks for the GPU's capability, believe in a GPU of that capability."""
     from triton.runtime import driver
 
-    from logquant_vllm.kernels import common, decoding, store_step
+    from logquant_vllm.kernels import common, decoding, feedback_launch, store_step
 
-    for module in (decoding, store_step):
+    for module in (decoding, feedback_launch, store_step):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(driver, "_active", Compiler(*request.param))
     monkeypatch.setattr(common, "capability", lambda device: request.param)
-    monkeypatch.setattr(decoding, "capability", lambda device: request.param if GLUON else (8, 0))
-    decoding._decode_by_hand.cache_clear()
+    by_hand = decoding._decode_by_hand, feedback_launch.feedback_by_hand
+    for module in (decoding, feedback_launch):
+        monkeypatch.setattr(module, "capability", lambda device: request.param if GLUON else (8, 0))
+    for choice in by_hand:
+        choice.cache_clear()
     yield
-    decoding._decode_by_hand.cache_clear()
+    for choice in by_hand:
+        choice.cache_clear()
 
 
 HOPPER, AMPERE = pytest.param((9, 0), id="sm_90"), pytest.param((8, 0), id="sm_80", marks=pytest.mark.slow)

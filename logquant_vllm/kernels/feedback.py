@@ -25,7 +25,8 @@ def choose_code(x, scale, zero, inverse, BITS: tl.constexpr):
     LEVELS: tl.constexpr = (1 << BITS) - 1
     # the larger of NaN and 0 is 0
     code = round_half_even(tl.minimum(tl.maximum((x - zero) * inverse, 0.0), 1.0 * LEVELS))
-    error = (code * scale + zero) - x
+    # rounded twice: a code times a scale is exact
+    error = tl.fma(code, scale, zero) - x
     return code, tl.where(tl.abs(error) < float("inf"), error, 0.0)
 
 

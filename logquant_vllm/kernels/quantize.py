@@ -36,7 +36,7 @@ INT8_MAX = tl.constexpr(quantizer.INT8_MAX)
 
 
 @triton.jit
-def _scale_and_zero(
+def scale_and_zero(
     low, high, finite, BITS: tl.constexpr, SCALE_BITS: tl.constexpr, STEP: tl.constexpr, FLOOR: tl.constexpr
 ):
     """Stored scale and zero of groups with range ``[low, high]``, and the float32 inverse scale and offset that
@@ -63,7 +63,17 @@ def _scale_and_zero(
         half_bits = tl.where(finite, half_scale.to(tl.uint16, bitcast=True).to(tl.int32), FP16_NAN)
         stored_scale = half_bits.to(tl.uint16).to(tl.float16, bitcast=True)
         offset = stored_zero.to(tl.float32)
-    return stored_scale, stored_zero, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), offset
+    return stored_scale, stored_zero, tl.div_rn(1.0, scale), offset
+
+
+@triton.jit
+def read_scale(stored_scale, SCALE_BITS: tl.constexpr):
+    """float32 of a stored scale."""
+    if SCALE_BITS == 8:
+        scale = decode_e4m3(stored_scale)
+    else:
+        scale = stored_scale.to(tl.float32)
+    return scale
 
 
 @triton.jit
@@ -74,12 +84,12 @@ def _codes(x, offset, inverse, finite, BITS: tl.constexpr):
 
 
 @triton.jit
-def _is_finite(x):
+def is_finite(x):
     return tl.abs(x) < float("inf")  # false for NaN
 
 
 @triton.jit
-def _store_metadata(slab, scale_offset, zero_offset, index, scale, zero, mask, SCALE_BITS: tl.constexpr):
+def store_metadata(slab, scale_offset, zero_offset, index, scale, zero, mask, SCALE_BITS: tl.constexpr):
     if SCALE_BITS == 8:
         tl.store(slab + scale_offset + index, scale, mask=mask)
         tl.store((slab + zero_offset).to(tl.pointer_type(tl.int8)) + index, zero, mask=mask)
@@ -137,15 +147,15 @@ def quantize_keys(
         LAYOUT,
         SLOTS_PER_BLOCK,
     )
-    finite = tl.min(_is_finite(x).to(tl.int32), 0) > 0
-    scale, zero, inverse, offset = _scale_and_zero(
+    finite = tl.min(is_finite(x).to(tl.int32), 0) > 0
+    scale, zero, inverse, offset = scale_and_zero(
         tl.min(x, 0), tl.max(x, 0), finite, FMT.key_bits, FMT.scale_bits, KEY_STEP, KEY_FLOOR
     )
     codes = _codes(x, offset[None], inverse[None], finite[None], FMT.key_bits)
     packed = tl.sum(codes << (slot * FMT.key_bits)[None], 1)
     address = (slab + FMT.key_codes_offset).to(words) + (in_page * GROUP + token) * FMT.key_words + word
     tl.store(address, packed.to(tl.uint16), mask=exists)
-    _store_metadata(
+    store_metadata(
         slab,
         FMT.key_scale_offset,
         FMT.key_zero_offset,
@@ -200,17 +210,17 @@ def quantize_keys_with_feedback(
         LAYOUT,
         SLOTS_PER_BLOCK,
     )
-    finite = tl.min(_is_finite(x).to(tl.int32), 0) > 0
-    stored_scale, stored_zero, _, offset = _scale_and_zero(
+    finite = tl.min(is_finite(x).to(tl.int32), 0) > 0
+    stored_scale, stored_zero, _, offset = scale_and_zero(
         tl.min(x, 0), tl.max(x, 0), finite, FMT.key_bits, FMT.scale_bits, KEY_STEP, KEY_FLOOR
     )
-    scale = decode_e4m3(stored_scale) if FMT.scale_bits == 8 else stored_scale.to(tl.float32)
+    scale = read_scale(stored_scale, FMT.scale_bits)
     packed = choose_codes(x, scale, offset, shares, HEAD_SIZE, FMT.key_bits)
     word = tl.arange(0, packed.shape[1])[None, :]
     address = (slab + FMT.key_codes_offset).to(tl.pointer_type(tl.uint16))
     address += (in_page * GROUP + token) * FMT.key_words + word
     tl.store(address, packed.to(tl.uint16), mask=word < FMT.key_words)
-    _store_metadata(
+    store_metadata(
         slab,
         FMT.key_scale_offset,
         FMT.key_zero_offset,
@@ -276,8 +286,8 @@ def quantize_values(
     )
     low = tl.min(tl.where(exists, x, float("inf")), 2)
     high = tl.max(tl.where(exists, x, float("-inf")), 2)
-    finite = tl.min(_is_finite(x).to(tl.int32), 2) > 0
-    scale, zero, inverse, offset = _scale_and_zero(
+    finite = tl.min(is_finite(x).to(tl.int32), 2) > 0
+    scale, zero, inverse, offset = scale_and_zero(
         low, high, finite, FMT.value_bits, FMT.scale_bits, VALUE_STEP, VALUE_FLOOR
     )
     codes = _codes(x, offset[:, :, None], inverse[:, :, None], finite[:, :, None], FMT.value_bits)
@@ -286,7 +296,7 @@ def quantize_values(
     address = (slab + FMT.value_codes_offset).to(words) + channel_1d[None, :] * FMT.value_words
     address += in_page * VALUE_WORDS + word_1d
     tl.store(address, packed.to(tl.uint16), mask=exists_1d[None, :])
-    _store_metadata(
+    store_metadata(
         slab,
         FMT.value_scale_offset,
         FMT.value_zero_offset,
@@ -329,6 +339,7 @@ def quantize_slice(
     VALUE_STEP: tl.constexpr,
     VALUE_FLOOR: tl.constexpr,
     FEEDBACK: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
 ):
     """Quantize one slice of a writable group (``groups.open_group``) for one KV head.
 
@@ -337,9 +348,9 @@ def quantize_slice(
         feedback: float32 ``[num_kv_heads, head_size, head_size]``, if FEEDBACK.
         KEY_SLICE, VALUE_SLICE: words of codes of a slice, powers of two.
         FEEDBACK: choose the codes of keys with error feedback; all keys are one slice then, whatever KEY_SLICE is.
+        KEY_PARTS: slices of keys; 0: another kernel quantizes them.
     """
     FMT: tl.constexpr = LAYOUT.fmt
-    KEY_PARTS: tl.constexpr = 1 if FEEDBACK else (FMT.key_words + KEY_SLICE - 1) // KEY_SLICE
     VALUE_PARTS: tl.constexpr = FMT.value_words_per_group // VALUE_SLICE
     in_page = group % FMT.groups_per_page
     copies = window + head.to(tl.int64) * window_head_stride
@@ -410,23 +421,34 @@ def quantize_slice(
         )
 
 
-def slice_constants(fmt: PageFormat, elements: int, feedback: bool) -> dict[str, Any]:
+def key_scale_constants(fmt: PageFormat) -> dict[str, float]:
+    """Constants of :func:`scale_and_zero` for keys."""
+    levels = (1 << fmt.key_bits) - 1
+    return {"KEY_STEP": fmt.range_shrink / levels, "KEY_FLOOR": 1.0 / scale_floor_divisor(fmt.key_bits)}
+
+
+def slice_constants(fmt: PageFormat, elements: int, *, keys: bool, feedback: bool) -> dict[str, Any]:
     """Constants of :func:`quantize_slice` for slices of about ``elements`` elements, and how many SLICES a group of one
-    KV head has."""
+    KV head has.
+
+    Args:
+        keys: whether keys are quantized too, or values alone.
+        feedback: whether with error feedback.
+    """
     value_group = triton.next_power_of_2(min(fmt.value_group_size, fmt.head_size))
     key_slice = elements * fmt.key_bits // (16 * fmt.key_group_size)
     value_slice = elements * fmt.value_bits // (16 * value_group)
     key_slice = min(max(key_slice, 1), triton.next_power_of_2(fmt.key_words))
     value_slice = min(max(value_slice, 1), fmt.value_words_per_group)
-    key_parts = 1 if feedback else -(-fmt.key_words // key_slice)
+    key_parts = (1 if feedback else -(-fmt.key_words // key_slice)) if keys else 0
     return {
         "KEY_SLICE": key_slice,
         "VALUE_SLICE": value_slice,
         "VALUE_GROUP_PAD": value_group,
-        "KEY_STEP": fmt.range_shrink / ((1 << fmt.key_bits) - 1),
-        "KEY_FLOOR": 1.0 / scale_floor_divisor(fmt.key_bits),
+        **key_scale_constants(fmt),
         "VALUE_STEP": fmt.range_shrink / ((1 << fmt.value_bits) - 1),
         "VALUE_FLOOR": 1.0 / scale_floor_divisor(fmt.value_bits),
         "FEEDBACK": feedback,
+        "KEY_PARTS": key_parts,
         "SLICES": key_parts + fmt.value_groups * (fmt.value_words_per_group // value_slice),
     }

@@ -8,10 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
 from logquant_vllm.kernels.common import STEP_COUNTS, STEP_METADATA, check_tokens, num_chunks
 from logquant_vllm.kernels.feedback import check_feedback, feedback_warps
+from logquant_vllm.kernels.feedback_launch import quantize_keys_by_hand, feedback_by_hand
 from logquant_vllm.kernels.groups import find_group, open_group
 from logquant_vllm.kernels.quantize import quantize_slice, slice_constants
 from logquant_vllm.kernels.store_step import store_step
@@ -56,9 +58,13 @@ def quantize_kernel(
     VALUE_STEP: tl.constexpr,
     VALUE_FLOOR: tl.constexpr,
     FEEDBACK: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
     SLICES: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether the next kernel may be launched while this one runs
 ):
     """One program for each group that a step may complete and KV head."""
+    if AHEAD:
+        gdc_launch_dependents()
     head = tl.program_id(1)
     GROUP: tl.constexpr = LAYOUT.fmt.key_group_size
     request, group, exists = find_group(query_start_loc, seq_lens, tl.program_id(0), num_reqs, GROUP)
@@ -111,6 +117,7 @@ def quantize_kernel(
                     VALUE_STEP,
                     VALUE_FLOOR,
                     FEEDBACK,
+                    KEY_PARTS,
                 )
 
 
@@ -180,12 +187,15 @@ def quantize_pages(
     if num_reqs == 0 or key.shape[0] == 0:
         return
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
+    by_hand = None
     if feedback is not None:
         check_feedback(feedback, num_kv_heads, fmt)
+        by_hand = feedback_by_hand(key.device, key.dtype, fmt)
+    shares = None if by_hand else feedback
     quantize_kernel[(num_chunks(key.shape[0], num_reqs, fmt.key_group_size), num_kv_heads)](
         key,
         value,
-        key if feedback is None else feedback,
+        key if shares is None else shares,
         cache.pages,
         cache.window,
         slots,
@@ -208,11 +218,14 @@ def quantize_pages(
         cache.window_block_table.shape[1],
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
-        **slice_constants(fmt, SLICE_ELEMENTS, feedback is not None),
-        num_warps=8 if feedback is None else feedback_warps(fmt.key_group_size),
+        **slice_constants(fmt, SLICE_ELEMENTS, keys=by_hand is None, feedback=shares is not None),
+        AHEAD=by_hand is not None,
+        num_warps=8 if shares is None else feedback_warps(fmt.key_group_size),
         # the bytes are those of the reference, and a fused multiply-add rounds once where two operations round twice
         enable_fp_fusion=False,
     )
+    if by_hand and feedback is not None:
+        quantize_keys_by_hand(by_hand, key, cache, batch, layout, feedback)
 
 
 def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
 from logquant_vllm.kernels.common import (
@@ -26,6 +27,7 @@ from logquant_vllm.kernels.common import (
     slot_offset,
 )
 from logquant_vllm.kernels.feedback import check_feedback, feedback_warps
+from logquant_vllm.kernels.feedback_launch import quantize_keys_by_hand, feedback_by_hand
 from logquant_vllm.kernels.groups import open_group
 from logquant_vllm.kernels.quantize import quantize_slice, slice_constants
 from logquant_vllm.kernels.window import update_slots, window_chunks, write_window_start
@@ -150,6 +152,7 @@ def store_step_kernel(
     VALUE_STEP: tl.constexpr,
     VALUE_FLOOR: tl.constexpr,
     FEEDBACK: tl.constexpr,  # as in kernels.quantize.quantize_slice
+    KEY_PARTS: tl.constexpr,  # likewise
     REQUESTS: tl.constexpr,  # power of two, at least num_reqs; few of them, as each is compiled
     SLICES: tl.constexpr,  # of a group and head; 0: quantize nothing
     CHUNKS: tl.constexpr,  # of a window and head; 0: do not update the window
@@ -157,8 +160,11 @@ def store_step_kernel(
     CHANNELS: tl.constexpr,  # of a chunk
     HEADS: tl.constexpr,  # copied at a time
     HEAD_PAD: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether the next kernel may be launched while this one runs
 ):
     """First programs that copy tokens, one for each request if windows are updated, then those that share out tasks."""
+    if AHEAD:
+        gdc_launch_dependents()
     program = tl.program_id(0)
     num_copying = num_reqs if CHUNKS else 0
     if program < num_copying:
@@ -247,6 +253,7 @@ def store_step_kernel(
                         VALUE_STEP,
                         VALUE_FLOOR,
                         FEEDBACK,
+                        KEY_PARTS,
                     )
             else:
                 update_slots(
@@ -295,9 +302,12 @@ def store_step(
     if num_reqs == 0 or key.shape[0] == 0:
         return
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
+    by_hand = None
     if feedback is not None:
         check_feedback(feedback, num_kv_heads, fmt)
-    constants = slice_constants(fmt, SLICE_ELEMENTS, feedback is not None)
+        by_hand = feedback_by_hand(key.device, key.dtype, fmt)
+    shares = None if by_hand else feedback
+    constants = slice_constants(fmt, SLICE_ELEMENTS, keys=by_hand is None, feedback=shares is not None)
     channels, chunks = window_chunks(fmt.head_size)
     if not quantize:
         constants["SLICES"] = 0
@@ -305,11 +315,11 @@ def store_step(
         chunks = 0
     tasks = num_reqs * num_kv_heads * (constants["SLICES"] + chunks)
     copying = num_reqs if update else 0
-    programs = (TASK_PROGRAMS if feedback is None else FEEDBACK_PROGRAMS) * multiprocessors(key.device)
+    programs = (TASK_PROGRAMS if shares is None else FEEDBACK_PROGRAMS) * multiprocessors(key.device)
     store_step_kernel[(copying + min(tasks, programs),)](
         key,
         value,
-        key if feedback is None else feedback,
+        key if shares is None else shares,
         cache.pages,
         cache.window,
         slots,
@@ -340,7 +350,10 @@ def store_step(
         CHANNELS=channels,
         HEADS=min(COPIED_HEADS, triton.next_power_of_2(num_kv_heads)),
         HEAD_PAD=triton.next_power_of_2(fmt.head_size),
-        num_warps=4 if feedback is None else feedback_warps(fmt.key_group_size),
+        AHEAD=by_hand is not None and quantize,
+        num_warps=4 if shares is None else feedback_warps(fmt.key_group_size),
         # the bytes are those of the reference, and a fused multiply-add rounds once where two operations round twice
         enable_fp_fusion=False,
     )
+    if by_hand and feedback is not None and quantize:
+        quantize_keys_by_hand(by_hand, key, cache, batch, layout, feedback)
