@@ -39,6 +39,7 @@ if RUNS_HERE:
             tl.arange(0, REQUESTS),
             num_reqs,
             num_kv_heads,
+            0,
             LAYOUT,
             ONE_LOOK,
             False,

@@ -1,10 +1,10 @@
 """``kernels.quantize.quantize_keys_with_feedback`` on Hopper, its registers laid out by hand.
 
-A kernel of its own for the keys of all groups that a step completes. It reads nothing that storing writes, so both can
-run at a time. A program takes a group of tokens of one KV head, a warp 16 tokens. Channels go block by block:
+A kernel of its own for the keys of all groups that a step completes. It reads nothing that storing writes, so both
+can run at a time. A program takes a group of tokens of one KV head, a warp 16 tokens. Channels go block by block:
 
-1. What all blocks before have lost reaches the tokens of a block in products with the feedback matrix. Both operands are
-   cut into two bfloat16 each; what their three products leave out is below 2**-14 of a share.
+1. What all blocks before have lost reaches the tokens of a block in products with the feedback matrix. Both operands
+   are cut into two bfloat16 each; what their three products leave out is below 2**-14 of a share.
 2. One lane holds a token's channels of the block (``BY_TOKEN``), so nothing passes between lanes while channels follow
    one another.
 
@@ -29,7 +29,7 @@ BLOCK = gl.constexpr(16)  # channels
 
 
 def supports(fmt: PageFormat) -> bool:
-    """Whether this kernel chooses key codes of ``fmt``; the others go to ``kernels.feedback``."""
+    """Whether this kernel writes keys of ``fmt``; ``kernels.quantize`` writes the others."""
     return fmt.head_size in (64, 128) and fmt.key_words in (8, 16, 32)
 
 
@@ -44,9 +44,7 @@ def by_token(warps):
     """``[16 * warps, 16]`` with a row to a lane; the upper lanes hold what the lower do."""
     warp_bases = [[16 * w, 0] for w in (1, 2, 4, 8) if w < warps]
     lane_bases = [[1, 0], [2, 0], [4, 0], [8, 0], [0, 0]]
-    return gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 8]], lane_bases, warp_bases, [], [16 * warps, 16]
-    )
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4], [0, 8]], lane_bases, warp_bases, [], [16 * warps, 16])
 
 
 @gluon.constexpr_function
@@ -123,7 +121,9 @@ def copy_feedback(memory, shares, CHANNELS: gl.constexpr):
     columns = memory._reinterpret(gl.float32, [BLOCKS, CHANNELS, BLOCK], plain(2))
     for b in gl.static_range(BLOCKS):
         async_copy.async_copy_global_to_shared(
-            columns.index(b), shares + (row * CHANNELS + b * BLOCK + column), mask=(row >= (b + 1) * BLOCK) & (column >= 0)
+            columns.index(b),
+            shares + (row * CHANNELS + b * BLOCK + column),
+            mask=(row >= (b + 1) * BLOCK) & (column >= 0),
         )
         async_copy.async_copy_global_to_shared(
             memory.index(b * BLOCKS + b), shares + ((b * BLOCK + later) * CHANNELS + b * BLOCK + earlier)
@@ -142,8 +142,8 @@ def larger(a, b):
 
 @gluon.jit
 def ranges(keys):
-    """Least and largest key of the channels of ``[blocks, tokens, 16]`` in shared memory, both ``[channels]``; NaN where
-    a key is."""
+    """Least and largest key of the channels of ``[blocks, tokens, 16]`` in shared memory, both ``[channels]``; NaN
+    where a key is."""
     TOKENS: gl.constexpr = keys.shape[1]
     SCAN: gl.constexpr = gl.BlockedLayout([1, TOKENS // 2, 2], [2, 2, 8], [gl.num_warps(), 1, 1], [2, 1, 0])
     x = keys._reinterpret(keys.dtype, keys.shape, plain(3)).load(SCAN).to(gl.float32)
@@ -245,7 +245,6 @@ def feedback_kernel(
     BY_TOKEN: gl.constexpr = by_token(WARPS)
     BY_CHANNEL: gl.constexpr = gl.SliceLayout(0, BY_TOKEN)
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    SQUARE: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [WARPS, 1], [1, 0])
 
     index = gl.arange(0, REQUESTS, layout=LANES)
     counts = count_groups(query_start_loc, seq_lens, index, num_reqs, GROUP) * num_kv_heads

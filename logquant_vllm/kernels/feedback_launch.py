@@ -21,7 +21,7 @@ PROGRAMS = 2  # of a multiprocessor: more do not fit, for their shared memory
 
 @functools.cache
 def feedback_by_hand(device: torch.device, dtype: torch.dtype, fmt: PageFormat) -> Any:
-    """The module of the kernel whose registers are laid out by hand, or None where ``kernels.feedback`` has to serve."""
+    """The module of the kernel that is laid out by hand, or None where ``kernels.quantize`` has to serve."""
     if dtype == torch.float32 or capability(device)[0] not in (9, 10):
         return None
     from logquant_vllm.kernels import feedback_gluon  # needs the version of Triton that vLLM has on GPUs

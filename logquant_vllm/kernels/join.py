@@ -37,13 +37,16 @@ def join_pieces_kernel(
     request, head = tl.program_id(0), tl.program_id(1)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     in_head = channel < HEAD_SIZE
+    # what a step begins with, nobody writes: it is read while the pieces are still being written
+    is_request = request < num_reqs
+    start = tl.load(query_start_loc + request, mask=is_request, other=0)
+    query_len = tl.load(query_start_loc + request + 1, mask=is_request, other=0) - start
+    units = row_units(query_len, tl.load(seq_lens + request, mask=is_request, other=0) - query_len, LAYOUT)
+    end = tl.load(query_start_loc + num_reqs)
     if DEPENDENT:
-        gdc_launch_dependents()
         gdc_wait()
-    if request < num_reqs:
-        start = tl.load(query_start_loc + request)
-        query_len = tl.load(query_start_loc + request + 1) - start
-        units = row_units(query_len, tl.load(seq_lens + request) - query_len, LAYOUT)
+        gdc_launch_dependents()
+    if is_request:
         share, larger = tl.load(row_starts + num_reqs), tl.load(row_starts + num_reqs + 1)
         begin = tl.load(row_starts + request) + head // GQA * units
         first, last = program_of(begin, share, larger), program_of(begin + units - 1, share, larger)
@@ -74,7 +77,7 @@ def join_pieces_kernel(
             tl.store(address, (acc / positive).to(output.dtype.element_ty), mask=in_head)
             tl.store(lse + start.to(tl.int64) * lse_stride + head, (maximum + tl.log2(positive)) * LN2)
     # requests lie one after another: rows from their end on belong to none
-    if (request >= tl.load(query_start_loc + num_reqs)) & (request < num_tokens):
+    if (request >= end) & (request < num_tokens):
         address = output + request.to(tl.int64) * output_stride + head * output_head_stride + channel
         tl.store(address, tl.zeros((CHANNELS,), output.dtype.element_ty), mask=in_head)
         tl.store(lse + request.to(tl.int64) * lse_stride + head, float("-inf"))

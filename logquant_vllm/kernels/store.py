@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
 from logquant_vllm.kernels.common import STEP_COUNTS, STEP_METADATA, check_tokens, num_chunks
 from logquant_vllm.kernels.feedback import check_feedback, feedback_warps
-from logquant_vllm.kernels.feedback_launch import quantize_keys_by_hand, feedback_by_hand
+from logquant_vllm.kernels.feedback_launch import feedback_by_hand, quantize_keys_by_hand
 from logquant_vllm.kernels.groups import find_group, open_group
 from logquant_vllm.kernels.quantize import quantize_slice, slice_constants
 from logquant_vllm.kernels.store_step import store_step

@@ -27,7 +27,7 @@ from logquant_vllm.kernels.common import (
     slot_offset,
 )
 from logquant_vllm.kernels.feedback import check_feedback, feedback_warps
-from logquant_vllm.kernels.feedback_launch import quantize_keys_by_hand, feedback_by_hand
+from logquant_vllm.kernels.feedback_launch import feedback_by_hand, quantize_keys_by_hand
 from logquant_vllm.kernels.groups import open_group
 from logquant_vllm.kernels.quantize import quantize_slice, slice_constants
 from logquant_vllm.kernels.window import update_slots, window_chunks, write_window_start

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 WINDOW_UNIT = tl.constexpr(32)  # slots
 REQUESTS = (32, 256)  # requests that are looked at together: few, or many
 PIECES = 2  # of a program
+EVEN_SHARE = tl.constexpr(4)  # units: one more or less makes little difference
 
 
 def window_units(num_slots: int) -> int:
@@ -69,6 +70,7 @@ def find_units(
     index,
     num_reqs,
     num_kv_heads,
+    room,
     LAYOUT: tl.constexpr,
     ONE_LOOK: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -79,8 +81,11 @@ def find_units(
         row_starts: int32 ``[num_reqs + 2]``: the first unit of each request, then ``share`` and ``larger`` of
             :func:`program_of`.
         index: ``0 .. n``, requests that are looked at together.
+        room: programs that leave room beside them for those of the next kernel.
         ONE_LOOK: whether these are all there are.
-        DEPENDENT: whether the kernel before may still run: until it has ended only lengths are read.
+        DEPENDENT: whether the kernel before may still run: until it has ended only lengths are read. The next one may
+            then be launched, if there is room for it or all programs take about as long: its programs take the places
+            of those that have ended, and where some end early, too many would share a multiprocessor.
 
     Returns:
         request, kv_head, unit: where it begins.
@@ -98,6 +103,8 @@ def find_units(
     ends = tl.cumsum(units, 0)
     if DEPENDENT:
         gdc_wait()  # from here on all that other kernels wrote can be read, and nothing is in use that is written
+        if (total <= room) | (share >= EVEN_SHARE):
+            gdc_launch_dependents()
     if program == 0:
         tl.store(row_starts + index, ends - units, mask=index < num_reqs)
         tl.store(row_starts + num_reqs, share)
