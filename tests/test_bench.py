@@ -124,7 +124,15 @@ def test_result_files(tmp_path: Path) -> None:
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
-@pytest.mark.parametrize(("name", "kind"), [("decode_h200.json", DecodeRecord), ("serve_h200.json", ServeRecord)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("decode_h200.json", DecodeRecord),
+        ("serve_h200.json", ServeRecord),
+        ("serve_calibrated_h200.json", ServeRecord),
+        ("store_h200.json", StoreRecord),
+    ],
+)
 def test_committed_results_have_todays_form(name: str, kind: type) -> None:
     results = Results[kind].model_validate_json((RESULTS / name).read_text())  # type: ignore[valid-type]
     assert results.records and results.command.startswith("logquant-vllm bench")

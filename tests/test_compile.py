@@ -67,7 +67,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
 
 @pytest.fixture
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
     """Make Triton, and what asks for the GPU's capability, believe in a GPU of that capability."""
     from triton.runtime import driver
 
@@ -82,7 +82,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setattr(module, "capability", lambda device: request.param if GLUON else (8, 0))
     for choice in by_hand:
         choice.cache_clear()
-    yield
+    yield request.param
     for choice in by_hand:
         choice.cache_clear()
 
@@ -96,10 +96,9 @@ def bases(head_size: int) -> list[Basis | None]:
     return [None, Basis(basis.query.bfloat16(), basis.key.bfloat16(), basis.feedback)]
 
 
-@pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("target", [HOPPER, AMPERE], indirect=True)
 @pytest.mark.parametrize("name", ["default", *(pytest.param(x, marks=pytest.mark.slow) for x in list(FORMATS)[1:])])
-def test_kernels_compile(compiled: dict[str, list[Any]], name: str) -> None:
+def test_kernels_compile(compiled: dict[str, list[Any]], target: tuple[int, int], name: str) -> None:
     from logquant_vllm.kernels.warm_up import warm_up
 
     options, head_size, gqa = FORMATS[name]
@@ -107,6 +106,7 @@ def test_kernels_compile(compiled: dict[str, list[Any]], name: str) -> None:
     for basis in bases(head_size):
         warm_up(layout, KV_HEADS * gqa, KV_HEADS, torch.bfloat16, torch.device("cpu"), basis)
     assert compiled.keys() >= {"store_step_kernel", "quantize_kernel", "window_kernel", "decode_kernel"}
+    assert ("feedback_kernel" in compiled) == (GLUON and target == (9, 0) and head_size in (64, 128))
     assert all(kernel.asm["cubin"] for kernels in compiled.values() for kernel in kernels)
 
 
