@@ -1,18 +1,32 @@
-"""Rounding with error feedback in a kernel, beside the reference."""
+"""Rounding with error feedback in kernels, beside the reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from logquant_vllm.core import operations as reference
 from logquant_vllm.core import quantizer
 from tests.calibrations import feedback_of
-from tests.test_triton import DEVICE, RUNS_HERE
+from tests.test_triton import DEVICE, RUNS_HERE, SMALL, Pair, needs_gpu, small_layout
 
 if RUNS_HERE:
+    from logquant_vllm.bench.decode import Inputs, Shape
+    from logquant_vllm.bench.store import inputs_of, store
+    from logquant_vllm.config import LogQuantConfig
+    from logquant_vllm.kernels import feedback_launch
+    from logquant_vllm.kernels import operations as kernels
     from logquant_vllm.kernels.rounding import round_with_feedback
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_triton.test_in_interpreter's process")
+# formats whose keys a kernel laid out by hand quantizes with feedback
+BY_HAND = [
+    (128, 128, 2, 2, 64, 64, 8, 64, 4, torch.bfloat16),
+    (128, 128, 4, 2, 32, 64, 16, 64, 4, torch.float16),
+    (128, 128, 2, 2, 128, 64, 8, 128, 4, torch.float16),
+    (64, 128, 4, 2, 64, 64, 8, 85, 4, torch.bfloat16),
+    (64, 128, 2, 2, 32, 32, 16, 42, 1, torch.bfloat16),
+]
 
 
 @pytest.mark.parametrize(("head_size", "tokens", "bits", "scale_bits"), [(32, 32, 2, 8), (48, 8, 4, 16)])
@@ -38,3 +52,62 @@ def test_no_groups() -> None:
     x = torch.zeros(0, 2, 32, 32, device=DEVICE)
     q = quantizer.quantize(x, -2, 2, 8, 0.9)
     assert round_with_feedback(x, q, 2, torch.zeros(2, 32, 32, device=DEVICE)).codes.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL[0],
+        *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:]),
+        *(pytest.param(c, marks=[pytest.mark.gpu, needs_gpu]) for c in BY_HAND),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("new", [[130, 70], [1, 1]])
+def test_feedback(case, new: list[int]) -> None:
+    """Bytes of the reference, where no sum is rounded; nearly all of them, where sums are. NaN stays in its channel."""
+    layout = small_layout(case)
+    group = layout.fmt.key_group_size
+    for dense in (False, True):
+        feedback = feedback_of(layout.fmt.head_size, 2, dense)[0]
+        pair = Pair(layout, 1, 2, 2, 4 * group + 130, case[9])
+        # the second step completes a group of each request, with one token or with many
+        for i, step in enumerate([[3 * group - 1, 2 * group - 1], new]):
+            _, k, v = pair.qkv(sum(step), seed=i)
+            k = k if dense else (k * 8).round() / 8
+            k[0, 1, 3], k[-1, 0, 9] = torch.nan, torch.inf
+            for requests, ops, device in ((pair.expected, reference, "cpu"), (pair.actual, kernels, DEVICE)):
+                batch = requests.batch(step)
+                tensors = [x.to(device) for x in (k, v)]
+                store = ops.store_tokens if max(step) == 1 else ops.quantize_pages
+                store(*tensors, requests.cache, batch, layout, feedback.to(device))
+                if max(step) > 1:
+                    ops.update_window(*tensors, requests.cache, batch, layout)
+        expected, actual = (x.cache.pages.cpu() for x in (pair.expected, pair.actual))
+        if not dense:
+            assert torch.equal(expected, actual)
+        else:
+            assert (expected != actual).float().mean() < 0.02
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("requests", [40, 300])
+@pytest.mark.parametrize("new", [1, 200])
+def test_feedback_by_hand(monkeypatch: pytest.MonkeyPatch, requests: int, new: int) -> None:
+    """Of many requests, the pages that the plain kernel writes; the second one adds no token."""
+    if not feedback_launch.feedback_by_hand(torch.device(DEVICE), torch.bfloat16, LogQuantConfig().page_format(128)):
+        pytest.skip("the kernel is not for this GPU")
+    layout, feedback = LogQuantConfig().layout(128), feedback_of(128, 2, dense=True)[0].to(DEVICE)
+    _, key, value, cache, batch = inputs_of(requests, new, requests // 2, Shape(2, 2, 128), layout, 0)
+    batch.query_start_loc[2:] -= new
+    written = []
+    for by_hand in (True, False):
+        if not by_hand:
+            monkeypatch.setattr(feedback_launch, "feedback_by_hand", lambda *_: None)
+        memory = cache.pages.clone()
+        store(Inputs(key, key, value, cache._replace(pages=memory, window=memory), batch), layout, feedback)
+        written.append(memory)
+    assert (written[0] != cache.pages).any(1).sum() >= requests // 2 - 1
+    different = (written[0] != written[1]).float().mean(1)
+    assert different.max() < 0.1 and different.mean() < 0.001

@@ -21,7 +21,6 @@ from logquant_vllm.core import past as past_reference
 from logquant_vllm.core.calibration import Basis, rotate_heads
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
-from tests.calibrations import feedback_of
 from tests.paging import PagedBatch, assert_close, random_qkv
 
 ON_GPU = torch.cuda.is_available()
@@ -31,10 +30,7 @@ RUNS_HERE = ON_GPU or INTERPRETED
 
 if RUNS_HERE:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from logquant_vllm.bench.decode import Inputs, Shape
-    from logquant_vllm.bench.store import inputs_of, store
-    from logquant_vllm.config import LogQuantConfig
-    from logquant_vllm.kernels import decoding, feedback_launch
+    from logquant_vllm.kernels import decoding
     from logquant_vllm.kernels import operations as kernels
     from logquant_vllm.kernels import past as past_kernels
 
@@ -137,14 +133,6 @@ SMALL = [
     (64, 128, 2, 2, 64, 64, 8, 85, 4, torch.bfloat16),
     (96, 32, 2, 2, 32, 64, 8, 42, 1, torch.float32),
     (32, 128, 4, 4, 128, 32, 16, 128, 4, torch.float16),
-]
-# formats whose keys a kernel laid out by hand quantizes with feedback
-BY_HAND = [
-    (128, 128, 2, 2, 64, 64, 8, 64, 4, torch.bfloat16),
-    (128, 128, 4, 2, 32, 64, 16, 64, 4, torch.float16),
-    (128, 128, 2, 2, 128, 64, 8, 128, 4, torch.float16),
-    (64, 128, 4, 2, 64, 64, 8, 85, 4, torch.bfloat16),
-    (64, 128, 2, 2, 32, 32, 16, 42, 1, torch.bfloat16),
 ]
 
 
@@ -255,67 +243,6 @@ def test_rotate_heads(head_size: int, dtype: torch.dtype, tokens: int, groups: i
     for x, y in zip(actual, rotate_heads(q, k, Basis(*matrices)), strict=True):
         assert x.is_contiguous()
         assert_close(x, y, what="rotated")
-
-
-@here
-@pytest.mark.parametrize(
-    "case",
-    [
-        SMALL[0],
-        *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:]),
-        *(pytest.param(c, marks=[pytest.mark.gpu, needs_gpu]) for c in BY_HAND),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("new", [[130, 70], [1, 1]])
-def test_feedback(case, new: list[int]) -> None:
-    """Bytes of the reference, where no sum is rounded; nearly all of them, where sums are. NaN stays in its channel."""
-    layout = small_layout(case)
-    group = layout.fmt.key_group_size
-    for dense in (False, True):
-        feedback = feedback_of(layout.fmt.head_size, 2, dense)[0]
-        pair = Pair(layout, 1, 2, 2, 4 * group + 130, case[9])
-        # the second step completes a group of each request, with one token or with many
-        for i, step in enumerate([[3 * group - 1, 2 * group - 1], new]):
-            _, k, v = pair.qkv(sum(step), seed=i)
-            k = k if dense else (k * 8).round() / 8
-            k[0, 1, 3], k[-1, 0, 9] = torch.nan, torch.inf
-            for requests, ops, device in ((pair.expected, reference, "cpu"), (pair.actual, kernels, DEVICE)):
-                batch = requests.batch(step)
-                tensors = [x.to(device) for x in (k, v)]
-                store = ops.store_tokens if max(step) == 1 else ops.quantize_pages
-                store(*tensors, requests.cache, batch, layout, feedback.to(device))
-                if max(step) > 1:
-                    ops.update_window(*tensors, requests.cache, batch, layout)
-        expected, actual = (x.cache.pages.cpu() for x in (pair.expected, pair.actual))
-        if not dense:
-            assert torch.equal(expected, actual)
-        else:
-            assert (expected != actual).float().mean() < 0.02
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("requests", [40, 300])
-@pytest.mark.parametrize("new", [1, 200])
-def test_feedback_by_hand(monkeypatch: pytest.MonkeyPatch, requests: int, new: int) -> None:
-    """Of many requests, the pages that the plain kernel writes; the second one adds no token."""
-    if not feedback_launch.feedback_by_hand(torch.device(DEVICE), torch.bfloat16, LogQuantConfig().page_format(128)):
-        pytest.skip("the kernel is not for this GPU")
-    layout, feedback = LogQuantConfig().layout(128), feedback_of(128, 2, dense=True)[0].to(DEVICE)
-    _, key, value, cache, batch = inputs_of(requests, new, requests // 2, Shape(2, 2, 128), layout, 0)
-    batch.query_start_loc[2:] -= new
-    written = []
-    for by_hand in (True, False):
-        if not by_hand:
-            for module in ("store", "store_step"):
-                monkeypatch.setattr(f"logquant_vllm.kernels.{module}.feedback_by_hand", lambda *_: None)
-        memory = cache.pages.clone()
-        store(Inputs(key, key, value, cache._replace(pages=memory, window=memory), batch), layout, feedback)
-        written.append(memory)
-    assert (written[0] != cache.pages).any(1).sum() >= requests // 2 - 1
-    different = (written[0] != written[1]).float().mean(1)
-    assert different.max() < 0.1 and different.mean() < 0.001
 
 
 def past_of_both(pair: Pair, new: list[int], room: int) -> None:

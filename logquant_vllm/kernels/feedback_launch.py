@@ -12,7 +12,7 @@ from torch import Tensor
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
 from logquant_vllm.kernels.common import capability, launches_ahead, multiprocessors, num_chunks
-from logquant_vllm.kernels.feedback import feedback_warps
+from logquant_vllm.kernels.feedback import check_feedback, feedback_warps
 from logquant_vllm.kernels.quantize import key_scale_constants
 from logquant_vllm.kernels.work import REQUESTS
 
@@ -27,6 +27,23 @@ def feedback_by_hand(device: torch.device, dtype: torch.dtype, fmt: PageFormat) 
     from logquant_vllm.kernels import feedback_gluon  # needs the version of Triton that vLLM has on GPUs
 
     return feedback_gluon if feedback_gluon.supports(fmt) else None
+
+
+def choose_kernel(feedback: Tensor | None, key: Tensor, fmt: PageFormat) -> tuple[Any, Tensor | None]:
+    """Who quantizes keys.
+
+    Returns:
+        by_hand: the module of the kernel laid out by hand, if it does (:func:`quantize_keys_by_hand`).
+        shares: ``feedback`` for ``kernels.quantize``, if that does.
+
+    Raises:
+        ValueError: for feedback of another shape.
+    """
+    if feedback is None:
+        return None, None
+    check_feedback(feedback, key.shape[1], fmt)
+    by_hand = feedback_by_hand(key.device, key.dtype, fmt)
+    return by_hand, None if by_hand else feedback
 
 
 def quantize_keys_by_hand(

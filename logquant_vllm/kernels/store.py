@@ -12,10 +12,10 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
 from logquant_vllm.kernels.common import STEP_COUNTS, STEP_METADATA, check_tokens, num_chunks
-from logquant_vllm.kernels.feedback import check_feedback, feedback_warps
-from logquant_vllm.kernels.feedback_launch import feedback_by_hand, quantize_keys_by_hand
+from logquant_vllm.kernels.feedback import feedback_warps
+from logquant_vllm.kernels.feedback_launch import choose_kernel, quantize_keys_by_hand
 from logquant_vllm.kernels.groups import find_group, open_group
-from logquant_vllm.kernels.quantize import quantize_slice, slice_constants
+from logquant_vllm.kernels.slices import quantize_slice, slice_constants
 from logquant_vllm.kernels.store_step import store_step
 from logquant_vllm.kernels.window import update_slots, window_chunks
 
@@ -187,11 +187,7 @@ def quantize_pages(
     if num_reqs == 0 or key.shape[0] == 0:
         return
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
-    by_hand = None
-    if feedback is not None:
-        check_feedback(feedback, num_kv_heads, fmt)
-        by_hand = feedback_by_hand(key.device, key.dtype, fmt)
-    shares = None if by_hand else feedback
+    by_hand, shares = choose_kernel(feedback, key, fmt)
     quantize_kernel[(num_chunks(key.shape[0], num_reqs, fmt.key_group_size), num_kv_heads)](
         key,
         value,

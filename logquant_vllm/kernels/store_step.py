@@ -26,10 +26,10 @@ from logquant_vllm.kernels.common import (
     slot_of_position,
     slot_offset,
 )
-from logquant_vllm.kernels.feedback import check_feedback, feedback_warps
-from logquant_vllm.kernels.feedback_launch import feedback_by_hand, quantize_keys_by_hand
+from logquant_vllm.kernels.feedback import feedback_warps
+from logquant_vllm.kernels.feedback_launch import choose_kernel, quantize_keys_by_hand
 from logquant_vllm.kernels.groups import open_group
-from logquant_vllm.kernels.quantize import quantize_slice, slice_constants
+from logquant_vllm.kernels.slices import quantize_slice, slice_constants
 from logquant_vllm.kernels.window import update_slots, window_chunks, write_window_start
 from logquant_vllm.kernels.work import REQUESTS
 
@@ -151,7 +151,7 @@ def store_step_kernel(
     KEY_FLOOR: tl.constexpr,
     VALUE_STEP: tl.constexpr,
     VALUE_FLOOR: tl.constexpr,
-    FEEDBACK: tl.constexpr,  # as in kernels.quantize.quantize_slice
+    FEEDBACK: tl.constexpr,  # as in kernels.slices.quantize_slice
     KEY_PARTS: tl.constexpr,  # likewise
     REQUESTS: tl.constexpr,  # power of two, at least num_reqs; few of them, as each is compiled
     SLICES: tl.constexpr,  # of a group and head; 0: quantize nothing
@@ -302,11 +302,7 @@ def store_step(
     if num_reqs == 0 or key.shape[0] == 0:
         return
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
-    by_hand = None
-    if feedback is not None:
-        check_feedback(feedback, num_kv_heads, fmt)
-        by_hand = feedback_by_hand(key.device, key.dtype, fmt)
-    shares = None if by_hand else feedback
+    by_hand, shares = choose_kernel(feedback, key, fmt)
     constants = slice_constants(fmt, SLICE_ELEMENTS, keys=by_hand is None, feedback=shares is not None)
     channels, chunks = window_chunks(fmt.head_size)
     if not quantize:
