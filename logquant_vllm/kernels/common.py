@@ -189,17 +189,11 @@ def slot_position(slot, computed, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def slot_block(slot, table_row, table_width, SLOTS_PER_BLOCK: tl.constexpr):
-    """Block of a window slot and its place there (int32, shape of ``slot``)."""
-    index = slot + HEADER_SLOTS
-    column = tl.minimum(index // SLOTS_PER_BLOCK, table_width - 1)
-    return tl.load(table_row + column), index % SLOTS_PER_BLOCK
-
-
-@triton.jit
 def slot_offset(slot, table_row, table_width, block_stride, slot_stride, SLOTS_PER_BLOCK: tl.constexpr):
     """Offset of a window slot in elements of the model's dtype (int64, shape of ``slot``)."""
-    block, place = slot_block(slot, table_row, table_width, SLOTS_PER_BLOCK)
+    index = slot + HEADER_SLOTS
+    block = tl.load(table_row + tl.minimum(index // SLOTS_PER_BLOCK, table_width - 1))
+    place = index % SLOTS_PER_BLOCK
     return block.to(tl.int64) * block_stride + place.to(tl.int64) * slot_stride
 
 

@@ -20,10 +20,12 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_wait
 
 from logquant_vllm.core.page_format import PageFormat
-from logquant_vllm.kernels.common import STEP_COUNTS, STEP_METADATA, count_compactions, slot_block, slot_of_position
+from logquant_vllm.kernels.common import STEP_COUNTS, STEP_METADATA, count_compactions, slot_of_position, slot_offset
 from logquant_vllm.kernels.feedback import choose_code, pick
+from logquant_vllm.kernels.gluon_tiles import distance, plain, products
 from logquant_vllm.kernels.groups import open_group
 from logquant_vllm.kernels.quantize import is_finite, read_scale, scale_and_zero, store_metadata
+from logquant_vllm.kernels.work import find_task, load_lengths
 
 BLOCK = gl.constexpr(16)  # channels
 
@@ -34,12 +36,6 @@ def supports(fmt: PageFormat) -> bool:
 
 
 @gluon.constexpr_function
-def products(warps):
-    """Registers of products: a warp's 16 rows."""
-    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1], instr_shape=[16, 8])
-
-
-@gluon.constexpr_function
 def by_token(warps):
     """``[16 * warps, 16]`` with a row to a lane; the upper lanes hold what the lower do."""
     warp_bases = [[16 * w, 0] for w in (1, 2, 4, 8) if w < warps]
@@ -47,19 +43,10 @@ def by_token(warps):
     return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4], [0, 8]], lane_bases, warp_bases, [], [16 * warps, 16])
 
 
-@gluon.constexpr_function
-def plain(dims):
-    """Shared memory in the order of indices."""
-    return gl.SwizzledSharedLayout(1, 1, 1, order=list(range(dims - 1, -1, -1)))
-
-
 @gluon.jit
 def count_groups(query_start_loc, seq_lens, index, num_reqs, GROUP: gl.constexpr):
     """How many groups a step completes of the requests ``index``; 0 from ``num_reqs`` on."""
-    exists = index < num_reqs
-    start = gl.load(query_start_loc + index, mask=exists, other=0)
-    query_len = gl.load(query_start_loc + index + 1, mask=exists, other=0) - start
-    seq_len = gl.load(seq_lens + index, mask=exists, other=0)
+    query_len, seq_len = load_lengths(query_start_loc, seq_lens, index, num_reqs)
     return gl.where(query_len > 0, seq_len // GROUP - (seq_len - query_len) // GROUP, 0)
 
 
@@ -87,11 +74,9 @@ def copy_keys(
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
     position = first + gl.arange(0, TOKENS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     slot = slot_of_position(position, count_compactions(computed, WINDOW), WINDOW)
-    block, place = slot_block(slot, window_row, window_table_width, SLOTS_PER_BLOCK)
-    copy = block.to(gl.int64) * window_stride + place.to(gl.int64) * window_slot_stride
+    copy = slot_offset(slot, window_row, window_table_width, window_stride, window_slot_stride, SLOTS_PER_BLOCK)
     # new keys as offsets from the copies, which they need not be near to
-    distance = (fresh.to(gl.int64, bitcast=True) - copies.to(gl.int64, bitcast=True)) // 2
-    new = distance + (start + position - computed).to(gl.int64) * fresh_stride
+    new = distance(fresh, copies) + (start + position - computed).to(gl.int64) * fresh_stride
     offset = gl.convert_layout(gl.where(position >= computed, new, copy), gl.SliceLayout(1, COPY))
     offset = gl.multiple_of(offset, 8)
     channel = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, COPY))
@@ -123,7 +108,7 @@ def copy_feedback(memory, shares, CHANNELS: gl.constexpr):
         async_copy.async_copy_global_to_shared(
             columns.index(b),
             shares + (row * CHANNELS + b * BLOCK + column),
-            mask=(row >= (b + 1) * BLOCK) & (column >= 0),
+            mask=row >= (b + 1) * BLOCK,
         )
         async_copy.async_copy_global_to_shared(
             memory.index(b * BLOCKS + b), shares + ((b * BLOCK + later) * CHANNELS + b * BLOCK + earlier)
@@ -257,9 +242,7 @@ def feedback_kernel(
     lost_high = keys._reinterpret(gl.bfloat16, [BLOCKS, GROUP, BLOCK], plain(2))
     of_blocks = numbers._reinterpret(gl.float32, [3 * BLOCKS, BLOCK], plain(1))
     for task in range(gl.program_id(0), gl.sum(counts, 0), gl.num_programs(0)):
-        passed = (ends <= task) & (index < num_reqs)
-        request = gl.sum(passed.to(gl.int32), 0)
-        of_request = task - gl.max(gl.where(passed, ends, 0), 0)
+        request, of_request = find_task(ends, index, num_reqs, task)
         head = of_request % num_kv_heads
         start = gl.load(query_start_loc + request)
         before = gl.load(seq_lens + request) - (gl.load(query_start_loc + request + 1) - start)

@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from logquant_vllm.core.page_format import PageFormat
@@ -14,7 +13,7 @@ from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slot
 from logquant_vllm.kernels.common import capability, launches_ahead, multiprocessors, num_chunks
 from logquant_vllm.kernels.feedback import check_feedback, feedback_warps
 from logquant_vllm.kernels.quantize import key_scale_constants
-from logquant_vllm.kernels.work import REQUESTS
+from logquant_vllm.kernels.work import requests_bound
 
 PROGRAMS = 2  # of a multiprocessor: more do not fit, for their shared memory
 
@@ -87,7 +86,7 @@ def quantize_keys_by_hand(
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
         **key_scale_constants(fmt),
-        REQUESTS=next((n for n in REQUESTS if num_reqs <= n), triton.next_power_of_2(num_reqs)),
+        REQUESTS=requests_bound(num_reqs),
         DEPENDENT=ahead,
         num_warps=feedback_warps(fmt.key_group_size),
         launch_pdl=ahead,

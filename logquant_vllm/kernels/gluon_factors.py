@@ -5,6 +5,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from logquant_vllm.kernels.gluon_tiles import plain
+
 # what a lane holds of 32 rows of a right operand (see ``store_factors``)
 TWO_STEPS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -15,8 +17,8 @@ TWO_STEPS = gl.constexpr(
         [4, 2, 2, 2],
     )
 )
-FACTOR_WORDS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]))
-FACTORS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0]))
+FACTOR_WORDS = gl.constexpr(plain(3))
+FACTORS = gl.constexpr(plain(4))
 
 
 @gluon.jit

@@ -15,7 +15,20 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 HEADS = 8  # columns of a matrix instruction
 ROWS = gl.constexpr(16)  # and its rows
 
-MMA = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]))
+
+@gluon.constexpr_function
+def products(warps):
+    """Registers of products: a warp's 16 rows."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1], instr_shape=[16, 8])
+
+
+@gluon.constexpr_function
+def plain(dims):
+    """Shared memory in the order of indices."""
+    return gl.SwizzledSharedLayout(1, 1, 1, order=list(range(dims - 1, -1, -1)))
+
+
+MMA = gl.constexpr(products(1))
 LEFT = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=MMA.value, k_width=2))
 RIGHT = gl.constexpr(gl.DotOperandLayout(operand_index=1, parent=MMA.value, k_width=2))
 BY_ROW = gl.constexpr(gl.SliceLayout(1, MMA.value))
@@ -27,7 +40,7 @@ LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 EIGHT_ROWS = gl.constexpr(
     gl.DistributedLinearLayout([[0, 1], [0, 8]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [8, 16])
 )
-PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+PLAIN = gl.constexpr(plain(1))
 
 CODE_UNIT = gl.constexpr(2.0**24)  # one over the smallest float16
 
@@ -201,6 +214,12 @@ def by_lane(x):
 def beside(lanes, x):
     """``[8, 8]`` of lanes as ``[1, 8, 8]``, to go with ``x`` of :func:`by_lane`."""
     return gl.convert_layout(lanes, gl.SliceLayout(0, x.type.layout), assert_trivial=True)[None, :, :]
+
+
+@gluon.jit
+def distance(pointer, base):
+    """From one pointer to 16-bit elements to another, in elements (int64)."""
+    return (pointer.to(gl.int64, bitcast=True) - base.to(gl.int64, bitcast=True)) // 2
 
 
 @gluon.jit

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from logquant_vllm.kernels.common import slot_block, slot_position
+from logquant_vllm.kernels.common import slot_offset, slot_position
 from logquant_vllm.kernels.gluon_tiles import (
     BY_ROW,
     HEADROOM,
@@ -19,6 +19,7 @@ from logquant_vllm.kernels.gluon_tiles import (
     SLACK,
     column_maxima,
     copy_layout,
+    distance,
     exp2,
     lane_maxima,
     reference_of,
@@ -57,8 +58,7 @@ def find_slots(
     position = slot_position(slot, computed, LAYOUT.window_length)
     exists = slot < LAYOUT.num_slots
     held = exists & (position < computed) & (position >= window_start)
-    block, place = slot_block(slot, window_row, table_width, SLOTS)
-    offset = block.to(gl.int64) * block_stride + place.to(gl.int64) * slot_stride
+    offset = slot_offset(slot, window_row, table_width, block_stride, slot_stride, SLOTS)
     keys, values = gl.where(held, offset, new_key), gl.where(held, offset + LAYOUT.fmt.head_size, new_value)
     return keys, values, held | (exists & (position == computed))
 
@@ -125,8 +125,7 @@ def attend_window(
     ones = gl.full((16, ROWS), 1.0, dtype, LEFT)
     tiles = ring._reinterpret(dtype, [3, ROWS, HEAD_SIZE], MEMORY)
     # as offsets from the copies, which they need not be near to
-    new_key = (new_key.to(gl.int64, bitcast=True) - copies.to(gl.int64, bitcast=True)) // 2
-    new_value = (new_value.to(gl.int64, bitcast=True) - copies.to(gl.int64, bitcast=True)) // 2
+    new_key, new_value = distance(new_key, copies), distance(new_value, copies)
     key_rows, value_rows, exist = find_slots(
         first_slot,
         window_row,

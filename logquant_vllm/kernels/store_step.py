@@ -31,7 +31,7 @@ from logquant_vllm.kernels.feedback_launch import choose_kernel, quantize_keys_b
 from logquant_vllm.kernels.groups import open_group
 from logquant_vllm.kernels.slices import quantize_slice, slice_constants
 from logquant_vllm.kernels.window import update_slots, window_chunks, write_window_start
-from logquant_vllm.kernels.work import REQUESTS
+from logquant_vllm.kernels.work import find_task, load_lengths, requests_bound
 
 SLICE_ELEMENTS = 1024
 TASK_PROGRAMS = 4  # of a multiprocessor
@@ -108,12 +108,9 @@ def count_tasks(
 ):
     """Tasks of the requests ``index`` for one KV head, those that quantize first; 0 from ``num_reqs`` on."""
     WINDOW: tl.constexpr = LAYOUT.window_length
-    exists = index < num_reqs
-    start = tl.load(query_start_loc + index, mask=exists, other=0)
-    has_token = tl.load(query_start_loc + index + 1, mask=exists, other=0) > start
-    seq_len = tl.load(seq_lens + index, mask=exists, other=0)
+    query_len, seq_len = load_lengths(query_start_loc, seq_lens, index, num_reqs)
     moves = count_compactions(seq_len, WINDOW) > count_compactions(seq_len - 1, WINDOW)
-    return tl.where(has_token, count_slices(seq_len, LAYOUT, SLICES) + tl.where(moves, CHUNKS, 0), 0)
+    return tl.where(query_len > 0, count_slices(seq_len, LAYOUT, SLICES) + tl.where(moves, CHUNKS, 0), 0)
 
 
 @triton.jit(do_not_specialize=[*STEP_COUNTS, "num_kv_heads"], do_not_specialize_on_alignment=STEP_METADATA)
@@ -198,9 +195,7 @@ def store_step_kernel(
         counts = count_tasks(query_start_loc, seq_lens, index, num_reqs, LAYOUT, SLICES, CHUNKS) * num_kv_heads
         ends = tl.cumsum(counts, 0)
         for task in range(program - num_copying, tl.sum(counts, 0), tl.num_programs(0) - num_copying):
-            passed = (ends <= task) & (index < num_reqs)
-            request = tl.sum(passed.to(tl.int32), 0)
-            of_request = task - tl.max(tl.where(passed, ends, 0), 0)
+            request, of_request = find_task(ends, index, num_reqs, task)
             head, part = of_request % num_kv_heads, of_request // num_kv_heads
             seq_len = tl.load(seq_lens + request)
             quantizing = count_slices(seq_len, LAYOUT, SLICES)
@@ -302,7 +297,7 @@ def store_step(
     if num_reqs == 0 or key.shape[0] == 0:
         return
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
-    by_hand, shares = choose_kernel(feedback, key, fmt)
+    by_hand, shares = choose_kernel(feedback if quantize else None, key, fmt)
     constants = slice_constants(fmt, SLICE_ELEMENTS, keys=by_hand is None, feedback=shares is not None)
     channels, chunks = window_chunks(fmt.head_size)
     if not quantize:
@@ -340,16 +335,16 @@ def store_step(
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
         **constants,
-        REQUESTS=next((n for n in REQUESTS if num_reqs <= n), triton.next_power_of_2(num_reqs)),
+        REQUESTS=requests_bound(num_reqs),
         CHUNKS=chunks,
         SLOTS_PAD=triton.next_power_of_2(layout.window_length),
         CHANNELS=channels,
         HEADS=min(COPIED_HEADS, triton.next_power_of_2(num_kv_heads)),
         HEAD_PAD=triton.next_power_of_2(fmt.head_size),
-        AHEAD=by_hand is not None and quantize,
+        AHEAD=by_hand is not None,
         num_warps=4 if shares is None else feedback_warps(fmt.key_group_size),
         # the bytes are those of the reference, and a fused multiply-add rounds once where two operations round twice
         enable_fp_fusion=False,
     )
-    if by_hand and feedback is not None and quantize:
+    if by_hand and feedback is not None:
         quantize_keys_by_hand(by_hand, key, cache, batch, layout, feedback)

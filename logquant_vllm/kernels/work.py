@@ -23,6 +23,11 @@ PIECES = 2  # of a program
 EVEN_SHARE = tl.constexpr(4)  # units: one more or less makes little difference
 
 
+def requests_bound(num_reqs: int) -> int:
+    """A number that ``num_reqs`` fits: one of few, as kernels are compiled for each."""
+    return next((n for n in REQUESTS if num_reqs <= n), triton.next_power_of_2(num_reqs))
+
+
 def window_units(num_slots: int) -> int:
     """Units of a request's window."""
     return -(-num_slots // WINDOW_UNIT.value)
@@ -44,13 +49,30 @@ def row_units(query_len, computed, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def load_units(query_start_loc, seq_lens, index, num_reqs, LAYOUT: tl.constexpr):
-    """:func:`row_units` of the requests ``index``, 0 from ``num_reqs`` on."""
+def load_lengths(query_start_loc, seq_lens, index, num_reqs):
+    """New tokens of the requests ``index``, and all their tokens; both 0 from ``num_reqs`` on."""
     exists = index < num_reqs
     start = tl.load(query_start_loc + index, mask=exists, other=0)
     query_len = tl.load(query_start_loc + index + 1, mask=exists, other=0) - start
-    computed = tl.load(seq_lens + index, mask=exists, other=0) - query_len
-    return row_units(query_len, computed, LAYOUT)
+    return query_len, tl.load(seq_lens + index, mask=exists, other=0)
+
+
+@triton.jit
+def load_units(query_start_loc, seq_lens, index, num_reqs, LAYOUT: tl.constexpr):
+    """:func:`row_units` of the requests ``index``, 0 from ``num_reqs`` on."""
+    query_len, seq_len = load_lengths(query_start_loc, seq_lens, index, num_reqs)
+    return row_units(query_len, seq_len - query_len, LAYOUT)
+
+
+@triton.jit
+def find_task(ends, index, num_reqs, task):
+    """The request of a task, and which of that request's tasks it is.
+
+    Args:
+        ends: of the requests ``index``: tasks of all up to this one.
+    """
+    passed = (ends <= task) & (index < num_reqs)
+    return tl.sum(passed.to(tl.int32), 0), task - tl.max(tl.where(passed, ends, 0), 0)
 
 
 @triton.jit
