@@ -124,6 +124,5 @@ def test_warm_up_leaves_nothing_to_compile(compiled: dict[str, list[Any]]) -> No
     before = {name: len(kernels) for name, kernels in compiled.items()}
     for requests in (1, 2, 3, 16, 31, 32, 33, 100, 256, 257, 300):
         q, k, v, cache, batch = inputs_of(requests, 1, 1, Shape(KV_HEADS, KV_HEADS, 64), layout, 0, "cpu")
-        operations.attention(q, k, v, cache, batch, layout, 1.0)
-        operations.store_tokens(k, v, cache, batch, layout)
+        operations.decode_step(q, k, v, cache, batch, layout, 1.0)
     assert {name: len(kernels) for name, kernels in compiled.items()} == before

@@ -86,7 +86,7 @@ class Pair:
         """One step of both; returns the outputs and LSEs of the reference and of the kernels.
 
         Args:
-            at_once: store with one launch, after the attention, where that is allowed.
+            at_once: ``decode_step`` instead of three operations, where that is allowed.
         """
         q, k, v = qkv or self.qkv(sum(new), seed)
         a, b = self.expected.batch(new), self.actual.batch(new)
@@ -99,7 +99,8 @@ class Pair:
             kernels.quantize_pages(*on_device[1:], self.actual.cache, b, self.layout)
             self.same_bytes(f"pages after {new}")
         expected = reference.attention(q, k, v, self.expected.cache, a, self.layout, self.scale)
-        actual = kernels.attention(*on_device, self.actual.cache, b, self.layout, self.scale)
+        attend = kernels.decode_step if at_once else kernels.attention
+        actual = attend(*on_device, self.actual.cache, b, self.layout, self.scale)
         if not at_once:
             self.same_bytes(f"attention of {new} wrote to the cache")
         finite = torch.ones(sum(new), dtype=torch.bool) if nan_rows is None else ~nan_rows
@@ -107,8 +108,8 @@ class Pair:
         error = (actual[1].cpu()[finite] - expected[1][finite]).abs().max().item() if finite.any() else 0.0
         assert error < 2e-2, f"lse of {new} is off by {error}"
         reference.update_window(k, v, self.expected.cache, a, self.layout)
-        store = kernels.store_tokens if at_once else kernels.update_window
-        store(*on_device[1:], self.actual.cache, b, self.layout)
+        if not at_once:
+            kernels.update_window(*on_device[1:], self.actual.cache, b, self.layout)
         self.same_bytes(f"window after {new}")
         return expected, actual
 
@@ -214,7 +215,7 @@ def test_null_rows_and_long_bounds() -> None:
 
 @here
 @pytest.mark.parametrize("case", SMALL[:3], ids=str)
-def test_store_tokens(case) -> None:
+def test_decode_step(case) -> None:
     """Single tokens over the boundaries of groups and windows, stored with one launch."""
     layout = small_layout(case)
     pair = Pair(layout, case[8], 1, 2, 400, case[9])
@@ -336,9 +337,7 @@ def test_cuda_graph() -> None:
     lengths, cache = batch.seq_lens, pair.actual.cache
 
     def step():
-        result = kernels.attention(q, k, v, cache, batch, layout, pair.scale)
-        kernels.store_tokens(k, v, cache, batch, layout)
-        return result
+        return kernels.decode_step(q, k, v, cache, batch, layout, pair.scale)
 
     # warm-up and capture run on rows of padding, as the server's do
     tables = [x.clone() for x in (cache.block_table, cache.window_block_table)]

@@ -258,6 +258,23 @@ def store_tokens(
     update_window(key, value, cache, batch, layout)
 
 
+def decode_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    layout: CacheLayout,
+    scale: float,
+    output: Tensor | None = None,
+    feedback: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention` of a step of one token per request, then :func:`store_tokens`; the former's results."""
+    results = attention(query, key, value, cache, batch, layout, scale, output)
+    store_tokens(key, value, cache, batch, layout, feedback)
+    return results
+
+
 def merge_states(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Combine attention over two disjoint sets of keys: ``[tokens, heads, head_size]`` and ``[tokens, heads]`` each."""
     lse = torch.logaddexp(lse_a, lse_b)

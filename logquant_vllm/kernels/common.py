@@ -109,6 +109,28 @@ def find_request(query_start_loc, index, num_reqs, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def read_lengths(query_start_loc, seq_lens, request):
+    """The first three of :func:`read_request`."""
+    start = tl.load(query_start_loc + request)
+    query_len = tl.load(query_start_loc + request + 1) - start
+    return start, query_len, tl.load(seq_lens + request) - query_len
+
+
+@triton.jit
+def load_header(window_bytes, window_byte_stride, window_row):
+    """A request's first window block and what that block begins with, of one pointer or a tensor of them."""
+    block = tl.load(window_row)
+    address = (window_bytes + block.to(tl.int64) * window_byte_stride).to(tl.pointer_type(tl.int32))
+    return block, tl.load(address, mask=block > 0, other=0)
+
+
+@triton.jit
+def first_copied(header, computed):
+    """The first position with a full-precision copy (see ``core.paged.read_window_start``)."""
+    return tl.where(header > 0, header - 1, computed)
+
+
+@triton.jit
 def read_request(query_start_loc, seq_lens, window_bytes, window_byte_stride, window_table, request, table_stride):
     """What a request brings into the step.
 
@@ -116,18 +138,13 @@ def read_request(query_start_loc, seq_lens, window_bytes, window_byte_stride, wi
         start: row of its first new token.
         query_len: number of new tokens.
         computed: tokens computed before this step.
-        window_start: first position with a full-precision copy (see ``core.paged.read_window_start``).
+        window_start: :func:`first_copied`.
         live: whether it has a window at all; a row of padding has the null block.
     """
-    start = tl.load(query_start_loc + request)
-    query_len = tl.load(query_start_loc + request + 1) - start
-    computed = tl.load(seq_lens + request) - query_len
-    block = tl.load(window_table + request.to(tl.int64) * table_stride)
-    live = block > 0
-    header_address = (window_bytes + block.to(tl.int64) * window_byte_stride).to(tl.pointer_type(tl.int32))
-    header = tl.load(header_address, mask=live, other=0)
-    window_start = tl.where(header > 0, header - 1, computed)
-    return start, query_len, computed, window_start, live
+    start, query_len, computed = read_lengths(query_start_loc, seq_lens, request)
+    window_row = window_table + request.to(tl.int64) * table_stride
+    block, header = load_header(window_bytes, window_byte_stride, window_row)
+    return start, query_len, computed, first_copied(header, computed), block > 0
 
 
 # -- the window -------------------------------------------------------------------------------------------------------

@@ -13,19 +13,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from logquant_vllm.core.page_format import PageFormat
-from logquant_vllm.kernels.common import LN2, STEP_COUNTS, STEP_METADATA, read_request
+from logquant_vllm.kernels.common import LN2, STEP_COUNTS, STEP_METADATA, first_copied, load_header, read_lengths
+from logquant_vllm.kernels.gluon_copies import copy_first_keys, load_blocks, slab_of
 from logquant_vllm.kernels.gluon_factors import factors_memory
 from logquant_vllm.kernels.gluon_pages import PRODUCT_UNIT, attend_pages
+from logquant_vllm.kernels.gluon_queries import load_queries, store_queries
 from logquant_vllm.kernels.gluon_tiles import (
     BY_HEAD,
     BY_LANE,
     BY_ROW,
     HEADS,
+    LANES,
     MMA,
     PLAIN,
     WEIGHT_UNIT,
     halves_of,
     of_heads,
+    rows_memory,
 )
 from logquant_vllm.kernels.gluon_window import attend_window
 from logquant_vllm.kernels.work import PIECES, WINDOW_UNIT, find_units, row_units
@@ -127,7 +131,8 @@ def decode_kernel(
     """One program for each share of all requests' units (``kernels.work``)."""
     FMT: gl.constexpr = LAYOUT.fmt
     VALUE_GROUPS: gl.constexpr = FMT.value_groups
-    CHANNELS: gl.constexpr = FMT.head_size // VALUE_GROUPS
+    HEAD_SIZE: gl.constexpr = FMT.head_size
+    CHANNELS: gl.constexpr = HEAD_SIZE // VALUE_GROUPS
     WINDOW_UNITS: gl.constexpr = (LAYOUT.num_slots + WINDOW_UNIT - 1) // WINDOW_UNIT
     program = gl.program_id(0)
     index = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([REQUESTS // 32], [32], [1], [0]))
@@ -146,20 +151,39 @@ def decode_kernel(
         DEPENDENT,
     )
     ring = gl.allocate_shared_memory(gl.uint16, [3, tile_elements(FMT)], PLAIN)
-    key_scales = factors_memory(FMT.groups_per_page * FMT.head_size)
-    key_zeros = factors_memory(FMT.groups_per_page * FMT.head_size)
+    raw_keys = gl.allocate_shared_memory(gl.int32, [FMT.groups_per_page * HEAD_SIZE // 2], PLAIN)
+    raw_values = gl.allocate_shared_memory(gl.int32, [VALUE_GROUPS * FMT.page_size // 2], PLAIN)
+    queries = gl.allocate_shared_memory(gl.float16, [HEAD_SIZE, 8], rows_memory(8))
+    key_scales = factors_memory(FMT.groups_per_page * HEAD_SIZE)
+    key_zeros = factors_memory(FMT.groups_per_page * HEAD_SIZE)
     value_scales = factors_memory(VALUE_GROUPS * FMT.page_size)
     value_zeros = factors_memory(VALUE_GROUPS * FMT.page_size)
     column = gl.arange(0, 8, layout=BY_HEAD)
+    lane = gl.arange(0, 32, layout=LANES)
     while count > 0:
-        start, query_len, computed, window_start, live = read_request(
-            query_start_loc, seq_lens, window_bytes, window_byte_stride, window_table, request, window_table_stride
-        )
+        start, query_len, computed = read_lengths(query_start_loc, seq_lens, request)
         units = row_units(query_len, computed, LAYOUT)
         stop = gl.minimum(unit + count, units)
         if stop > unit:
-            head = kv_head * GQA + column
-            query_columns = query + start.to(gl.int64) * query_stride + head * query_head_stride
+            # A program's start is a chain of loads: all are on their way before one is waited for, and the short ones
+            # before the copies of all programs fill the memory's queues. A lane each, or the next line would wait.
+            first_page, end_page = gl.maximum(unit - WINDOW_UNITS, 0), stop - WINDOW_UNITS
+            table_row = block_table + request.to(gl.int64) * table_stride
+            window_row = window_table + request.to(gl.int64) * window_table_stride
+            slabs = pages + kv_head.to(gl.int64) * FMT.head_bytes
+            query_row = query + start.to(gl.int64) * query_stride
+            blocks = load_blocks(table_row, first_page, end_page)
+            q = load_queries(query_row, query_head_stride, kv_head * GQA, GQA, HEAD_SIZE)
+            window_block, header = load_header(window_bytes, window_byte_stride, window_row + 0 * lane)
+            slab = slab_of(slabs, page_byte_stride, blocks, 0)
+            copying = unit >= WINDOW_UNITS  # otherwise slots of the window come first in the ring
+            if copying:
+                copy_first_keys(ring, raw_keys, raw_values, slab, FMT)
+            exponent = 0
+            if end_page > 0:
+                exponent = store_queries(queries, q, FMT.key_words, FMT.key_bits)
+            window_start = first_copied(gl.max(header, 0), computed)
+            live = gl.max(window_block, 0) > 0
             acc_0 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
             acc_1 = gl.zeros((CHANNELS, 8), gl.float32, MMA)
             maximum = gl.full((8, 8), float("-inf"), gl.float32, BY_LANE)
@@ -172,11 +196,11 @@ def decode_kernel(
                     maximum,
                     totals,
                     ring,
-                    query_columns,
+                    q,
                     key + start.to(gl.int64) * key_stride + kv_head * key_head_stride,
                     value + start.to(gl.int64) * value_stride + kv_head * value_head_stride,
                     window + kv_head.to(gl.int64) * window_head_stride,
-                    window_table + request.to(gl.int64) * window_table_stride,
+                    window_row,
                     window_table_width,
                     window_stride,
                     window_slot_stride,
@@ -187,7 +211,6 @@ def decode_kernel(
                     qk_scale,
                     LAYOUT,
                     SLOTS_PER_BLOCK,
-                    GQA,
                 )
             acc_0, acc_1, maximum, totals = attend_pages(
                 acc_0,
@@ -195,23 +218,29 @@ def decode_kernel(
                 maximum,
                 totals,
                 ring,
+                raw_keys,
+                raw_values,
                 key_scales,
                 key_zeros,
                 value_scales,
                 value_zeros,
-                query_columns,
-                pages + kv_head.to(gl.int64) * FMT.head_bytes,
-                block_table + request.to(gl.int64) * table_stride,
+                queries,
+                exponent,
+                slabs,
+                slab,
+                blocks,
+                table_row,
                 page_byte_stride,
-                gl.maximum(unit - WINDOW_UNITS, 0),
-                stop - WINDOW_UNITS,
+                copying,
+                first_page,
+                end_page,
                 computed,
                 window_start,
                 live,
                 qk_scale,
                 LAYOUT,
-                GQA,
             )
+            head = kv_head * GQA + column
             total = of_heads(halves_of(totals)[0])
             inverse = gl.where(total == 0.0, 0.0, (WEIGHT_UNIT / PRODUCT_UNIT) / total)
             row_lse = of_heads(maximum) + gl.log2(gl.where(total == 0.0, 1.0, total / WEIGHT_UNIT))

@@ -11,6 +11,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from logquant_vllm.kernels.common import pages_end, read_from_page
+from logquant_vllm.kernels.gluon_copies import (
+    copy_first_keys,
+    copy_keys,
+    copy_values,
+    key_tile,
+    load_blocks,
+    slab_of,
+    value_tile,
+)
 from logquant_vllm.kernels.gluon_factors import (
     decode_scales,
     decode_zeros,
@@ -26,15 +35,12 @@ from logquant_vllm.kernels.gluon_tiles import (
     CODE_UNIT,
     EIGHT_ROWS,
     HEADROOM,
-    LANES,
     LEFT,
     LOG_WEIGHT_UNIT,
     MMA,
-    PLAIN,
     RIGHT,
     code_shift,
     column_maxima,
-    copy_words,
     exp2,
     halves_of,
     lane_maxima,
@@ -47,7 +53,6 @@ from logquant_vllm.kernels.gluon_tiles import (
     power_of_two,
     reference_of,
     row_steps,
-    rows_memory,
     scale_and_shift,
     scale_rows,
     stacked,
@@ -61,14 +66,6 @@ EXACT_LIMIT = gl.constexpr(0x5000)  # 2**5: WEIGHT_UNIT
 LARGE_SCALE = gl.constexpr(0x4B80)  # 15
 LOG_PRODUCT_UNIT = gl.constexpr(7)
 PRODUCT_UNIT = gl.constexpr(2.0**7)
-
-
-@gluon.jit
-def copy_bytes(memory, address):
-    """Start to copy as many bytes as the int32 ``memory`` holds."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    word = gl.arange(0, memory.shape[0], layout=LAYOUT)
-    async_copy.async_copy_global_to_shared(memory, address.to(gl.pointer_type(gl.int32)) + word)
 
 
 @gluon.constexpr_function
@@ -110,29 +107,6 @@ def store_metadata(raw_keys, raw_values, key_scales, key_zeros, value_scales, va
     weight = power_word(LOG_PRODUCT_UNIT - LOG_WEIGHT_UNIT - shift)
     store_factors(value_scales, (multiply_words(low, weight), multiply_words(high, weight)), PAIRED)
     return gl.max(gl.maximum(largest & 0xFFFF, largest >> 16), 0) > LARGE_SCALE
-
-
-@gluon.jit
-def store_queries(memory, query_columns, GQA: gl.constexpr, FMT: gl.constexpr):
-    """Store the query as float16 ``[head_size, 8]``, divided by a power of two near its largest element and times the
-    slots' weights, and return the exponent that was taken out."""
-    KEY_STEPS: gl.constexpr = FMT.head_size // 16
-    depth = gl.arange(0, 16, layout=gl.SliceLayout(1, RIGHT))
-    column = gl.arange(0, 8, layout=gl.SliceLayout(0, RIGHT))
-    query_columns = gl.convert_layout(query_columns, gl.SliceLayout(0, RIGHT))[None, :]
-    is_head = (column < GQA)[None, :]
-    largest = gl.zeros((16, 8), gl.float32, RIGHT)
-    for step in gl.static_range(KEY_STEPS):
-        q = gl.load(query_columns + (depth + 16 * step)[:, None], mask=is_head, other=0.0)
-        largest = gl.maximum(largest, gl.abs(q.to(gl.float32)))
-    exponent = (gl.max(gl.max(largest, 0), 0).to(gl.int32, bitcast=True) >> 23) - 127
-    exponent = gl.maximum(gl.minimum(exponent, 100), -100)
-    for step in gl.static_range(KEY_STEPS):
-        index = depth + 16 * step
-        q = gl.load(query_columns + index[:, None], mask=is_head, other=0.0).to(gl.float32)
-        weight = power_of_two(5 - exponent - code_shift(index, FMT.key_words, FMT.key_bits))
-        memory.slice(16 * step, 16).store((q * weight[:, None]).to(gl.float16))
-    return exponent
 
 
 @gluon.jit
@@ -234,14 +208,20 @@ def attend_pages(
     maximum,
     totals,
     ring,
+    raw_keys,
+    raw_values,
     key_scales,
     key_zeros,
     value_scales,
     value_zeros,
-    query_columns,
+    queries,
+    exponent,
     slabs,
+    slab,
+    blocks,
     table_row,
     page_byte_stride,
+    copying,
     first_page,
     end_page,
     computed,
@@ -249,14 +229,17 @@ def attend_pages(
     live,
     qk_scale,
     LAYOUT: gl.constexpr,
-    GQA: gl.constexpr,
 ):
     """Attention to the pages from ``first_page`` to ``end_page``.
 
     Args:
         acc_0, acc_1, maximum, totals, ring: as in ``gluon_window.attend_window``.
+        raw_keys, raw_values: shared memory for the bytes that :func:`store_metadata` takes.
         key_scales, key_zeros, value_scales, value_zeros: :func:`factors_memory` of a page.
-        slabs: pointer to this KV head's bytes in page 0.
+        queries, exponent: of ``gluon_queries.store_queries``.
+        slabs, slab: pointers to this KV head's bytes in block 0 and in the first page.
+        blocks: ``gluon_copies.load_blocks`` from ``first_page`` on.
+        copying: whether the first page's keys are being copied.
 
     Returns:
         acc_0, acc_1: in PRODUCT_UNIT.
@@ -268,39 +251,23 @@ def attend_pages(
     PAGE: gl.constexpr = FMT.page_size
     VALUE_GROUPS: gl.constexpr = FMT.value_groups
     CHANNELS: gl.constexpr = FMT.head_size // VALUE_GROUPS
-    KEYS: gl.constexpr = rows_memory(FMT.key_words)
-    VALUES: gl.constexpr = rows_memory(FMT.value_words)
     SPAN: gl.constexpr = (2 * WINDOW).bit_length()  # chunks of W tokens below the recent window that can hold copies
     UNIT: gl.constexpr = 2.0 ** (LOG_PRODUCT_UNIT - LOG_WEIGHT_UNIT) / CODE_UNIT
     acc_0, acc_1 = acc_0 * UNIT, acc_1 * UNIT
     offsets = gl.zeros((16, 8), gl.float32, MMA)
     end = gl.where(live, pages_end(computed, window_start, WINDOW), 0)
     complete_end = computed // GROUP * GROUP
-    # loaded before it is known how many pages there are to read
-    lane = gl.arange(0, 32, layout=LANES)
     base = first_page
-    blocks = gl.load(table_row + base + lane, mask=base + lane < end_page, other=0)
     end_page = gl.minimum(end_page, gl.cdiv(gl.minimum(gl.maximum(end, 0), complete_end), PAGE))
     if first_page < end_page:
         # pages between the first and this one hold no token that has a copy
         first_overlaid = (computed // WINDOW - 1 - SPAN) * WINDOW // PAGE
-        queries = gl.allocate_shared_memory(gl.float16, [FMT.head_size, 8], rows_memory(8))
-        exponent = store_queries(queries, query_columns, GQA, FMT)
         score_unit = power_of_two(exponent - 5) * qk_scale
         factor = CODE_UNIT * score_unit
         token = gl.arange(0, GROUP, layout=BY_ROW)
-        block = gl.sum(gl.where(lane == 0, blocks, 0), 0)
-        slab = slabs + block.to(gl.int64) * page_byte_stride
-        raw_keys = gl.allocate_shared_memory(gl.int32, [FMT.groups_per_page * FMT.head_size // 2], PLAIN)
-        raw_values = gl.allocate_shared_memory(gl.int32, [VALUE_GROUPS * PAGE // 2], PLAIN)
-        copy_words(ring.index(0)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS), slab + FMT.key_codes_offset)
-        copy_bytes(raw_keys, slab + FMT.key_scale_offset)
-        copy_bytes(raw_values, slab + FMT.value_scale_offset)
-        async_copy.commit_group()
-        copy_words(
-            ring.index(1)._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], VALUES),
-            slab + FMT.value_codes_offset,
-        )
+        if not copying:
+            copy_first_keys(ring, raw_keys, raw_values, slab, FMT)
+        copy_values(ring, 1, slab, FMT)
         async_copy.commit_group()
         async_copy.wait_group(1)
         large = store_metadata(
@@ -319,21 +286,17 @@ def attend_pages(
             spare = (stage + 2) % 3
             if page + 1 - base == 32:
                 base += 32
-                blocks = gl.load(table_row + base + lane, mask=base + lane < end_page, other=0)
+                blocks = load_blocks(table_row, base, end_page)
             if more:
-                block = gl.sum(gl.where(lane == page + 1 - base, blocks, 0), 0)
-                slab = slabs + block.to(gl.int64) * page_byte_stride
-                next_keys = ring.index(spare)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS)
-                copy_words(next_keys, slab + FMT.key_codes_offset)
-                copy_bytes(raw_keys, slab + FMT.key_scale_offset)
-                copy_bytes(raw_values, slab + FMT.value_scale_offset)
+                slab = slab_of(slabs, page_byte_stride, blocks, page + 1 - base)
+                copy_keys(ring, spare, raw_keys, raw_values, slab, FMT)
             async_copy.commit_group()
 
             async_copy.wait_group(2)
             overlaid = (page == 0) | (page >= first_overlaid)
             limit = gl.where(large, EXACT_LIMIT, LIMIT)
             first_shift, last_shift = zero_scores(queries, key_zeros, FMT)
-            keys = ring.index(stage)._reinterpret(gl.uint16, [PAGE, FMT.key_words], KEYS)
+            keys = key_tile(ring, stage, FMT)
             scores = group_scores(keys, 0, queries, key_scales, FMT)
             if overlaid:
                 valid = read_from_page(page * PAGE + token, end, computed, window_start, WINDOW)
@@ -373,14 +336,13 @@ def attend_pages(
                     first_weights = scale_rows(first_weights.to(gl.float32), decay).to(gl.float16)
                     last_weights = weigh(scores, factor, shift - reference + LOG_WEIGHT_UNIT)
             if more:
-                next_values = ring.index(stage)._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], VALUES)
-                copy_words(next_values, slab + FMT.value_codes_offset)
+                copy_values(ring, stage, slab, FMT)
             async_copy.commit_group()
 
             rights = right_steps(first_weights, last_weights, FMT)
             totals, offsets = add_weights(totals, offsets, rights, value_zeros, FMT)
             async_copy.wait_group(2)
-            values = ring.index((stage + 1) % 3)._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], VALUES)
+            values = value_tile(ring, (stage + 1) % 3, FMT)
             acc_0 = add_values(acc_0, values.slice(0, CHANNELS), rights, value_scales, 0, FMT)
             if VALUE_GROUPS == 2:
                 acc_1 = add_values(acc_1, values.slice(CHANNELS, CHANNELS), rights, value_scales, 1, FMT)
@@ -390,7 +352,7 @@ def attend_pages(
                 raw_keys, raw_values, key_scales, key_zeros, value_scales, value_zeros, complete, FMT
             )
             stage = spare
-        async_copy.wait_group(0)
+    async_copy.wait_group(0)
 
     upper, lower = halves_of(offsets)
     acc_0 = scale_and_shift(acc_0, CODE_UNIT, upper)

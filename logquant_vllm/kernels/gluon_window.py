@@ -79,7 +79,7 @@ def attend_window(
     maximum,
     totals,
     ring,
-    query_columns,
+    q,
     new_key,
     new_value,
     copies,
@@ -94,7 +94,6 @@ def attend_window(
     qk_scale,
     LAYOUT: gl.constexpr,
     SLOTS_PER_BLOCK: gl.constexpr,
-    GQA: gl.constexpr,
 ):
     """Attention to the slots from ``first_slot`` to ``end_slot``.
 
@@ -103,7 +102,7 @@ def attend_window(
         maximum: what the weights are relative to, in units of log2, ``[8, 8]`` with equal rows.
         totals: sums of the weights, ``[16, 8]`` with equal rows.
         ring: shared memory of three tiles.
-        query_columns: pointers ``[8]`` to the query heads.
+        q: from ``gluon_queries.load_queries``.
         new_key, new_value, copies: pointers of this KV head.
 
     Returns:
@@ -113,13 +112,6 @@ def attend_window(
     HEAD_SIZE: gl.constexpr = FMT.head_size
     VALUE_GROUPS: gl.constexpr = FMT.value_groups
     CHANNELS: gl.constexpr = HEAD_SIZE // VALUE_GROUPS
-    column = gl.arange(0, 8, layout=gl.SliceLayout(0, RIGHT))
-    q = gl.load(
-        gl.convert_layout(query_columns, gl.SliceLayout(0, RIGHT))[None, :]
-        + gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(1, RIGHT))[:, None],
-        mask=(column < GQA)[None, :],
-        other=0.0,
-    )
     dtype: gl.constexpr = q.dtype
     MEMORY: gl.constexpr = rows_memory(HEAD_SIZE)
     ones = gl.full((16, ROWS), 1.0, dtype, LEFT)

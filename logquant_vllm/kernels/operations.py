@@ -18,8 +18,9 @@ from logquant_vllm.kernels.decoding import decode
 from logquant_vllm.kernels.past import gather_past
 from logquant_vllm.kernels.rotation import rotate_heads
 from logquant_vllm.kernels.store import quantize_pages, store_tokens, update_window
+from logquant_vllm.kernels.store_step import store_step
 
-__all__ = ["attention", "gather_past", "quantize_pages", "rotate_heads", "store_tokens", "update_window"]
+__all__ = ["attention", "decode_step", "gather_past", "quantize_pages", "rotate_heads", "store_tokens", "update_window"]
 
 LOG2E = 1.4426950408889634
 
@@ -54,6 +55,26 @@ def attention(
         if batch.seq_lens.shape[0] and query.shape[0]:
             _prefill(output, lse, query, key, value, cache, batch, layout, scale * LOG2E)
     return output, lse
+
+
+def decode_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    layout: CacheLayout,
+    scale: float,
+    output: Tensor | None = None,
+    feedback: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one token per request, which is then stored; see ``core.operations.decode_step``.
+
+    The last kernel of attention joins its parts and touches nothing that storing does: both run side by side.
+    """
+    results = attention(query, key, value, cache, batch, layout, scale, output)
+    store_step(key, value, cache, batch, layout, feedback, quantize=True, update=True, beside=True)
+    return results
 
 
 def _prefill(

@@ -14,6 +14,38 @@ from logquant_vllm.kernels.common import copy_operand, launches_ahead, padded
 FEW_ROWS = 2048
 
 
+@triton.jit
+def rotate_rows(
+    target,  # [tokens, heads, head_size], contiguous
+    source,  # likewise, strided
+    matrices,
+    tile,
+    group,
+    rows,  # tokens times heads of a group
+    stride,
+    head_stride,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """A tile of ``ROWS`` rows of a group of heads, times the group's matrix."""
+    OF_GROUP: tl.constexpr = HEADS // GROUPS
+    row = tile * ROWS + tl.arange(0, ROWS)
+    token, head = (row // OF_GROUP).to(tl.int64)[:, None], (group * OF_GROUP + row % OF_GROUP)[:, None]
+    channel = tl.arange(0, HEAD_PAD)
+    in_head = channel < HEAD_SIZE
+    mask = (row < rows)[:, None] & in_head[None, :]
+    x = tl.load(source + token * stride + head * head_stride + channel[None, :], mask=mask, other=0.0)
+    square = in_head[:, None] & in_head[None, :]
+    matrix = matrices + group * HEAD_SIZE * HEAD_SIZE + channel[:, None] * HEAD_SIZE + channel[None, :]
+    m = tl.load(matrix, mask=square, other=0.0)
+    y = tl.dot(x.to(OPERAND), m.to(OPERAND), input_precision="ieee")
+    tl.store(target + (token * HEADS + head) * HEAD_SIZE + channel[None, :], y.to(target.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["query_rows", "key_rows"])
 def rotate_kernel(
     rotated_query,  # [tokens, num_heads, head_size], contiguous
@@ -37,36 +69,46 @@ def rotate_kernel(
     OPERAND: tl.constexpr,
     WAKE_NEXT: tl.constexpr,
 ):
+    """First programs for the queries, then programs for the keys."""
     if WAKE_NEXT:
         gdc_launch_dependents()  # the decode kernel waits for the results by itself
     query_tiles = (query_rows + ROWS - 1) // ROWS
     tile, group = tl.program_id(0), tl.program_id(1)
-    QUERY_HEADS: tl.constexpr = NUM_HEADS // GROUPS
-    KEY_HEADS: tl.constexpr = NUM_KV_HEADS // GROUPS
-    row = tl.arange(0, ROWS)
-    channel = tl.arange(0, HEAD_PAD)
-    in_head = channel < HEAD_SIZE
+    # pointers that come out of a branch are not known to be aligned: each branch does everything
     if tile < query_tiles:
-        row += tile * ROWS
-        exists = row < query_rows
-        token, head = (row // QUERY_HEADS).to(tl.int64), group * QUERY_HEADS + row % QUERY_HEADS
-        source = query + token * query_stride + head * query_head_stride
-        target = rotated_query + (token * NUM_HEADS + head) * HEAD_SIZE
-        matrix = query_matrices
+        rotate_rows(
+            rotated_query,
+            query,
+            query_matrices,
+            tile,
+            group,
+            query_rows,
+            query_stride,
+            query_head_stride,
+            NUM_HEADS,
+            GROUPS,
+            HEAD_SIZE,
+            HEAD_PAD,
+            ROWS,
+            OPERAND,
+        )
     else:
-        row += (tile - query_tiles) * ROWS
-        exists = row < key_rows
-        token, head = (row // KEY_HEADS).to(tl.int64), group * KEY_HEADS + row % KEY_HEADS
-        source = key + token * key_stride + head * key_head_stride
-        target = rotated_key + (token * NUM_KV_HEADS + head) * HEAD_SIZE
-        matrix = key_matrices
-    mask = exists[:, None] & in_head[None, :]
-    x = tl.load(source[:, None] + channel[None, :], mask=mask, other=0.0)
-    square = in_head[:, None] & in_head[None, :]
-    matrix += group * HEAD_SIZE * HEAD_SIZE
-    m = tl.load(matrix + channel[:, None] * HEAD_SIZE + channel[None, :], mask=square, other=0.0)
-    y = tl.dot(x.to(OPERAND), m.to(OPERAND), input_precision="ieee")
-    tl.store(target[:, None] + channel[None, :], y.to(rotated_query.dtype.element_ty), mask=mask)
+        rotate_rows(
+            rotated_key,
+            key,
+            key_matrices,
+            tile - query_tiles,
+            group,
+            key_rows,
+            key_stride,
+            key_head_stride,
+            NUM_KV_HEADS,
+            GROUPS,
+            HEAD_SIZE,
+            HEAD_PAD,
+            ROWS,
+            OPERAND,
+        )
 
 
 def rotate_heads(query: Tensor, key: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:

@@ -265,6 +265,4 @@ def store_tokens(
     key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor | None = None
 ) -> None:
     """Both of one new token for each request with one launch; see ``core.operations.store_tokens``."""
-    if batch.max_query_len != 1:
-        raise ValueError(f"store_tokens is for one new token per request, got queries of {batch.max_query_len}")
     store_step(key, value, cache, batch, layout, feedback, quantize=True, update=True)

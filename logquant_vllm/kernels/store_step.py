@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
 from logquant_vllm.kernels.common import (
@@ -21,6 +21,7 @@ from logquant_vllm.kernels.common import (
     STEP_METADATA,
     check_tokens,
     count_compactions,
+    launches_ahead,
     multiprocessors,
     read_request,
     slot_of_position,
@@ -158,6 +159,7 @@ def store_step_kernel(
     HEADS: tl.constexpr,  # copied at a time
     HEAD_PAD: tl.constexpr,
     AHEAD: tl.constexpr,  # whether the next kernel may be launched while this one runs
+    BESIDE: tl.constexpr,  # whether this kernel runs beside the one before
 ):
     """First programs that copy tokens, one for each request if windows are updated, then those that share out tasks."""
     if AHEAD:
@@ -278,6 +280,8 @@ def store_step_kernel(
                     CHANNELS,
                     1,
                 )
+    if BESIDE:
+        gdc_wait()  # who waits for this kernel waits for the one before too
 
 
 def store_step(
@@ -290,8 +294,19 @@ def store_step(
     *,
     quantize: bool,
     update: bool,
+    beside: bool = False,
 ) -> None:
-    """Quantize the groups that one new token per request completes, or update the windows, or both."""
+    """Quantize the groups that one new token per request completes, or update the windows, or both.
+
+    Args:
+        beside: run beside the kernel before. That must be the last one of the step's attention, which lets others run
+            beside it only when all before it have ended, and touches nothing that storing does.
+
+    Raises:
+        ValueError: if a request has several new tokens.
+    """
+    if batch.max_query_len != 1:
+        raise ValueError(f"storing a step is for one new token per request, got queries of {batch.max_query_len}")
     check_tokens(key, value, cache)
     fmt, num_kv_heads, num_reqs = layout.fmt, key.shape[1], batch.seq_lens.shape[0]
     if num_reqs == 0 or key.shape[0] == 0:
@@ -306,6 +321,7 @@ def store_step(
         chunks = 0
     tasks = num_reqs * num_kv_heads * (constants["SLICES"] + chunks)
     copying = num_reqs if update else 0
+    beside = beside and launches_ahead(key.device)
     programs = (TASK_PROGRAMS if shares is None else FEEDBACK_PROGRAMS) * multiprocessors(key.device)
     store_step_kernel[(copying + min(tasks, programs),)](
         key,
@@ -342,9 +358,11 @@ def store_step(
         HEADS=min(COPIED_HEADS, triton.next_power_of_2(num_kv_heads)),
         HEAD_PAD=triton.next_power_of_2(fmt.head_size),
         AHEAD=by_hand is not None,
+        BESIDE=beside,
         num_warps=4 if shares is None else feedback_warps(fmt.key_group_size),
         # the bytes are those of the reference, and a fused multiply-add rounds once where two operations round twice
         enable_fp_fusion=False,
+        launch_pdl=beside,
     )
     if by_hand and feedback is not None:
         quantize_keys_by_hand(by_hand, key, cache, batch, layout, feedback)

@@ -56,10 +56,10 @@ def warm_up(
     num_reqs = 1
     while num_reqs < 2 * max_num_seqs:
         (q, k, v), cache, batch = inputs(num_reqs, 1, length)
-        operations.attention(q, k, v, cache, batch, layout, 1.0)
         if layout.may_store_last:
-            operations.store_tokens(k, v, cache, batch, layout, feedback)
+            operations.decode_step(q, k, v, cache, batch, layout, 1.0, feedback=feedback)
         else:
+            operations.attention(q, k, v, cache, batch, layout, 1.0)
             operations.quantize_pages(k, v, cache, batch, layout, feedback)
             operations.update_window(k, v, cache, batch, layout)
         num_reqs *= 2

@@ -305,8 +305,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         if batch.max_query_len == 1 and layout.may_store_last:  # as few launches as can be
             if self._basis is not None:
                 query, key = ops.rotate_heads(query, key, self._basis)
-            ops.attention(query, key, value, cache, batch, layout, self.scale, output[:tokens])
-            ops.store_tokens(key, value, cache, batch, layout, self._feedback)
+            ops.decode_step(query, key, value, cache, batch, layout, self.scale, output[:tokens], self._feedback)
             return output
         stored_key = self._keys(key)
         ops.quantize_pages(stored_key, value, cache, batch, layout, self._feedback)
