@@ -18,7 +18,7 @@ if RUNS_HERE:
     from logquant_vllm.kernels.join import join_pieces_kernel
 
     @triton.jit
-    def write_shares(
+    def share_out(
         found,
         row_starts,
         query_start_loc,
@@ -29,25 +29,18 @@ if RUNS_HERE:
         REQUESTS: tl.constexpr,
         ONE_LOOK: tl.constexpr,
     ):
-        program = tl.program_id(0)
-        request, kv_head, unit, count = work.find_units(
-            row_starts,
-            query_start_loc,
-            seq_lens,
-            program,
-            tl.num_programs(0),
-            tl.arange(0, REQUESTS),
-            num_reqs,
-            num_kv_heads,
-            0,
-            LAYOUT,
-            ONE_LOOK,
-            False,
+        program, programs, index = tl.program_id(0), tl.num_programs(0), tl.arange(0, REQUESTS)
+        request, kv_head, unit, count, total = work.find_units(
+            query_start_loc, seq_lens, program, programs, index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK
         )
         tl.store(found + 4 * program, request)
         tl.store(found + 4 * program + 1, kv_head)
         tl.store(found + 4 * program + 2, unit)
         tl.store(found + 4 * program + 3, count)
+        if program == programs - 1:
+            work.write_shares(
+                row_starts, query_start_loc, seq_lens, programs, index, num_reqs, num_kv_heads, total, LAYOUT
+            )
 
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_triton.test_in_interpreter's process")
@@ -85,7 +78,7 @@ def test_every_unit_has_one_program(lens: list[int], programs: int) -> None:
     starts, seq_lens = starts_and_lens(lens)
     found = torch.full((programs, 4), -1, dtype=torch.int32, device=DEVICE)
     row_starts = torch.full((len(lens) + 2,), -1, dtype=torch.int32, device=DEVICE)
-    write_shares[(programs,)](
+    share_out[(programs,)](
         found, row_starts, starts, seq_lens, len(lens), HEADS, LAYOUT, REQUESTS=32, ONE_LOOK=len(lens) <= 32
     )
     rows = [units_of(int(n > 0), n) for n in lens]

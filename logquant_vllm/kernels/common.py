@@ -117,11 +117,10 @@ def read_lengths(query_start_loc, seq_lens, request):
 
 
 @triton.jit
-def load_header(window_bytes, window_byte_stride, window_row):
-    """A request's first window block and what that block begins with, of one pointer or a tensor of them."""
-    block = tl.load(window_row)
+def load_header(window_bytes, window_byte_stride, block):
+    """What a request's first window block begins with; of a row of padding, 0."""
     address = (window_bytes + block.to(tl.int64) * window_byte_stride).to(tl.pointer_type(tl.int32))
-    return block, tl.load(address, mask=block > 0, other=0)
+    return tl.load(address, mask=block > 0, other=0)
 
 
 @triton.jit
@@ -142,8 +141,8 @@ def read_request(query_start_loc, seq_lens, window_bytes, window_byte_stride, wi
         live: whether it has a window at all; a row of padding has the null block.
     """
     start, query_len, computed = read_lengths(query_start_loc, seq_lens, request)
-    window_row = window_table + request.to(tl.int64) * table_stride
-    block, header = load_header(window_bytes, window_byte_stride, window_row)
+    block = tl.load(window_table + request.to(tl.int64) * table_stride)
+    header = load_header(window_bytes, window_byte_stride, block)
     return start, query_len, computed, first_copied(header, computed), block > 0
 
 

@@ -32,7 +32,7 @@ from logquant_vllm.kernels.gluon_tiles import (
     rows_memory,
 )
 from logquant_vllm.kernels.gluon_window import attend_window
-from logquant_vllm.kernels.work import PIECES, WINDOW_UNIT, find_units, row_units
+from logquant_vllm.kernels.work import PIECES, WINDOW_UNIT, find_units, row_units, wait_for_turn, write_shares
 
 REGISTERS = 168  # of a lane: twelve programs fill a multiprocessor's
 NUM_PIECES = gl.constexpr(PIECES)
@@ -80,6 +80,38 @@ def store_heads(heads, acc_0, acc_1, factors, GQA: gl.constexpr, FMT: gl.constex
         gl.store(address + acc_0.shape[0], (acc_1 * factors[None, :]).to(dtype), mask=is_head)
 
 
+@gluon.jit
+def open_row(
+    query_start_loc,
+    seq_lens,
+    block_table,
+    window_table,
+    table_stride,
+    window_table_stride,
+    request,
+    unit,
+    count,
+    LAYOUT: gl.constexpr,
+):
+    """What is known of a request before its cache is read, for the units from ``unit`` on.
+
+    Returns:
+        start, computed: as in ``read_request``.
+        units: how many a row has.
+        stop: where ``count`` units end, at the latest where the row does.
+        blocks: ``load_blocks`` of the first pages of these units.
+        window_block: the first one, in every lane: as a scalar it would be waited for at once.
+    """
+    WINDOW_UNITS: gl.constexpr = (LAYOUT.num_slots + WINDOW_UNIT - 1) // WINDOW_UNIT
+    start, query_len, computed = read_lengths(query_start_loc, seq_lens, request)
+    units = row_units(query_len, computed, LAYOUT)
+    stop = gl.minimum(unit + count, units)
+    table_row = block_table + request.to(gl.int64) * table_stride
+    blocks = load_blocks(table_row, gl.maximum(unit - WINDOW_UNITS, 0), stop - WINDOW_UNITS)
+    window_row = window_table + request.to(gl.int64) * window_table_stride
+    return start, computed, units, stop, blocks, gl.load(window_row + 0 * gl.arange(0, 32, layout=LANES))
+
+
 @gluon.jit(
     do_not_specialize=[*STEP_COUNTS, "num_kv_heads"],
     do_not_specialize_on_alignment=STEP_METADATA,
@@ -89,7 +121,7 @@ def decode_kernel(
     lse,  # float32 [num_tokens, num_heads]
     partial,  # float32 [programs, PIECES, GQA, head_size]: normalized outputs
     partial_lse,  # float32 [programs, PIECES, GQA], in units of log2; -inf where a piece has no token
-    row_starts,  # as in kernels.work.find_units
+    row_starts,  # as in kernels.work.write_shares
     query,
     key,
     value,
@@ -102,7 +134,7 @@ def decode_kernel(
     seq_lens,
     num_reqs,
     num_kv_heads,
-    room,
+    room,  # programs that leave room beside them for those of the next kernel
     qk_scale,
     output_stride,
     output_head_stride,
@@ -126,7 +158,7 @@ def decode_kernel(
     GQA: gl.constexpr,
     REQUESTS: gl.constexpr,  # as in kernels.work.find_units, a multiple of 32
     ONE_LOOK: gl.constexpr,
-    DEPENDENT: gl.constexpr,
+    DEPENDENT: gl.constexpr,  # launched while the kernel before may run: until it has ended no cache is read
 ):
     """One program for each share of all requests' units (``kernels.work``)."""
     FMT: gl.constexpr = LAYOUT.fmt
@@ -136,20 +168,27 @@ def decode_kernel(
     WINDOW_UNITS: gl.constexpr = (LAYOUT.num_slots + WINDOW_UNIT - 1) // WINDOW_UNIT
     program = gl.program_id(0)
     index = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([REQUESTS // 32], [32], [1], [0]))
-    request, kv_head, unit, count = find_units(
-        row_starts,
+    request, kv_head, unit, count, total = find_units(
+        query_start_loc, seq_lens, program, gl.num_programs(0), index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK
+    )
+    start, computed, units, stop, blocks, window_block = open_row(
         query_start_loc,
         seq_lens,
-        program,
-        gl.num_programs(0),
-        index,
-        num_reqs,
-        num_kv_heads,
-        room,
+        block_table,
+        window_table,
+        table_stride,
+        window_table_stride,
+        request,
+        unit,
+        count,
         LAYOUT,
-        ONE_LOOK,
-        DEPENDENT,
     )
+    if DEPENDENT:  # from here on all that other kernels wrote can be read, and nothing is in use that is written
+        wait_for_turn(total // gl.num_programs(0), total <= room)
+    if program == gl.num_programs(0) - 1:  # no program takes fewer units
+        write_shares(
+            row_starts, query_start_loc, seq_lens, gl.num_programs(0), index, num_reqs, num_kv_heads, total, LAYOUT
+        )
     ring = gl.allocate_shared_memory(gl.uint16, [3, tile_elements(FMT)], PLAIN)
     raw_keys = gl.allocate_shared_memory(gl.int32, [FMT.groups_per_page * HEAD_SIZE // 2], PLAIN)
     raw_values = gl.allocate_shared_memory(gl.int32, [VALUE_GROUPS * FMT.page_size // 2], PLAIN)
@@ -159,22 +198,17 @@ def decode_kernel(
     value_scales = factors_memory(VALUE_GROUPS * FMT.page_size)
     value_zeros = factors_memory(VALUE_GROUPS * FMT.page_size)
     column = gl.arange(0, 8, layout=BY_HEAD)
-    lane = gl.arange(0, 32, layout=LANES)
     while count > 0:
-        start, query_len, computed = read_lengths(query_start_loc, seq_lens, request)
-        units = row_units(query_len, computed, LAYOUT)
-        stop = gl.minimum(unit + count, units)
         if stop > unit:
             # A program's start is a chain of loads: all are on their way before one is waited for, and the short ones
-            # before the copies of all programs fill the memory's queues. A lane each, or the next line would wait.
+            # before the copies of all programs fill the memory's queues.
             first_page, end_page = gl.maximum(unit - WINDOW_UNITS, 0), stop - WINDOW_UNITS
+            header = load_header(window_bytes, window_byte_stride, window_block)
+            query_row = query + start.to(gl.int64) * query_stride
+            q = load_queries(query_row, query_head_stride, kv_head * GQA, GQA, HEAD_SIZE)
             table_row = block_table + request.to(gl.int64) * table_stride
             window_row = window_table + request.to(gl.int64) * window_table_stride
             slabs = pages + kv_head.to(gl.int64) * FMT.head_bytes
-            query_row = query + start.to(gl.int64) * query_stride
-            blocks = load_blocks(table_row, first_page, end_page)
-            q = load_queries(query_row, query_head_stride, kv_head * GQA, GQA, HEAD_SIZE)
-            window_block, header = load_header(window_bytes, window_byte_stride, window_row + 0 * lane)
             slab = slab_of(slabs, page_byte_stride, blocks, 0)
             copying = unit >= WINDOW_UNITS  # otherwise slots of the window come first in the ring
             if copying:
@@ -241,9 +275,9 @@ def decode_kernel(
                 LAYOUT,
             )
             head = kv_head * GQA + column
-            total = of_heads(halves_of(totals)[0])
-            inverse = gl.where(total == 0.0, 0.0, (WEIGHT_UNIT / PRODUCT_UNIT) / total)
-            row_lse = of_heads(maximum) + gl.log2(gl.where(total == 0.0, 1.0, total / WEIGHT_UNIT))
+            weight = of_heads(halves_of(totals)[0])
+            inverse = gl.where(weight == 0.0, 0.0, (WEIGHT_UNIT / PRODUCT_UNIT) / weight)
+            row_lse = of_heads(maximum) + gl.log2(gl.where(weight == 0.0, 1.0, weight / WEIGHT_UNIT))
             if (unit == 0) & (stop == units):
                 store_heads(
                     output + start.to(gl.int64) * output_stride + head * output_head_stride,
@@ -263,3 +297,16 @@ def decode_kernel(
         request += last.to(gl.int32)
         kv_head = gl.where(last, 0, kv_head + 1)
         unit = 0
+        if count > 0:
+            start, computed, units, stop, blocks, window_block = open_row(
+                query_start_loc,
+                seq_lens,
+                block_table,
+                window_table,
+                table_stride,
+                window_table_stride,
+                request,
+                unit,
+                count,
+                LAYOUT,
+            )

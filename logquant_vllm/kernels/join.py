@@ -16,7 +16,7 @@ def join_pieces_kernel(
     lse,
     partial,  # float32 [programs, PIECES, GQA, head_size]
     partial_lse,  # float32 [programs, PIECES, GQA], in units of log2
-    row_starts,  # as in kernels.work.find_units
+    row_starts,  # as in kernels.work.write_shares
     query_start_loc,
     seq_lens,
     output_stride,

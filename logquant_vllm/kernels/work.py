@@ -84,7 +84,6 @@ def program_of(unit, share, larger):
 
 @triton.jit
 def find_units(
-    row_starts,
     query_start_loc,
     seq_lens,
     program,
@@ -92,26 +91,19 @@ def find_units(
     index,
     num_reqs,
     num_kv_heads,
-    room,
     LAYOUT: tl.constexpr,
     ONE_LOOK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
-    """What a program takes. The first program also writes down how the units are shared out.
+    """What a program takes.
 
     Args:
-        row_starts: int32 ``[num_reqs + 2]``: the first unit of each request, then ``share`` and ``larger`` of
-            :func:`program_of`.
         index: ``0 .. n``, requests that are looked at together.
-        room: programs that leave room beside them for those of the next kernel.
         ONE_LOOK: whether these are all there are.
-        DEPENDENT: whether the kernel before may still run: until it has ended only lengths are read. The next one may
-            then be launched, if there is room for it or all programs take about as long: its programs take the places
-            of those that have ended, and where some end early, too many would share a multiprocessor.
 
     Returns:
         request, kv_head, unit: where it begins.
         count: how many units it takes.
+        total: units of all programs.
     """
     units = load_units(query_start_loc, seq_lens, index, num_reqs, LAYOUT) * num_kv_heads
     total = tl.sum(units, 0)
@@ -123,14 +115,6 @@ def find_units(
     count = share + (program < larger).to(tl.int32)
     # requests that end before it, and where the last of them ends
     ends = tl.cumsum(units, 0)
-    if DEPENDENT:
-        gdc_wait()  # from here on all that other kernels wrote can be read, and nothing is in use that is written
-        if (total <= room) | (share >= EVEN_SHARE):
-            gdc_launch_dependents()
-    if program == 0:
-        tl.store(row_starts + index, ends - units, mask=index < num_reqs)
-        tl.store(row_starts + num_reqs, share)
-        tl.store(row_starts + num_reqs + 1, larger)
     passed = (ends <= begin) & (index < num_reqs)
     request, before = tl.sum(passed.to(tl.int32), 0), tl.max(tl.where(passed, ends, 0), 0)
     if not ONE_LOOK:
@@ -138,8 +122,6 @@ def find_units(
         for first in range(index.shape[0], num_reqs, index.shape[0]):
             units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT) * num_kv_heads
             ends = seen + tl.cumsum(units, 0)
-            if program == 0:
-                tl.store(row_starts + first + index, ends - units, mask=first + index < num_reqs)
             passed = (ends <= begin) & (first + index < num_reqs)
             request += tl.sum(passed.to(tl.int32), 0)
             before = tl.maximum(before, tl.max(tl.where(passed, ends, 0), 0))
@@ -149,4 +131,39 @@ def find_units(
     query_len = tl.load(query_start_loc + request + 1) - start
     of_row = tl.maximum(row_units(query_len, tl.load(seq_lens + request) - query_len, LAYOUT), 1)
     kv_head = (begin - before) // of_row
-    return request, kv_head, begin - before - kv_head * of_row, count
+    return request, kv_head, begin - before - kv_head * of_row, count, total
+
+
+@triton.jit
+def wait_for_turn(share, has_room):
+    """Wait until the kernel before has ended, and let the next one be launched if there is room for it or all programs
+    take about as long: its programs take the places of those that have ended, and where some end early, too many would
+    share a multiprocessor.
+
+    Args:
+        share: units of a program.
+        has_room: whether all programs leave room beside them for those of the next kernel.
+    """
+    gdc_wait()
+    if has_room | (share >= EVEN_SHARE):
+        gdc_launch_dependents()
+
+
+@triton.jit
+def write_shares(
+    row_starts, query_start_loc, seq_lens, num_programs, index, num_reqs, num_kv_heads, total, LAYOUT: tl.constexpr
+):
+    """Write down how the units are shared out.
+
+    Args:
+        row_starts: int32 ``[num_reqs + 2]``: the first unit of each request, then ``share`` and ``larger`` of
+            :func:`program_of`.
+        index, total: as in :func:`find_units`.
+    """
+    tl.store(row_starts + num_reqs, total // num_programs)
+    tl.store(row_starts + num_reqs + 1, total % num_programs)
+    seen = total * 0
+    for first in range(0, num_reqs, index.shape[0]):
+        units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT) * num_kv_heads
+        tl.store(row_starts + first + index, seen + tl.cumsum(units, 0) - units, mask=first + index < num_reqs)
+        seen += tl.sum(units, 0)
