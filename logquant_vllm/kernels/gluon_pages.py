@@ -263,7 +263,7 @@ def attend_pages(
         # pages between the first and this one hold no token that has a copy
         first_overlaid = (computed // WINDOW - 1 - SPAN) * WINDOW // PAGE
         score_unit = power_of_two(exponent - 5) * qk_scale
-        factor = CODE_UNIT * score_unit
+        factor, zero_unit = CODE_UNIT * score_unit, 64.0 * score_unit
         token = gl.arange(0, GROUP, layout=BY_ROW)
         if not copying:
             copy_first_keys(ring, raw_keys, raw_values, slab, FMT)
@@ -297,15 +297,24 @@ def attend_pages(
             limit = gl.where(large, EXACT_LIMIT, LIMIT)
             first_shift, last_shift = zero_scores(queries, key_zeros, FMT)
             keys = key_tile(ring, stage, FMT)
-            scores = group_scores(keys, 0, queries, key_scales, FMT)
+            first = group_scores(keys, 0, queries, key_scales, FMT)
+            last = first
+            if FMT.groups_per_page == 2:
+                last = group_scores(keys, 1, queries, key_scales, FMT)
             if overlaid:
                 valid = read_from_page(page * PAGE + token, end, computed, window_start, WINDOW)
-                scores = gl.where(valid[:, None], scores, float("-inf"))
+                first = gl.where(valid[:, None], first, float("-inf"))
+                valid = read_from_page((page + 1) * PAGE - GROUP + token, end, computed, window_start, WINDOW)
+                last = gl.where(valid[:, None], last, float("-inf"))
             # weights relative to the reference as it is; with none yet they are infinite or NaN
-            shift = first_shift * (64.0 * score_unit)
-            first_weights = weigh(scores, factor, shift - maximum + LOG_WEIGHT_UNIT)
-            if peak_bits(first_weights) > limit:
-                highest = lane_maxima(scores) * factor + shift
+            first_shift, last_shift = first_shift * zero_unit, last_shift * zero_unit
+            shift = LOG_WEIGHT_UNIT - maximum
+            first_weights, last_weights = (
+                weigh(first, factor, first_shift + shift),
+                weigh(last, factor, last_shift + shift),
+            )
+            if peak_bits(first_weights, last_weights) > limit:
+                highest = gl.maximum(lane_maxima(first) * factor + first_shift, lane_maxima(last) * factor + last_shift)
                 new_maximum = gl.maximum(maximum, column_maxima(highest) + HEADROOM)
                 reference = reference_of(new_maximum)
                 decay = exp2(maximum - reference)
@@ -314,27 +323,9 @@ def attend_pages(
                 acc_0 = scale_rows(acc_0, decay)
                 if VALUE_GROUPS == 2:
                     acc_1 = scale_rows(acc_1, decay)
-                first_weights = weigh(scores, factor, shift - reference + LOG_WEIGHT_UNIT)
-            last_weights = first_weights
-            if FMT.groups_per_page == 2:
-                scores = group_scores(keys, 1, queries, key_scales, FMT)
-                if overlaid:
-                    valid = read_from_page(page * PAGE + GROUP + token, end, computed, window_start, WINDOW)
-                    scores = gl.where(valid[:, None], scores, float("-inf"))
-                shift = last_shift * (64.0 * score_unit)
-                last_weights = weigh(scores, factor, shift - maximum + LOG_WEIGHT_UNIT)
-                if peak_bits(last_weights) > limit:
-                    highest = lane_maxima(scores) * factor + shift
-                    new_maximum = gl.maximum(maximum, column_maxima(highest) + HEADROOM)
-                    reference = reference_of(new_maximum)
-                    decay = exp2(maximum - reference)
-                    maximum = new_maximum
-                    totals, offsets = scale_rows(totals, decay), scale_rows(offsets, decay)
-                    acc_0 = scale_rows(acc_0, decay)
-                    if VALUE_GROUPS == 2:
-                        acc_1 = scale_rows(acc_1, decay)
-                    first_weights = scale_rows(first_weights.to(gl.float32), decay).to(gl.float16)
-                    last_weights = weigh(scores, factor, shift - reference + LOG_WEIGHT_UNIT)
+                shift = LOG_WEIGHT_UNIT - reference
+                first_weights = weigh(first, factor, first_shift + shift)
+                last_weights = weigh(last, factor, last_shift + shift)
             if more:
                 copy_values(ring, stage, slab, FMT)
             async_copy.commit_group()

@@ -278,9 +278,10 @@ def fold_maxima(x):
 
 
 @gluon.jit
-def peak_bits(x):
-    """Bits (int32) of the largest of non-negative float16 ``[rows, 8]``; those of a NaN are the largest."""
-    lanes = fold_maxima(gl.permute(by_lane(x), (1, 2, 0)))
+def peak_bits(a, b):
+    """Bits (int32) of the largest of two non-negative float16 ``[rows, 8]``; those of a NaN are the largest."""
+    a, b = fold_maxima(gl.permute(by_lane(a), (1, 2, 0))), fold_maxima(gl.permute(by_lane(b), (1, 2, 0)))
+    lanes = larger_pairs(a, b)
     return gl.max(gl.reshape(lanes.to(gl.uint16, bitcast=True).to(gl.int32), (64,)), 0)
 
 
