@@ -345,7 +345,7 @@ def test_past_and_chunk_make_the_whole(room: int) -> None:
     assert (len(slices) > 1) == (room < 600)
     for piece in slices:
         keys, values = (torch.full((room, 2, size), math.nan, dtype=k.dtype) for _ in range(2))
-        gather_past(keys, values, piece, requests.cache, batch, layout)
+        gather_past(keys, values, piece, k, v, requests.cache, batch, layout)
         assert piece.start_loc[-1] <= piece.rows <= room
         for r in range(3):
             rows = slice(int(piece.start_loc[r]), int(piece.start_loc[r + 1]))

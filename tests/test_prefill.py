@@ -80,6 +80,7 @@ def flash_of(monkeypatch: pytest.MonkeyPatch) -> Any:
 GRID = [
     # head size, query heads of a KV head, dtype, room for the past
     (64, 8, torch.float16, 512),
+    (64, 2, torch.bfloat16, 8192),
     (128, 4, torch.bfloat16, 1024),
 ]
 ON_GPU = [
@@ -95,7 +96,8 @@ ON_GPU = [
     [*GRID, *(pytest.param(*case, marks=[needs_gpu, pytest.mark.gpu]) for case in ON_GPU if case not in GRID)],
 )
 def test_prefill(flash_of: Any, head_size: int, gqa: int, dtype: torch.dtype, room: int) -> None:
-    """Several requests, with a past and without, in any order, whose past takes one slice or many."""
+    """Several requests, with a past and without, in any order, whose past takes one slice or many, or one with the
+    new tokens."""
     from logquant_vllm.plugin.prefill import Prefill
 
     layout = CacheLayout(PageFormat(head_size), 64)
@@ -114,7 +116,8 @@ def test_prefill(flash_of: Any, head_size: int, gqa: int, dtype: torch.dtype, ro
         output = torch.full_like(q, torch.nan)
         past = past_of(batch, new, bounds, room)
         assert (past.num_requests, past.num_tokens) == (with_past, sum(new[:with_past]))
-        prefill.attend(output, q, k, v, requests.cache, batch, past)
+        assert past.whole == (with_past > 0 and room == 8192)
+        prefill.attend(output, q, k, v, rotated(k), requests.cache, batch, past)
         assert_close(output, expected, what=f"step {seed}")
         reference.quantize_pages(rotated(k), v, requests.cache, batch, layout)
         reference.update_window(rotated(k), v, requests.cache, batch, layout)

@@ -246,17 +246,21 @@ def test_rotate_heads(head_size: int, dtype: torch.dtype, tokens: int, groups: i
         assert_close(x, y, what="rotated")
 
 
-def past_of_both(pair: Pair, new: list[int], room: int) -> None:
-    """The past of a step, slice by slice: equal to the reference's but for the rounding of dequantized tokens."""
+def past_of_both(pair: Pair, new: list[int], room: int, whole: bool) -> None:
+    """The past of a step, slice by slice, or with its new tokens in one: equal to the reference's but for the rounding
+    of dequantized tokens."""
     a, b = pair.expected.batch(new), pair.actual.batch(new)
-    bounds = [n + 3 for n in a.num_computed.tolist()]  # the host knows upper bounds
+    lengths = [x.seq_lens if whole else x.num_computed for x in (a, b)]
+    bounds = [n + 3 for n in lengths[0].tolist()]  # the host knows upper bounds
+    _, key, value = pair.qkv(sum(new), 5)
     shape = (room, pair.num_kv_heads, pair.layout.fmt.head_size)
-    pieces = [past_reference.past_slices(x.num_computed, bounds, room) for x in (a, b)]
+    pieces = [past_reference.past_slices(x, bounds, room) for x in lengths]
     for piece, on_device in zip(*pieces, strict=True):
         expected = [torch.full(shape, 7.0, dtype=pair.dtype) for _ in range(2)]
         actual = [x.to(DEVICE) for x in expected]
-        past_reference.gather_past(*expected, piece, pair.expected.cache, a, pair.layout)
-        past_kernels.gather_past(*actual, on_device, pair.actual.cache, b, pair.layout)
+        past_reference.gather_past(*expected, piece, key, value, pair.expected.cache, a, pair.layout)
+        new_tokens = key.to(DEVICE), value.to(DEVICE)
+        past_kernels.gather_past(*actual, on_device, *new_tokens, pair.actual.cache, b, pair.layout)
         for x, y in zip(actual, expected, strict=True):
             assert_close(x, y, tolerance=1e-3, what=f"past from {piece.first}")
             assert (x[int(piece.start_loc[-1]) : piece.rows] == 0).all()
@@ -269,10 +273,12 @@ def test_gather_past(case) -> None:
     layout = small_layout(case)
     pair = Pair(layout, case[8], 2, 3, 700, case[9])
     pair.step([430, 1, 64], seed=0)
-    past_of_both(pair, [3, 1, 20], room=128)
+    past_of_both(pair, [3, 1, 20], room=128, whole=False)
+    past_of_both(pair, [3, 1, 20], room=1000, whole=True)
     for side in (pair.expected, pair.actual):
         side.cache.window_block_table[1] = 0  # a row of padding
-    past_of_both(pair, [1, 1, 1], room=2000)
+    past_of_both(pair, [1, 1, 1], room=2000, whole=False)
+    past_of_both(pair, [1, 70, 2], room=2000, whole=True)
 
 
 @here

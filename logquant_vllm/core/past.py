@@ -1,8 +1,9 @@
-"""The cached tokens of a step's requests as plain keys and values, a bounded number at a time.
+"""The tokens of a step's requests as plain keys and values, a bounded number at a time.
 
 Long queries are compute-bound: reading the cache once into the model's dtype and handing it to a dense attention kernel
-costs little and keeps that kernel's speed. The past of all requests is cut into slices that fit a workspace; attention
-over the slices is joined by :func:`logquant_vllm.core.operations.merge_states`.
+costs little and keeps that kernel's speed. If cached and new tokens of the requests fit a workspace, attention is one
+call. Otherwise the cached ones are cut into slices that fit it; attention over the slices and over the new tokens is
+joined by :func:`logquant_vllm.core.operations.merge_states`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SLICE_STEP = 32
 
 
 class PastSlice(NamedTuple):
-    """Cached positions from ``first`` to below ``first + span`` of every request, packed one request after another."""
+    """Positions from ``first`` to below ``first + span`` of every request, packed one request after another."""
 
     first: int
     span: int  # at least the tokens of any request
@@ -36,6 +37,9 @@ class Past(NamedTuple):
     num_tokens: int  # new tokens of these requests
     max_query_len: int  # their longest query
     slices: list[PastSlice]
+    whole: bool  # whether there is one slice, with the new tokens of these requests behind the cached ones
+    others: Tensor  # int32 [other requests + 1]: query_start_loc of the requests behind, from 0 on
+    max_other_len: int  # their longest query; 0 if there are none
 
 
 def past_of(batch: Batch, query_lens: Sequence[int], bounds: Sequence[int], room: int) -> Past:
@@ -43,18 +47,26 @@ def past_of(batch: Batch, query_lens: Sequence[int], bounds: Sequence[int], room
 
     Args:
         query_lens: new tokens of each request, on the host.
-        bounds, room: as in :func:`past_slices`.
+        bounds, room: as in :func:`past_slices`, of the cached tokens.
     """
     some = max((i + 1 for i, bound in enumerate(bounds) if bound > 0), default=0)
-    slices = past_slices(batch.num_computed[:some], bounds[:some], room)
-    return Past(some, sum(query_lens[:some]), max(query_lens[:some], default=0), slices)
+    every = [new + bound for new, bound in zip(query_lens[:some], bounds[:some], strict=True)]
+    whole = 0 < sum(every) <= room
+    slices = (
+        past_slices(batch.seq_lens[:some], every, room)
+        if whole
+        else past_slices(batch.num_computed[:some], bounds[:some], room)
+    )
+    starts = batch.query_start_loc[some:]
+    longest, longest_other = (max(lens, default=0) for lens in (query_lens[:some], query_lens[some:]))
+    return Past(some, sum(query_lens[:some]), longest, slices, whole, starts - starts[0], longest_other)
 
 
-def past_slices(num_computed: Tensor, bounds: Sequence[int], room: int) -> list[PastSlice]:
-    """Cut the past of a batch into slices of at most ``room`` tokens; none if nothing is cached.
+def past_slices(lengths: Tensor, bounds: Sequence[int], room: int) -> list[PastSlice]:
+    """Cut the first tokens of a batch's requests into slices of at most ``room`` tokens; none if there are no tokens.
 
     Args:
-        num_computed: int32 ``[num_reqs]`` on the device, tokens computed before this step.
+        lengths: int32 ``[num_reqs]`` on the device, how many tokens of each request.
         bounds: upper bounds of them, known on the host; the slices are as many as these ask for.
         room: tokens of a slice, at least ``SLICE_STEP`` for every request.
 
@@ -66,7 +78,7 @@ def past_slices(num_computed: Tensor, bounds: Sequence[int], room: int) -> list[
     slices, first = [], 0
     while left := [bound - first for bound in bounds if bound > first]:
         span = _span(left, room)
-        counts = (num_computed - first).clamp(0, span)
+        counts = (lengths - first).clamp(0, span)
         start_loc = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
         slices.append(PastSlice(first, span, sum(min(n, span) for n in left), start_loc))
         first += span
@@ -84,28 +96,36 @@ def _span(left: list[int], room: int) -> int:
 
 
 def gather_past(
-    keys: Tensor, values: Tensor, piece: PastSlice, cache: PagedCache, batch: Batch, layout: CacheLayout
+    keys: Tensor,
+    values: Tensor,
+    piece: PastSlice,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    layout: CacheLayout,
 ) -> None:
-    """Write a slice of the past: a token's full-precision copy where it has one, otherwise its dequantized page.
+    """Write a slice: of a cached token its full-precision copy where it has one, otherwise its dequantized page.
 
     Args:
         keys, values: ``[piece.rows or more, num_kv_heads, head_size]`` in the model's dtype, written; keys are rotated
             as they were stored. The first ``piece.rows`` rows that belong to no token become 0: attention kernels mask
             weights, but a NaN times 0 is still one.
         piece: one of :func:`past_slices` of the same batch.
+        key, value: ``[num_tokens, num_kv_heads, head_size]``, the new tokens, whose positions follow the cached ones.
     """
-    computed = batch.num_computed
+    computed, starts = batch.num_computed, batch.query_start_loc.tolist()
     cached = read_cached_tokens(cache, computed, layout, keys.shape[1], keys.dtype)
     keys[: piece.rows], values[: piece.rows] = 0, 0
     for request, start in enumerate(piece.start_loc[:-1].tolist()):
-        n = int(computed[request])
         if cache.window_block_table[request, 0] == 0:
             continue
+        n, count = int(computed[request]), int(piece.start_loc[request + 1]) - start
         copied = cached.copy_valid[request]
         position = cached.copy_position[request][copied].long()
-        window = slice(piece.first, min(piece.first + piece.span, n))
-        rows = slice(start, start + max(window.stop - window.start, 0))
-        for out, pages, half in ((keys, cached.page_keys, 0), (values, cached.page_values, 1)):
-            past = pages[request].to(out.dtype)
-            past[position] = cached.copies[request, copied, :, half]
-            out[rows] = past[window]
+        new = slice(starts[request], starts[request + 1])
+        for out, pages, half, x in ((keys, cached.page_keys, 0, key), (values, cached.page_values, 1, value)):
+            every = pages[request].to(out.dtype)
+            every[position] = cached.copies[request, copied, :, half]
+            every = torch.cat([every[:n], x[new]])
+            out[start : start + count] = every[piece.first : piece.first + count]

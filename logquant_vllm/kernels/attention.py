@@ -38,17 +38,22 @@ def page_keys(slab, first, token, channel, in_head, FMT: tl.constexpr):
 
 
 @triton.jit
-def page_values(slab, first, token, channel, valid, FMT: tl.constexpr):
+def page_values(slab, first, token, channel, group, valid, in_head, FMT: tl.constexpr):
     """float32 values ``[token, channel]`` of tokens ``first + token`` of a page, all of one group (int32 ``[T, 1]``);
-    0 where not ``valid``."""
+    0 where not ``valid`` (of tokens) and ``in_head`` (of channels).
+
+    Args:
+        group: the groups of the channels, or the one that they all belong to.
+    """
     LEVELS: tl.constexpr = (1 << FMT.value_bits) - 1
     in_group = first % FMT.key_group_size + token
     word = first // FMT.key_group_size * FMT.value_words_per_group + in_group % FMT.value_words_per_group
     words = (slab + FMT.value_codes_offset).to(tl.pointer_type(tl.uint16))
-    word = tl.load(words + channel * FMT.value_words + word, mask=valid, other=0)
+    word = tl.load(words + channel * FMT.value_words + word, mask=valid & in_head, other=0)
     codes = (word.to(tl.int32) >> (in_group // FMT.value_words_per_group * FMT.value_bits)) & LEVELS
-    index = channel // FMT.value_group_size * FMT.page_size + first + token
-    scale, zero = load_scale_zero(slab, FMT.value_scale_offset, FMT.value_zero_offset, index, valid, FMT)
+    index = group * FMT.page_size + first + token
+    mask = valid & (index < FMT.value_groups * FMT.page_size)
+    scale, zero = load_scale_zero(slab, FMT.value_scale_offset, FMT.value_zero_offset, index, mask, FMT)
     return codes.to(tl.float32) * scale + zero
 
 
@@ -146,7 +151,10 @@ def attention_kernel(
                 slab = pages + block * page_byte_stride + kv_head.to(tl.int64) * FMT.head_bytes
                 in_page = first % FMT.page_size
                 k = page_keys(slab, in_page, token[None, :], channel[:, None], in_head[:, None], FMT)
-                v = page_values(slab, in_page, token[:, None], channel[None, :], valid[:, None] & in_head[None, :], FMT)
+                group = (channel // FMT.value_group_size)[None, :]
+                v = page_values(
+                    slab, in_page, token[:, None], channel[None, :], group, valid[:, None], in_head[None, :], FMT
+                )
                 maximum, total, acc = online_softmax_step(
                     q_page, k.to(PAGE_OPERAND), v.to(PAGE_OPERAND), valid[None, :], qk_scale, maximum, total, acc
                 )

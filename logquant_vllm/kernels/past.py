@@ -12,6 +12,7 @@ from logquant_vllm.kernels.attention import page_keys, page_values
 from logquant_vllm.kernels.common import (
     STEP_COUNTS,
     STEP_METADATA,
+    check_tokens,
     count_compactions,
     find_request,
     log_slot_of_position,
@@ -27,6 +28,8 @@ from logquant_vllm.kernels.common import (
 def gather_past_kernel(
     keys,  # [rows, num_kv_heads, head_size]
     values,  # likewise
+    key,  # [num_tokens, num_kv_heads, head_size]: new tokens
+    value,  # likewise
     start_loc,
     first,  # first position of the slice
     rows,  # rows to write
@@ -40,6 +43,10 @@ def gather_past_kernel(
     num_reqs,
     row_stride,
     row_head_stride,
+    key_stride,
+    key_head_stride,
+    value_stride,
+    value_head_stride,
     page_byte_stride,
     window_byte_stride,
     window_stride,
@@ -51,37 +58,35 @@ def gather_past_kernel(
     FMT: tl.constexpr,
     LAYOUT: tl.constexpr,
     SLOTS_PER_BLOCK: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
+    GROUP_PAD: tl.constexpr,  # power of two, at least value_group_size
     TOKENS: tl.constexpr,  # tokens of a program; divides key_group_size and ``first``
 ):
     WINDOW: tl.constexpr = LAYOUT.window_length
     HEAD_SIZE: tl.constexpr = FMT.head_size
+    GROUPS: tl.constexpr = FMT.value_groups
     request, chunk = find_request(start_loc, tl.program_id(0), num_reqs, TOKENS)
     kv_head = tl.program_id(1)
     begin = tl.load(start_loc + request)
     count = tl.load(start_loc + request + 1) - begin
-    _, _, computed, window_start, live = read_request(
+    start, _, computed, window_start, live = read_request(
         query_start_loc, seq_lens, window_bytes, window_byte_stride, window_table, request, window_table_stride
     )
     # the last request also clears the rows behind its own
     owned = tl.where(request == num_reqs - 1, rows - begin, count)
     if chunk * TOKENS < owned:
         base = first + chunk * TOKENS
-        token, channel = tl.arange(0, TOKENS), tl.arange(0, HEAD_PAD)[None, :]
+        token = tl.arange(0, TOKENS)
         position = base + token
         exists = chunk * TOKENS + token < tl.where(live, count, 0)
-        in_head = channel < HEAD_SIZE
-
         end = pages_end(computed, window_start, WINDOW)
         from_page = exists & read_from_page(position, end, computed, window_start, WINDOW)
-        from_slot = exists & ~from_page
+        from_slot = exists & (position < computed) & ~from_page
+        is_new = exists & (position >= computed)
+
         in_page = base % FMT.page_size
         table_row = block_table + request.to(tl.int64) * table_stride
         block = tl.load(table_row + base // FMT.page_size, mask=base < computed, other=0).to(tl.int64)
         slab = pages + block * page_byte_stride + kv_head.to(tl.int64) * FMT.head_bytes
-        k = page_keys(slab, in_page, token[:, None], channel, in_head, FMT)
-        v = page_values(slab, in_page, token[:, None], channel, from_page[:, None] & in_head, FMT)
-
         compactions = count_compactions(computed, WINDOW)
         slot = tl.where(
             position < end,
@@ -96,22 +101,42 @@ def gather_past_kernel(
             window_slot_stride,
             SLOTS_PER_BLOCK,
         )
-        copies = window + kv_head.to(tl.int64) * window_head_stride + offset[:, None] + channel
-        mask = from_slot[:, None] & in_head
+        copies = window + kv_head.to(tl.int64) * window_head_stride
+        new = (start + position - computed).to(tl.int64)[:, None]
+        row = (begin + chunk * TOKENS + token).to(tl.int64)[:, None] * row_stride + kv_head * row_head_stride
         dtype: tl.constexpr = keys.dtype.element_ty
-        k = tl.where(from_page[:, None], k.to(dtype), tl.load(copies, mask=mask, other=0.0))
-        v = tl.where(from_page[:, None], v.to(dtype), tl.load(copies + HEAD_SIZE, mask=mask, other=0.0))
-
-        mask = (chunk * TOKENS + token < owned)[:, None] & in_head
-        row = (begin + chunk * TOKENS + token).to(tl.int64)[:, None] * row_stride + kv_head * row_head_stride + channel
-        tl.store(keys + row, k, mask=mask)
-        tl.store(values + row, v, mask=mask)
+        for group in tl.static_range(GROUPS):  # of channels: a token has one scale in each
+            in_group = tl.arange(0, GROUP_PAD)[None, :]
+            channel = group * FMT.value_group_size + in_group
+            in_head = (in_group < FMT.value_group_size) & (channel < HEAD_SIZE)
+            paged = from_page[:, None]
+            k = page_keys(slab, in_page, token[:, None], channel, in_head, FMT).to(dtype)
+            v = page_values(slab, in_page, token[:, None], channel, group, paged, in_head, FMT).to(dtype)
+            address, mask = copies + offset[:, None] + channel, from_slot[:, None] & in_head
+            k = tl.where(paged, k, tl.load(address, mask=mask, other=0.0))
+            v = tl.where(paged, v, tl.load(address + HEAD_SIZE, mask=mask, other=0.0))
+            mask = is_new[:, None] & in_head
+            of_key = key + new * key_stride + kv_head * key_head_stride + channel
+            of_value = value + new * value_stride + kv_head * value_head_stride + channel
+            k = tl.where(is_new[:, None], tl.load(of_key, mask=mask, other=0.0), k)
+            v = tl.where(is_new[:, None], tl.load(of_value, mask=mask, other=0.0), v)
+            mask = (chunk * TOKENS + token < owned)[:, None] & in_head
+            tl.store(keys + row + channel, k, mask=mask)
+            tl.store(values + row + channel, v, mask=mask)
 
 
 def gather_past(
-    keys: Tensor, values: Tensor, piece: PastSlice, cache: PagedCache, batch: Batch, layout: CacheLayout
+    keys: Tensor,
+    values: Tensor,
+    piece: PastSlice,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    layout: CacheLayout,
 ) -> None:
-    """Write a slice of the past as keys and values of the model's dtype; see ``core.past.gather_past``."""
+    """Write a slice as keys and values of the model's dtype; see ``core.past.gather_past``."""
+    check_tokens(key, value, cache)
     if keys.stride() != values.stride() or keys.stride(-1) != 1:
         raise ValueError(
             f"keys and values must have equal strides and a contiguous last dimension, got {keys.stride()} and "
@@ -122,6 +147,8 @@ def gather_past(
     gather_past_kernel[(piece.rows // SLICE_STEP + num_reqs, num_kv_heads)](
         keys,
         values,
+        key,
+        value,
         piece.start_loc,
         piece.first,
         piece.rows,
@@ -135,6 +162,10 @@ def gather_past(
         num_reqs,
         keys.stride(0),
         keys.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
         cache.pages.stride(0),
         cache.window.stride(0),
         slots.stride(0),
@@ -146,7 +177,7 @@ def gather_past(
         FMT=fmt,
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
-        HEAD_PAD=triton.next_power_of_2(fmt.head_size),
+        GROUP_PAD=triton.next_power_of_2(fmt.value_group_size),
         TOKENS=SLICE_STEP,
         num_warps=4,
     )

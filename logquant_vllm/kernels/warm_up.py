@@ -68,5 +68,5 @@ def warm_up(
     operations.rotate_heads(q, k, basis or rotation_basis(fmt.head_size, dtype, device))
     room = 2 * length
     keys = torch.empty(room, num_kv_heads, fmt.head_size, dtype=dtype, device=device)
-    for piece in past_slices(batch.num_computed, [length] * 2, room):
-        operations.gather_past(keys, torch.empty_like(keys), piece, cache, batch, layout)
+    for piece in past_slices(batch.seq_lens, [length] * 2, room):
+        operations.gather_past(keys, torch.empty_like(keys), piece, k, v, cache, batch, layout)

@@ -320,6 +320,6 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
                 ops.attention(q, stored_key[t], value[t], view, part.batch, layout, self.scale, output[t])
             else:
                 assert part.past is not None
-                self._prefill.attend(output[t], query[t], key[t], value[t], view, part.batch, part.past)
+                self._prefill.attend(output[t], query[t], key[t], value[t], stored_key[t], view, part.batch, part.past)
         ops.update_window(stored_key, value, cache, batch, layout)
         return output

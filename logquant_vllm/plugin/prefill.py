@@ -1,7 +1,7 @@
-"""Attention of long queries on a GPU: FlashAttention over the chunk itself and over the past, joined.
+"""Attention of long queries on a GPU: FlashAttention, at the speed that it has on a bfloat16 cache.
 
-The chunk needs no cache. The past is read from pages and window into a bounded workspace, slice by slice, by
-``gather_past``; FlashAttention then runs at the speed that it has on a bfloat16 cache.
+A first chunk needs no cache. The past of a later one is read from pages and window into a bounded workspace by
+``gather_past``: together with the chunk if both fit it, otherwise slice by slice.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class Prefill:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        stored_key: Tensor,
         cache: PagedCache,
         batch: Batch,
         past: Past,
@@ -88,21 +89,17 @@ class Prefill:
             output, query: ``[num_tokens, num_heads, head_size]``.
             key, value: ``[num_tokens, num_kv_heads, head_size]``; keys and queries *not* rotated: the scores within
                 the chunk are the same either way, and without a past nothing else is computed.
+            stored_key: the keys as they are stored, rotated.
             past: ``core.past.past_of`` the batch.
         """
-        starts, longest = batch.query_start_loc, batch.max_query_len
-        lse = self.flash(
-            q=query,
-            k=key,
-            v=value,
-            out=output,
-            cu_seqlens_q=starts,
-            cu_seqlens_k=starts,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            softmax_scale=self.scale,
-            causal=True,
-        )[1]
+        starts, longest, alone = batch.query_start_loc, batch.max_query_len, slice(None)
+        if past.whole:
+            starts, longest, alone = past.others, past.max_other_len, slice(past.num_tokens, None)
+        lse = torch.empty(0)
+        if longest:
+            lse = self._flash(
+                output[alone], query[alone], key[alone], value[alone], starts, starts, longest, longest, causal=True
+            )
         if not past.slices:
             return
         from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
@@ -111,27 +108,49 @@ class Prefill:
 
         # in a step with decoding requests, the end of one prompt often comes with the begin of another, which has none
         requests, tokens = slice(past.num_requests), slice(past.num_tokens)
-        output, query, lse = output[tokens], self.rotated(query[tokens]), lse[:, tokens].contiguous()
-        starts = starts[: past.num_requests + 1]
+        output, query = output[tokens], self.rotated(query[tokens])
+        if not past.whole:
+            lse = lse[:, tokens].contiguous()
+        starts = batch.query_start_loc[: past.num_requests + 1]
         batch = batch._replace(query_start_loc=starts, seq_lens=batch.seq_lens[requests])
         cache = cache._replace(
             block_table=cache.block_table[requests], window_block_table=cache.window_block_table[requests]
         )
         keys, values, partial = self.workspace(past.num_tokens, query.dtype)
         for piece in past.slices:
-            gather_past(keys, values, piece, cache, batch, self.layout)
-            partial_lse = self.flash(
-                q=query,
-                k=keys[: piece.rows],
-                v=values[: piece.rows],
-                out=partial,
-                cu_seqlens_q=starts,
-                cu_seqlens_k=piece.start_loc,
-                max_seqlen_q=past.max_query_len,
-                max_seqlen_k=piece.span,
-                softmax_scale=self.scale,
-                causal=False,
-            )[1]
+            gather_past(keys, values, piece, stored_key, value, cache, batch, self.layout)
+            inputs = query, keys[: piece.rows], values[: piece.rows], starts, piece.start_loc
+            lengths = past.max_query_len, piece.span
+            if past.whole:
+                self._flash(output, *inputs, *lengths, causal=True)
+                continue
+            partial_lse = self._flash(partial, *inputs, *lengths, causal=False)
             merged = torch.empty_like(lse)
             merge_attn_states(output, partial, partial_lse, output, lse, merged)
             lse = merged
+
+    def _flash(
+        self,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_start_loc: Tensor,
+        key_start_loc: Tensor,
+        max_query_len: int,
+        max_key_len: int,
+        causal: bool,
+    ) -> Tensor:
+        """FlashAttention into ``output``; the LSEs ``[num_heads, num_tokens]``."""
+        return self.flash(
+            q=query,
+            k=key,
+            v=value,
+            out=output,
+            cu_seqlens_q=query_start_loc,
+            cu_seqlens_k=key_start_loc,
+            max_seqlen_q=max_query_len,
+            max_seqlen_k=max_key_len,
+            softmax_scale=self.scale,
+            causal=causal,
+        )[1]
