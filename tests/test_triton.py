@@ -93,22 +93,26 @@ class Pair:
         if max_seq_len is not None:
             a, b = a._replace(max_seq_len=max_seq_len), b._replace(max_seq_len=max_seq_len)
         on_device = [x.to(DEVICE) for x in (q, k, v)]
-        reference.quantize_pages(k, v, self.expected.cache, a, self.layout)
         at_once = at_once and a.max_query_len == 1
         if not at_once:
+            reference.quantize_pages(k, v, self.expected.cache, a, self.layout)
             kernels.quantize_pages(*on_device[1:], self.actual.cache, b, self.layout)
             self.same_bytes(f"pages after {new}")
-        expected = reference.attention(q, k, v, self.expected.cache, a, self.layout, self.scale)
-        attend = kernels.decode_step if at_once else kernels.attention
-        actual = attend(*on_device, self.actual.cache, b, self.layout, self.scale)
+        expected, actual = (
+            (ops.decode_step if at_once else ops.attention)(*qkv, side.cache, batch, self.layout, self.scale)
+            for ops, qkv, side, batch in (
+                (reference, (q, k, v), self.expected, a),
+                (kernels, on_device, self.actual, b),
+            )
+        )
         if not at_once:
             self.same_bytes(f"attention of {new} wrote to the cache")
         finite = torch.ones(sum(new), dtype=torch.bool) if nan_rows is None else ~nan_rows
         assert_close(actual[0].cpu()[finite], expected[0][finite], what=f"output of {new}")
         error = (actual[1].cpu()[finite] - expected[1][finite]).abs().max().item() if finite.any() else 0.0
         assert error < 2e-2, f"lse of {new} is off by {error}"
-        reference.update_window(k, v, self.expected.cache, a, self.layout)
         if not at_once:
+            reference.update_window(k, v, self.expected.cache, a, self.layout)
             kernels.update_window(*on_device[1:], self.actual.cache, b, self.layout)
         self.same_bytes(f"window after {new}")
         return expected, actual
