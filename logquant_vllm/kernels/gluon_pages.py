@@ -152,6 +152,16 @@ def weigh(scores, factor, shifts):
 
 
 @gluon.jit
+def weigh_groups(first, last, factor, first_shift, last_shift, shift, FMT: gl.constexpr):
+    """:func:`weigh` of a page's first and of its last group, which may be one and the same."""
+    weights = weigh(first, factor, first_shift + shift)
+    if FMT.groups_per_page == 1:
+        return weights, weights
+    else:
+        return weights, weigh(last, factor, last_shift + shift)
+
+
+@gluon.jit
 def right_steps(first, last, FMT: gl.constexpr):
     """The weights of a page's groups as right operands, in the order in which the words of values hold tokens."""
     if FMT.groups_per_page == 1:
@@ -309,10 +319,7 @@ def attend_pages(
             # weights relative to the reference as it is; with none yet they are infinite or NaN
             first_shift, last_shift = first_shift * zero_unit, last_shift * zero_unit
             shift = LOG_WEIGHT_UNIT - maximum
-            first_weights, last_weights = (
-                weigh(first, factor, first_shift + shift),
-                weigh(last, factor, last_shift + shift),
-            )
+            first_weights, last_weights = weigh_groups(first, last, factor, first_shift, last_shift, shift, FMT)
             if peak_bits(first_weights, last_weights) > limit:
                 highest = gl.maximum(lane_maxima(first) * factor + first_shift, lane_maxima(last) * factor + last_shift)
                 new_maximum = gl.maximum(maximum, column_maxima(highest) + HEADROOM)
@@ -324,8 +331,7 @@ def attend_pages(
                 if VALUE_GROUPS == 2:
                     acc_1 = scale_rows(acc_1, decay)
                 shift = LOG_WEIGHT_UNIT - reference
-                first_weights = weigh(first, factor, first_shift + shift)
-                last_weights = weigh(last, factor, last_shift + shift)
+                first_weights, last_weights = weigh_groups(first, last, factor, first_shift, last_shift, shift, FMT)
             if more:
                 copy_values(ring, stage, slab, FMT)
             async_copy.commit_group()
