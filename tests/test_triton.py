@@ -98,13 +98,9 @@ class Pair:
             reference.quantize_pages(k, v, self.expected.cache, a, self.layout)
             kernels.quantize_pages(*on_device[1:], self.actual.cache, b, self.layout)
             self.same_bytes(f"pages after {new}")
-        expected, actual = (
-            (ops.decode_step if at_once else ops.attention)(*qkv, side.cache, batch, self.layout, self.scale)
-            for ops, qkv, side, batch in (
-                (reference, (q, k, v), self.expected, a),
-                (kernels, on_device, self.actual, b),
-            )
-        )
+        attend = "decode_step" if at_once else "attention"
+        expected = getattr(reference, attend)(q, k, v, self.expected.cache, a, self.layout, self.scale)
+        actual = getattr(kernels, attend)(*on_device, self.actual.cache, b, self.layout, self.scale)
         if not at_once:
             self.same_bytes(f"attention of {new} wrote to the cache")
         finite = torch.ones(sum(new), dtype=torch.bool) if nan_rows is None else ~nan_rows

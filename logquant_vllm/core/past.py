@@ -38,8 +38,9 @@ class Past(NamedTuple):
     max_query_len: int  # their longest query
     slices: list[PastSlice]
     whole: bool  # whether there is one slice, with the new tokens of these requests behind the cached ones
-    others: Tensor  # int32 [other requests + 1]: query_start_loc of the requests behind, from 0 on
-    max_other_len: int  # their longest query; 0 if there are none
+    alone: int  # new tokens from this one on are attended to apart from any past: those behind, or all if not whole
+    alone_start_loc: Tensor  # int32: query_start_loc of their requests, from 0 on
+    max_alone_len: int  # their longest query; 0 if there are none
 
 
 def past_of(batch: Batch, query_lens: Sequence[int], bounds: Sequence[int], room: int) -> Past:
@@ -52,14 +53,12 @@ def past_of(batch: Batch, query_lens: Sequence[int], bounds: Sequence[int], room
     some = max((i + 1 for i, bound in enumerate(bounds) if bound > 0), default=0)
     every = [new + bound for new, bound in zip(query_lens[:some], bounds[:some], strict=True)]
     whole = 0 < sum(every) <= room
-    slices = (
-        past_slices(batch.seq_lens[:some], every, room)
-        if whole
-        else past_slices(batch.num_computed[:some], bounds[:some], room)
-    )
-    starts = batch.query_start_loc[some:]
-    longest, longest_other = (max(lens, default=0) for lens in (query_lens[:some], query_lens[some:]))
-    return Past(some, sum(query_lens[:some]), longest, slices, whole, starts - starts[0], longest_other)
+    tokens, longest = sum(query_lens[:some]), max(query_lens[:some], default=0)
+    if whole:
+        slices, starts = past_slices(batch.seq_lens[:some], every, room), batch.query_start_loc[some:]
+        return Past(some, tokens, longest, slices, True, tokens, starts - tokens, max(query_lens[some:], default=0))
+    slices = past_slices(batch.num_computed[:some], bounds[:some], room)
+    return Past(some, tokens, longest, slices, False, 0, batch.query_start_loc, batch.max_query_len)
 
 
 def past_slices(lengths: Tensor, bounds: Sequence[int], room: int) -> list[PastSlice]:

@@ -171,18 +171,8 @@ def decode_kernel(
     request, kv_head, unit, count, total = find_units(
         query_start_loc, seq_lens, program, gl.num_programs(0), index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK
     )
-    start, computed, units, stop, blocks, window_block = open_row(
-        query_start_loc,
-        seq_lens,
-        block_table,
-        window_table,
-        table_stride,
-        window_table_stride,
-        request,
-        unit,
-        count,
-        LAYOUT,
-    )
+    tables = query_start_loc, seq_lens, block_table, window_table, table_stride, window_table_stride
+    start, computed, units, stop, blocks, window_block = open_row(*tables, request, unit, count, LAYOUT)
     if DEPENDENT:  # from here on all that other kernels wrote can be read, and nothing is in use that is written
         wait_for_turn(total // gl.num_programs(0), total <= room)
     if program == gl.num_programs(0) - 1:  # no program takes fewer units
@@ -298,15 +288,4 @@ def decode_kernel(
         kv_head = gl.where(last, 0, kv_head + 1)
         unit = 0
         if count > 0:
-            start, computed, units, stop, blocks, window_block = open_row(
-                query_start_loc,
-                seq_lens,
-                block_table,
-                window_table,
-                table_stride,
-                window_table_stride,
-                request,
-                unit,
-                count,
-                LAYOUT,
-            )
+            start, computed, units, stop, blocks, window_block = open_row(*tables, request, unit, count, LAYOUT)

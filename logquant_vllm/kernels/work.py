@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from logquant_vllm.kernels.common import read_lengths
+
 WINDOW_UNIT = tl.constexpr(32)  # slots
 REQUESTS = (32, 256)  # requests that are looked at together: few, or many
 PIECES = 2  # of a program
@@ -127,9 +129,8 @@ def find_units(
             before = tl.maximum(before, tl.max(tl.where(passed, ends, 0), 0))
             seen += tl.sum(units, 0)
     request = tl.minimum(request, num_reqs - 1)
-    start = tl.load(query_start_loc + request)
-    query_len = tl.load(query_start_loc + request + 1) - start
-    of_row = tl.maximum(row_units(query_len, tl.load(seq_lens + request) - query_len, LAYOUT), 1)
+    _, query_len, computed = read_lengths(query_start_loc, seq_lens, request)
+    of_row = tl.maximum(row_units(query_len, computed, LAYOUT), 1)
     kv_head = (begin - before) // of_row
     return request, kv_head, begin - before - kv_head * of_row, count, total
 

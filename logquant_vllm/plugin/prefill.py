@@ -92,11 +92,9 @@ class Prefill:
             stored_key: the keys as they are stored, rotated.
             past: ``core.past.past_of`` the batch.
         """
-        starts, longest, alone = batch.query_start_loc, batch.max_query_len, slice(None)
-        if past.whole:
-            starts, longest, alone = past.others, past.max_other_len, slice(past.num_tokens, None)
-        lse = torch.empty(0)
-        if longest:
+        if past.max_alone_len:
+            alone = slice(past.alone, None)
+            starts, longest = past.alone_start_loc, past.max_alone_len
             lse = self._flash(
                 output[alone], query[alone], key[alone], value[alone], starts, starts, longest, longest, causal=True
             )
@@ -119,15 +117,21 @@ class Prefill:
         keys, values, partial = self.workspace(past.num_tokens, query.dtype)
         for piece in past.slices:
             gather_past(keys, values, piece, stored_key, value, cache, batch, self.layout)
-            inputs = query, keys[: piece.rows], values[: piece.rows], starts, piece.start_loc
-            lengths = past.max_query_len, piece.span
-            if past.whole:
-                self._flash(output, *inputs, *lengths, causal=True)
-                continue
-            partial_lse = self._flash(partial, *inputs, *lengths, causal=False)
-            merged = torch.empty_like(lse)
-            merge_attn_states(output, partial, partial_lse, output, lse, merged)
-            lse = merged
+            partial_lse = self._flash(
+                output if past.whole else partial,
+                query,
+                keys[: piece.rows],
+                values[: piece.rows],
+                starts,
+                piece.start_loc,
+                past.max_query_len,
+                piece.span,
+                causal=past.whole,
+            )
+            if not past.whole:
+                merged = torch.empty_like(lse)
+                merge_attn_states(output, partial, partial_lse, output, lse, merged)
+                lse = merged
 
     def _flash(
         self,
