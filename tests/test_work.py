@@ -30,17 +30,18 @@ if RUNS_HERE:
         ONE_LOOK: tl.constexpr,
     ):
         program, programs, index = tl.program_id(0), tl.num_programs(0), tl.arange(0, REQUESTS)
-        request, kv_head, unit, count, total = work.find_units(
-            query_start_loc, seq_lens, program, programs, index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK
+        shares = work.choose_shares(
+            query_start_loc, seq_lens, programs, index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK
+        )
+        request, kv_head, unit, count = work.find_units(
+            query_start_loc, seq_lens, program, shares, index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK
         )
         tl.store(found + 4 * program, request)
         tl.store(found + 4 * program + 1, kv_head)
         tl.store(found + 4 * program + 2, unit)
         tl.store(found + 4 * program + 3, count)
         if program == programs - 1:
-            work.write_shares(
-                row_starts, query_start_loc, seq_lens, programs, index, num_reqs, num_kv_heads, total, LAYOUT
-            )
+            work.write_shares(row_starts, query_start_loc, seq_lens, shares, index, num_reqs, num_kv_heads, LAYOUT)
 
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_triton.test_in_interpreter's process")
@@ -63,21 +64,26 @@ def starts_and_lens(lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("lens", "programs"),
+    ("lens", "programs", "whole"),
     [
-        ([1], 1),
-        ([1], 50),
-        ([4000, 1, 0, 1, 70], 7),
-        ([0, 0, 500], 13),
-        ([33 * i % 700 for i in range(40)], 31),  # more requests than are looked at together
-        ([300] * 8, 16),
+        ([1], 1, False),
+        ([1], 50, True),
+        ([4000, 1, 0, 1, 70], 7, False),
+        ([0, 0, 500], 13, True),
+        ([33 * i % 700 for i in range(40)], 31, False),  # more requests than are looked at together
+        ([20 + i for i in range(40)], 90, True),
+        ([300] * 8, 16, True),
+        ([300] * 8, 17, True),  # a program has nothing to do
+        ([300] * 8, 15, False),
+        ([4000] * 3, 18, False),  # large shares
     ],
     ids=str,
 )
-def test_every_unit_has_one_program(lens: list[int], programs: int) -> None:
+def test_every_unit_has_one_program(lens: list[int], programs: int, whole: bool) -> None:
+    """``whole``: whether no program takes units of two rows."""
     starts, seq_lens = starts_and_lens(lens)
     found = torch.full((programs, 4), -1, dtype=torch.int32, device=DEVICE)
-    row_starts = torch.full((len(lens) + 2,), -1, dtype=torch.int32, device=DEVICE)
+    row_starts = torch.full((len(lens) + 3,), -1, dtype=torch.int32, device=DEVICE)
     share_out[(programs,)](
         found, row_starts, starts, seq_lens, len(lens), HEADS, LAYOUT, REQUESTS=32, ONE_LOOK=len(lens) <= 32
     )
@@ -90,22 +96,32 @@ def test_every_unit_has_one_program(lens: list[int], programs: int) -> None:
             assert at == len(taken), "shares follow one another"
             taken += every[at : at + count]
     assert taken == every
-    counts = found[:, 3].tolist()
-    assert max(counts) - min(counts) <= 1
-    before = [HEADS * sum(rows[:r]) for r in range(len(rows))]
-    assert row_starts[:-2].tolist() == before
-    assert row_starts[-2:].tolist() == [len(every) // programs, len(every) % programs]
+    share, larger, grain = row_starts[-3:].tolist()
+    counts, even = found[:, 3].tolist(), max(-(-len(every) // programs), 1)
+    if whole:
+        assert all(unit + count <= rows[request] for request, _, unit, count in found.tolist() if count)
+        assert max(counts) == share == grain == even
+    else:
+        assert (share, larger, grain) == (*divmod(len(every), programs), 1)
+        assert counts == [share + (p < larger) for p in range(programs)]
+    before = [HEADS * sum(-(-n // grain) * grain for n in rows[:r]) for r in range(len(rows))]
+    assert row_starts[:-3].tolist() == before
 
 
 @pytest.mark.parametrize("tile", [8, 32])
-@pytest.mark.parametrize("programs", [1, 5, 40])
-def test_join_pieces(programs: int, tile: int) -> None:
-    """Pieces of random scores: joined they are the softmax over all; whole rows and their outputs are left alone."""
+@pytest.mark.parametrize(("programs", "grain"), [(1, 1), (5, 1), (40, 1), (40, 2), (20, 4)])
+def test_join_pieces(programs: int, grain: int, tile: int) -> None:
+    """Pieces of random scores: joined they are the softmax over all; whole rows and their outputs are left alone.
+
+    Args:
+        grain: units of a program; 1 if all units are shared out evenly, whatever their row.
+    """
     lens, gqa, size = [700, 40, 0, 90], 2, LAYOUT.fmt.head_size
     starts, seq_lens = starts_and_lens(lens)
     g = torch.Generator().manual_seed(programs)
     rows = [units_of(int(n > 0), n) for n in lens]
-    share, larger = divmod(HEADS * sum(rows), programs)
+    padded = [-(-n // grain) * grain for n in rows]
+    share, larger = divmod(HEADS * sum(rows), programs) if grain == 1 else (grain, 0)
     edges = [p * share + min(p, larger) for p in range(programs + 1)]
     partial = torch.full((programs, work.PIECES, gqa, size), torch.nan)
     partial_lse = torch.full((programs, work.PIECES, gqa), torch.nan)
@@ -130,9 +146,10 @@ def test_join_pieces(programs: int, tile: int) -> None:
                 weights = torch.softmax(scores * 0.6931471805599453, 0)
                 expected[token, columns] = (weights[..., None] * values).sum(0)
                 expected_lse[token, columns] = torch.logsumexp(scores * 0.6931471805599453, 0)
-            begin += n
-    row_starts = [HEADS * sum(rows[:r]) for r in range(len(rows))]
-    row_starts = torch.tensor([*row_starts, share, larger], dtype=torch.int32, device=DEVICE)
+            begin += padded[r]
+    assert begin <= edges[-1]
+    row_starts = [HEADS * sum(padded[:r]) for r in range(len(rows))]
+    row_starts = torch.tensor([*row_starts, share, larger, grain], dtype=torch.int32, device=DEVICE)
     out, out_lse = output.to(DEVICE), lse.to(DEVICE)
     join_pieces_kernel[(tokens, heads, 1)](
         out,

@@ -32,7 +32,15 @@ from logquant_vllm.kernels.gluon_tiles import (
     rows_memory,
 )
 from logquant_vllm.kernels.gluon_window import attend_window
-from logquant_vllm.kernels.work import PIECES, WINDOW_UNIT, find_units, row_units, wait_for_turn, write_shares
+from logquant_vllm.kernels.work import (
+    PIECES,
+    WINDOW_UNIT,
+    choose_shares,
+    find_units,
+    row_units,
+    wait_for_turn,
+    write_shares,
+)
 
 REGISTERS = 168  # of a lane: twelve programs fill a multiprocessor's
 NUM_PIECES = gl.constexpr(PIECES)
@@ -168,17 +176,19 @@ def decode_kernel(
     WINDOW_UNITS: gl.constexpr = (LAYOUT.num_slots + WINDOW_UNIT - 1) // WINDOW_UNIT
     program = gl.program_id(0)
     index = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([REQUESTS // 32], [32], [1], [0]))
-    request, kv_head, unit, count, total = find_units(
-        query_start_loc, seq_lens, program, gl.num_programs(0), index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK
+    shares = choose_shares(
+        query_start_loc, seq_lens, gl.num_programs(0), index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK
+    )
+    request, kv_head, unit, count = find_units(
+        query_start_loc, seq_lens, program, shares, index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK
     )
     tables = query_start_loc, seq_lens, block_table, window_table, table_stride, window_table_stride
     start, computed, units, stop, blocks, window_block = open_row(*tables, request, unit, count, LAYOUT)
     if DEPENDENT:  # from here on all that other kernels wrote can be read, and nothing is in use that is written
-        wait_for_turn(total // gl.num_programs(0), total <= room)
+        share, _, _, busy = shares
+        wait_for_turn(share, busy <= room)
     if program == gl.num_programs(0) - 1:  # no program takes fewer units
-        write_shares(
-            row_starts, query_start_loc, seq_lens, gl.num_programs(0), index, num_reqs, num_kv_heads, total, LAYOUT
-        )
+        write_shares(row_starts, query_start_loc, seq_lens, shares, index, num_reqs, num_kv_heads, LAYOUT)
     ring = gl.allocate_shared_memory(gl.uint16, [3, tile_elements(FMT)], PLAIN)
     raw_keys = gl.allocate_shared_memory(gl.int32, [FMT.groups_per_page * HEAD_SIZE // 2], PLAIN)
     raw_values = gl.allocate_shared_memory(gl.int32, [VALUE_GROUPS * FMT.page_size // 2], PLAIN)

@@ -167,7 +167,7 @@ def _decode_in_shares(
     requests = REQUESTS[num_reqs > REQUESTS[0]]
     partial = torch.empty(programs, PIECES, gqa, head_size, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(programs, PIECES, gqa, dtype=torch.float32, device=query.device)
-    row_starts = torch.empty(num_reqs + 2, dtype=torch.int32, device=query.device)
+    row_starts = torch.empty(num_reqs + 3, dtype=torch.int32, device=query.device)
     by_hand.decode_kernel[(programs,)](
         output,
         lse,

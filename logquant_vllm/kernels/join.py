@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from logquant_vllm.kernels.common import LN2, STEP_COUNTS, STEP_METADATA
-from logquant_vllm.kernels.work import program_of, row_units
+from logquant_vllm.kernels.work import pad_units, program_of, row_units
 
 
 @triton.jit(do_not_specialize=STEP_COUNTS, do_not_specialize_on_alignment=STEP_METADATA)
@@ -48,7 +48,8 @@ def join_pieces_kernel(
         gdc_launch_dependents()
     if is_request:
         share, larger = tl.load(row_starts + num_reqs), tl.load(row_starts + num_reqs + 1)
-        begin = tl.load(row_starts + request) + head // GQA * units
+        padded = pad_units(units, tl.load(row_starts + num_reqs + 2))
+        begin = tl.load(row_starts + request) + head // GQA * padded
         first, last = program_of(begin, share, larger), program_of(begin + units - 1, share, larger)
         if (units > 0) & (first < last):
             maximum = tl.full((), float("-inf"), tl.float32)

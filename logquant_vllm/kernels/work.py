@@ -3,7 +3,8 @@
 A *unit* is a page, or ``WINDOW_UNIT`` slots of the window, of one request and KV head: things that take about as long.
 The units of a request and head lie in a row, those of the window first; the rows lie one after another, request by
 request, head by head. All of them are cut into consecutive shares that differ by one unit at most. So one long request
-among short ones is spread over the GPU. Lengths are read on the device, so a captured graph stays right.
+among short ones is spread over the GPU. Where shares are small, every row begins a share of its own if the programs
+suffice. Lengths are read on the device, so a captured graph stays right.
 
 A program that takes a whole row writes its output. The others write *pieces* for ``join_pieces_kernel``: each program
 has room for two, one of the row in whose middle it begins and one of a row that it begins and does not finish.
@@ -23,6 +24,7 @@ WINDOW_UNIT = tl.constexpr(32)  # slots
 REQUESTS = (32, 256)  # requests that are looked at together: few, or many
 PIECES = 2  # of a program
 EVEN_SHARE = tl.constexpr(4)  # units: one more or less makes little difference
+SMALL_SHARE = tl.constexpr(8)  # units: beginning in a second row costs about one
 
 
 def requests_bound(num_reqs: int) -> int:
@@ -85,11 +87,63 @@ def program_of(unit, share, larger):
 
 
 @triton.jit
+def pad_units(units, grain):
+    """The next multiple of ``grain``."""
+    return (units + grain - 1) // grain * grain
+
+
+@triton.jit
+def sum_units(
+    query_start_loc, seq_lens, units, grain, index, num_reqs, num_kv_heads, LAYOUT: tl.constexpr, ONE_LOOK: tl.constexpr
+):
+    """Units of all rows, each padded to a multiple of ``grain``; ``units`` are those of the requests ``index``."""
+    total = tl.sum(pad_units(units, grain), 0)
+    if not ONE_LOOK:
+        for first in range(index.shape[0], num_reqs, index.shape[0]):
+            units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT)
+            total += tl.sum(pad_units(units, grain), 0)
+    return total * num_kv_heads
+
+
+@triton.jit
+def choose_shares(
+    query_start_loc,
+    seq_lens,
+    num_programs,
+    index,
+    num_reqs,
+    num_kv_heads,
+    LAYOUT: tl.constexpr,
+    ONE_LOOK: tl.constexpr,
+):
+    """How all units are shared out.
+
+    A program whose share goes on in another row starts twice, which costs about a unit. So rows are padded to multiples
+    of the share, if it is small and the programs suffice.
+
+    Args:
+        index: ``0 .. n``, requests that are looked at together.
+        ONE_LOOK: whether these are all there are.
+
+    Returns:
+        A tuple of share and larger, as in :func:`program_of`; grain, what rows are padded to a multiple of (1 if they
+        are not); and busy, how many programs take anything.
+    """
+    units = load_units(query_start_loc, seq_lens, index, num_reqs, LAYOUT)
+    total = sum_units(query_start_loc, seq_lens, units, 1, index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK)
+    grain = tl.maximum((total + num_programs - 1) // num_programs, 1)
+    padded = sum_units(query_start_loc, seq_lens, units, grain, index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK)
+    whole = (padded <= grain * num_programs) & (grain <= SMALL_SHARE)
+    share, larger = tl.where(whole, grain, total // num_programs), tl.where(whole, 0, total % num_programs)
+    return share, larger, tl.where(whole, grain, 1), tl.where(whole, padded // grain, num_programs)
+
+
+@triton.jit
 def find_units(
     query_start_loc,
     seq_lens,
     program,
-    num_programs,
+    shares,
     index,
     num_reqs,
     num_kv_heads,
@@ -99,30 +153,26 @@ def find_units(
     """What a program takes.
 
     Args:
-        index: ``0 .. n``, requests that are looked at together.
-        ONE_LOOK: whether these are all there are.
+        shares: from :func:`choose_shares`.
+        index, ONE_LOOK: as there.
 
     Returns:
         request, kv_head, unit: where it begins.
         count: how many units it takes.
-        total: units of all programs.
     """
-    units = load_units(query_start_loc, seq_lens, index, num_reqs, LAYOUT) * num_kv_heads
-    total = tl.sum(units, 0)
-    if not ONE_LOOK:
-        for first in range(index.shape[0], num_reqs, index.shape[0]):
-            total += tl.sum(load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT), 0) * num_kv_heads
-    share, larger = total // num_programs, total % num_programs
+    share, larger, grain, busy = shares
     begin = program * share + tl.minimum(program, larger)
-    count = share + (program < larger).to(tl.int32)
     # requests that end before it, and where the last of them ends
-    ends = tl.cumsum(units, 0)
-    passed = (ends <= begin) & (index < num_reqs)
-    request, before = tl.sum(passed.to(tl.int32), 0), tl.max(tl.where(passed, ends, 0), 0)
-    if not ONE_LOOK:
-        seen = tl.sum(units, 0)
-        for first in range(index.shape[0], num_reqs, index.shape[0]):
-            units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT) * num_kv_heads
+    request, before, seen = program * 0, program * 0, program * 0
+    if ONE_LOOK:
+        units = pad_units(load_units(query_start_loc, seq_lens, index, num_reqs, LAYOUT), grain) * num_kv_heads
+        ends = tl.cumsum(units, 0)
+        passed = (ends <= begin) & (index < num_reqs)
+        request, before = tl.sum(passed.to(tl.int32), 0), tl.max(tl.where(passed, ends, 0), 0)
+    else:
+        for first in range(0, num_reqs, index.shape[0]):
+            units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT)
+            units = pad_units(units, grain) * num_kv_heads
             ends = seen + tl.cumsum(units, 0)
             passed = (ends <= begin) & (first + index < num_reqs)
             request += tl.sum(passed.to(tl.int32), 0)
@@ -130,9 +180,12 @@ def find_units(
             seen += tl.sum(units, 0)
     request = tl.minimum(request, num_reqs - 1)
     _, query_len, computed = read_lengths(query_start_loc, seq_lens, request)
-    of_row = tl.maximum(row_units(query_len, computed, LAYOUT), 1)
-    kv_head = (begin - before) // of_row
-    return request, kv_head, begin - before - kv_head * of_row, count, total
+    units_of_row = row_units(query_len, computed, LAYOUT)
+    padded = tl.maximum(pad_units(units_of_row, grain), 1)
+    kv_head = (begin - before) // padded
+    unit = begin - before - kv_head * padded
+    count = tl.where(program < busy, share + (program < larger).to(tl.int32), 0)
+    return request, kv_head, unit, tl.where(grain > 1, tl.minimum(count, units_of_row - unit), count)
 
 
 @triton.jit
@@ -151,20 +204,21 @@ def wait_for_turn(share, has_room):
 
 
 @triton.jit
-def write_shares(
-    row_starts, query_start_loc, seq_lens, num_programs, index, num_reqs, num_kv_heads, total, LAYOUT: tl.constexpr
-):
+def write_shares(row_starts, query_start_loc, seq_lens, shares, index, num_reqs, num_kv_heads, LAYOUT: tl.constexpr):
     """Write down how the units are shared out.
 
     Args:
-        row_starts: int32 ``[num_reqs + 2]``: the first unit of each request, then ``share`` and ``larger`` of
-            :func:`program_of`.
-        index, total: as in :func:`find_units`.
+        row_starts: int32 ``[num_reqs + 3]``: the first unit of each request, then ``share``, ``larger`` and ``grain``.
+        shares: from :func:`choose_shares`.
+        index: as there.
     """
-    tl.store(row_starts + num_reqs, total // num_programs)
-    tl.store(row_starts + num_reqs + 1, total % num_programs)
-    seen = total * 0
+    share, larger, grain, _ = shares
+    tl.store(row_starts + num_reqs, share)
+    tl.store(row_starts + num_reqs + 1, larger)
+    tl.store(row_starts + num_reqs + 2, grain)
+    seen = share * 0
     for first in range(0, num_reqs, index.shape[0]):
-        units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT) * num_kv_heads
+        units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT)
+        units = pad_units(units, grain) * num_kv_heads
         tl.store(row_starts + first + index, seen + tl.cumsum(units, 0) - units, mask=first + index < num_reqs)
         seen += tl.sum(units, 0)
