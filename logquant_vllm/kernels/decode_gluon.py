@@ -4,7 +4,8 @@ The same arithmetic as :func:`logquant_vllm.kernels.decode.decode_kernel`, which
 and for Triton's interpreter. No code passes through other lanes; only scales do, through shared memory.
 
 Tokens are rows when scores are computed, channels are rows when values are summed, and the query heads of one KV head
-are the eight columns. A program of one warp takes its share of ``kernels.work``: slots of the window, then pages.
+are the eight columns, one or two each (``gluon_pages.columns_of_head``). A program of one warp takes its share of
+``kernels.work``: slots of the window, then pages.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from triton.experimental.gluon import language as gl
 
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.common import LN2, STEP_COUNTS, STEP_METADATA, first_copied, load_header, read_lengths
-from logquant_vllm.kernels.gluon_copies import copy_first_keys, load_blocks, slab_of
-from logquant_vllm.kernels.gluon_factors import factors_memory
-from logquant_vllm.kernels.gluon_pages import PRODUCT_UNIT, attend_pages
+from logquant_vllm.kernels.gluon_copies import block_of, copy_first_keys, load_blocks
+from logquant_vllm.kernels.gluon_numbers import PRODUCT_UNIT, numbers_memory
+from logquant_vllm.kernels.gluon_pages import attend_pages, columns_of_head
 from logquant_vllm.kernels.gluon_queries import load_queries, store_queries
 from logquant_vllm.kernels.gluon_tiles import (
     BY_HEAD,
     BY_LANE,
-    BY_ROW,
     HEADS,
     LANES,
     MMA,
     PLAIN,
     WEIGHT_UNIT,
-    halves_of,
+    exp2,
     of_heads,
+    reference_of,
     rows_memory,
 )
 from logquant_vllm.kernels.gluon_window import attend_window
@@ -42,7 +43,7 @@ from logquant_vllm.kernels.work import (
     write_shares,
 )
 
-REGISTERS = 168  # of a lane: twelve programs fill a multiprocessor's
+REGISTERS = 168  # of a lane: each quarter of a multiprocessor has 16,384, for three programs
 NUM_PIECES = gl.constexpr(PIECES)
 
 
@@ -63,29 +64,49 @@ def supports(fmt: PageFormat, gqa: int) -> bool:
 
 @gluon.constexpr_function
 def tile_elements(fmt):
-    """16-bit elements of a tile of the ring: a page's keys or values, or a tile of the window's slots."""
+    """16-bit elements of a tile of shared memory: a page's keys or values, or the rows of a product of slots."""
     return max(fmt.page_size * fmt.key_words, fmt.head_size * fmt.value_words, 16 * fmt.head_size)
 
 
 def programs_per_multiprocessor(fmt: PageFormat) -> int:
     """Programs that a multiprocessor holds at a time: by registers, and by its 228 KiB of shared memory."""
-    codes = 3 * 2 * max(fmt.page_size * fmt.key_words, fmt.head_size * fmt.value_words, 16 * fmt.head_size)
-    numbers = fmt.groups_per_page * fmt.head_size + fmt.value_groups * fmt.page_size
-    # scales and zeros as float16 and as they come, the query, and what the driver keeps
-    used = codes + numbers * (2 * 2 + 2) + 16 * fmt.head_size + 1024
-    return min(65536 // (32 * REGISTERS), 228 * 1024 // used)
+    codes = 4 * max(fmt.page_size * fmt.key_words, fmt.head_size * fmt.value_words, 16 * fmt.head_size)
+    raw = 2 * (fmt.groups_per_page * fmt.head_size + fmt.value_groups * fmt.page_size)
+    keys = 2 * (fmt.groups_per_page + 2) * fmt.head_size
+    values = (4 * fmt.value_groups + 8) * fmt.page_size
+    used = codes + raw + keys + values + 16 * fmt.head_size + 1024  # the query, and what the driver keeps
+    return min(4 * (16384 // (32 * REGISTERS)), 228 * 1024 // used)
 
 
 @gluon.jit
-def store_heads(heads, acc_0, acc_1, factors, GQA: gl.constexpr, FMT: gl.constexpr):
-    """Store the groups of channels, times a factor for each head, at pointers ``[8]`` to the heads."""
-    row = gl.arange(0, acc_0.shape[0], layout=BY_ROW)
-    dtype: gl.constexpr = heads.dtype.element_ty
-    is_head = (gl.arange(0, 8, layout=BY_HEAD) < GQA)[None, :]
-    address = heads[None, :] + row[:, None]
-    gl.store(address, (acc_0 * factors[None, :]).to(dtype), mask=is_head)
-    if FMT.value_groups == 2:
-        gl.store(address + acc_0.shape[0], (acc_1 * factors[None, :]).to(dtype), mask=is_head)
+def join_columns(x, COLUMNS: gl.constexpr):
+    """``[rows, 8]`` summed over the columns of each head, ``[rows, 8 / COLUMNS]``."""
+    if COLUMNS == 1:
+        return x
+    else:
+        return gl.sum(gl.reshape(x, (x.shape[0], 8 // COLUMNS, COLUMNS)), 2)
+
+
+@gluon.jit
+def of_columns(x, LARGEST: gl.constexpr, COLUMNS: gl.constexpr):
+    """``[8]`` with the largest of a head's columns, or their sum, in each of them."""
+    if COLUMNS == 1:
+        return x
+    else:
+        columns = gl.reshape(x, (8 // COLUMNS, COLUMNS))
+        one = gl.max(columns, 1) if LARGEST else gl.sum(columns, 1)
+        both = gl.broadcast(one[:, None], columns)[0]
+        return gl.convert_layout(gl.reshape(both, (8,)), BY_HEAD, assert_trivial=True)
+
+
+@gluon.jit
+def store_heads(heads, head_stride, x, first_row: gl.constexpr, GQA: gl.constexpr):
+    """Store ``[rows, heads]`` from a pointer to the first head on."""
+    LAYOUT: gl.constexpr = x.type.layout
+    row = first_row + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    head = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    address = heads + (head * head_stride)[None, :] + row[:, None]
+    gl.store(address, x.to(heads.dtype.element_ty), mask=(head < GQA)[None, :])
 
 
 @gluon.jit
@@ -173,6 +194,7 @@ def decode_kernel(
     VALUE_GROUPS: gl.constexpr = FMT.value_groups
     HEAD_SIZE: gl.constexpr = FMT.head_size
     CHANNELS: gl.constexpr = HEAD_SIZE // VALUE_GROUPS
+    COLUMNS: gl.constexpr = columns_of_head(GQA, FMT)
     WINDOW_UNITS: gl.constexpr = (LAYOUT.num_slots + WINDOW_UNIT - 1) // WINDOW_UNIT
     program = gl.program_id(0)
     index = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([REQUESTS // 32], [32], [1], [0]))
@@ -189,14 +211,11 @@ def decode_kernel(
         wait_for_turn(share, busy <= room)
     if program == gl.num_programs(0) - 1:  # no program takes fewer units
         write_shares(row_starts, query_start_loc, seq_lens, shares, index, num_reqs, num_kv_heads, LAYOUT)
-    ring = gl.allocate_shared_memory(gl.uint16, [3, tile_elements(FMT)], PLAIN)
+    tiles = gl.allocate_shared_memory(gl.uint16, [2, tile_elements(FMT)], PLAIN)
     raw_keys = gl.allocate_shared_memory(gl.int32, [FMT.groups_per_page * HEAD_SIZE // 2], PLAIN)
     raw_values = gl.allocate_shared_memory(gl.int32, [VALUE_GROUPS * FMT.page_size // 2], PLAIN)
     queries = gl.allocate_shared_memory(gl.float16, [HEAD_SIZE, 8], rows_memory(8))
-    key_scales = factors_memory(FMT.groups_per_page * HEAD_SIZE)
-    key_zeros = factors_memory(FMT.groups_per_page * HEAD_SIZE)
-    value_scales = factors_memory(VALUE_GROUPS * FMT.page_size)
-    value_zeros = factors_memory(VALUE_GROUPS * FMT.page_size)
+    key_scales, key_zeros, value_scales, value_zeros = numbers_memory(COLUMNS, FMT)
     column = gl.arange(0, 8, layout=BY_HEAD)
     while count > 0:
         if stop > unit:
@@ -205,14 +224,14 @@ def decode_kernel(
             first_page, end_page = gl.maximum(unit - WINDOW_UNITS, 0), stop - WINDOW_UNITS
             header = load_header(window_bytes, window_byte_stride, window_block)
             query_row = query + start.to(gl.int64) * query_stride
-            q = load_queries(query_row, query_head_stride, kv_head * GQA, GQA, HEAD_SIZE)
+            q = load_queries(query_row, query_head_stride, kv_head * GQA, GQA, COLUMNS, HEAD_SIZE)
             table_row = block_table + request.to(gl.int64) * table_stride
             window_row = window_table + request.to(gl.int64) * window_table_stride
             slabs = pages + kv_head.to(gl.int64) * FMT.head_bytes
-            slab = slab_of(slabs, page_byte_stride, blocks, 0)
-            copying = unit >= WINDOW_UNITS  # otherwise slots of the window come first in the ring
+            slab = slabs + block_of(blocks, 0) * page_byte_stride
+            copying = unit >= WINDOW_UNITS  # otherwise slots of the window come first in the tiles
             if copying:
-                copy_first_keys(ring, raw_keys, raw_values, slab, FMT)
+                copy_first_keys(tiles, raw_keys, raw_values, slab, FMT)
             exponent = 0
             if end_page > 0:
                 exponent = store_queries(queries, q, FMT.key_words, FMT.key_bits)
@@ -229,7 +248,7 @@ def decode_kernel(
                     acc_1,
                     maximum,
                     totals,
-                    ring,
+                    tiles,
                     q,
                     key + start.to(gl.int64) * key_stride + kv_head * key_head_stride,
                     value + start.to(gl.int64) * value_stride + kv_head * value_head_stride,
@@ -243,6 +262,7 @@ def decode_kernel(
                     computed,
                     window_start,
                     qk_scale,
+                    COLUMNS,
                     LAYOUT,
                     SLOTS_PER_BLOCK,
                 )
@@ -251,7 +271,7 @@ def decode_kernel(
                 acc_1,
                 maximum,
                 totals,
-                ring,
+                tiles,
                 raw_keys,
                 raw_values,
                 key_scales,
@@ -272,26 +292,33 @@ def decode_kernel(
                 window_start,
                 live,
                 qk_scale,
+                COLUMNS,
                 LAYOUT,
             )
-            head = kv_head * GQA + column
-            weight = of_heads(halves_of(totals)[0])
-            inverse = gl.where(weight == 0.0, 0.0, (WEIGHT_UNIT / PRODUCT_UNIT) / weight)
-            row_lse = of_heads(maximum) + gl.log2(gl.where(weight == 0.0, 1.0, weight / WEIGHT_UNIT))
+            # a head's columns are pieces of it
+            maximum, weight = of_heads(maximum), of_heads(totals)
+            highest = of_columns(maximum, True, COLUMNS)
+            share_of_column = exp2(maximum - reference_of(highest))
+            weight = of_columns(weight * share_of_column, False, COLUMNS)
+            inverse = gl.where(weight == 0.0, 0.0, (WEIGHT_UNIT / PRODUCT_UNIT) / weight) * share_of_column
+            row_lse = highest + gl.log2(gl.where(weight == 0.0, 1.0, weight / WEIGHT_UNIT))
+            acc_0 = join_columns(acc_0 * inverse[None, :], COLUMNS)
+            acc_1 = join_columns(acc_1 * inverse[None, :], COLUMNS)
+            head = column // COLUMNS
+            is_head = (column % COLUMNS == 0) & (head < GQA)
             if (unit == 0) & (stop == units):
-                store_heads(
-                    output + start.to(gl.int64) * output_stride + head * output_head_stride,
-                    acc_0,
-                    acc_1,
-                    inverse,
-                    GQA,
-                    FMT,
-                )
-                gl.store(lse + start.to(gl.int64) * lse_stride + head, row_lse * LN2, mask=column < GQA)
+                heads = output + start.to(gl.int64) * output_stride + kv_head * GQA * output_head_stride
+                store_heads(heads, output_head_stride, acc_0, 0, GQA)
+                if VALUE_GROUPS == 2:
+                    store_heads(heads, output_head_stride, acc_1, CHANNELS, GQA)
+                gl.store(lse + start.to(gl.int64) * lse_stride + kv_head * GQA + head, row_lse * LN2, mask=is_head)
             else:
-                piece = (program * NUM_PIECES + (unit == 0).to(gl.int32)) * GQA + column
-                store_heads(partial + piece * FMT.head_size, acc_0, acc_1, inverse, GQA, FMT)
-                gl.store(partial_lse + piece, row_lse, mask=column < GQA)
+                piece = (program * NUM_PIECES + (unit == 0).to(gl.int32)) * GQA
+                pieces = partial + piece * FMT.head_size
+                store_heads(pieces, FMT.head_size, acc_0, 0, GQA)
+                if VALUE_GROUPS == 2:
+                    store_heads(pieces, FMT.head_size, acc_1, CHANNELS, GQA)
+                gl.store(partial_lse + piece + head, row_lse, mask=is_head)
         count -= stop - unit
         last = (kv_head + 1 == num_kv_heads) | (units == 0)
         request += last.to(gl.int32)

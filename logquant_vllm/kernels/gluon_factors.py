@@ -1,124 +1,104 @@
-"""Factors of rows for ``kernels.decode_gluon``: scales and zeros of a page as float16, two to a register."""
+"""Factors of matrix operands for ``kernels.decode_gluon``: scales and zeros of a page as float16, two to a register.
+
+Shared memory holds them in *quads*: the 16 bytes that lane ``4 * g + t`` loads at once lie at ``[n, kind, t]`` of an
+int32 array ``[number, kinds, 4, 4]``, and which kind a lane takes follows from ``g``, its column of a right operand or
+its rows of a left one.
+"""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from logquant_vllm.kernels.gluon_tiles import plain
+from logquant_vllm.kernels.gluon_tiles import LEFT, RIGHT, plain
 
-# what a lane holds of 32 rows of a right operand (see ``store_factors``)
-TWO_STEPS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0]],
-        [[1, 0, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
-        [],
-        [],
-        [4, 2, 2, 2],
-    )
-)
-FACTOR_WORDS = gl.constexpr(plain(3))
-FACTORS = gl.constexpr(plain(4))
+QUADS = gl.constexpr(plain(4))
+HALF_QUADS = gl.constexpr(plain(5))
 
 
-@gluon.jit
-def decode_scales(words):
-    """Four e4m3 numbers in each int32 word to two words of two float16."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        mov.b32 {low, high}, $2;
-        cvt.rn.f16x2.e4m3x2 $0, low;
-        cvt.rn.f16x2.e4m3x2 $1, high;
-        }""",
-        "=r,=r,r",
-        [words],
-        dtype=(gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def decode_zeros(words):
-    """Four int8 numbers in each int32 word to two words of two float16: the byte, plus 128, is a mantissa of 1024."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 bytes, magic, offset;
-        xor.b32 bytes, $2, 0x80808080;
-        mov.b32 magic, 0x64646464;
-        mov.b32 offset, 0x64806480;
-        prmt.b32 $0, bytes, magic, 0x4140;
-        prmt.b32 $1, bytes, magic, 0x4342;
-        sub.f16x2 $0, $0, offset;
-        sub.f16x2 $1, $1, offset;
-        }""",
-        "=&r,=&r,r",
-        [words],
-        dtype=(gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def multiply_words(a, b):
-    """Two float16 products in each int32 word."""
-    return gl.inline_asm_elementwise("mul.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def larger_words(a, b):
-    """The larger of two float16 in each int32 word."""
-    return gl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def power_word(exponent):
-    """int32 whose halves are both float16 ``2**exponent``, for an int32 exponent between -14 and 15."""
-    return ((exponent + 15) << 10) * 0x10001
-
-
-@gluon.jit
-def store_factors(memory, words, PAIRED: gl.constexpr):
-    """Store float16 factors of rows, so that a lane finds those of two steps of a right operand in 16 bytes.
-
-    Row ``16 * step + 8 * h + 2 * t + e`` is the lane's of column ``t``, element ``(step % 2, h, e)``.
+@gluon.constexpr_function
+def lanes_of(kinds, others, kind, other):
+    """Bases of the three bits of ``g``: the lower ones tell the kind, the others repeat.
 
     Args:
-        memory: int32 ``[rows / 32, 4, 4]``, :func:`factors_memory`.
-        words: low and high of ``[rows / 4]``, each two rows' factors.
-        PAIRED: the rows come as ``[..., 2, 64]`` and a step takes eight of either half.
+        kind, other: axes of ``others`` (a shape) that they move along.
     """
-    low, high = words
-    WORDS: gl.constexpr = low.shape[0]
-    both = gl.join(low, high)
-    if PAIRED:
-        # rows (chunk, h, step, t, e) of 128
-        ordered = gl.permute(gl.reshape(both, (WORDS // 32, 2, 4, 2, 2, 2)), (0, 2, 4, 5, 3, 1))
-    else:
-        ordered = gl.permute(gl.reshape(both, (WORDS // 8, 2, 2, 2, 2)), (0, 3, 4, 1, 2))
-    memory.store(gl.reshape(ordered, (WORDS // 8, 4, 4)))
+    bases = []
+    for bit in range(3):
+        basis = [0] * len(others)
+        step = 1 << bit
+        if step < kinds:
+            basis[kind] = step
+        elif other is not None:
+            basis[other] = step // kinds
+        bases.append(basis)
+    return bases
+
+
+@gluon.constexpr_function
+def quads_layout(kinds):
+    """Registers of one quad of float16 ``[kinds, 4, 2, 2, 2]``."""
+    shape = [kinds, 4, 2, 2, 2]
+    lanes = [[0, 1, 0, 0, 0], [0, 2, 0, 0, 0], *lanes_of(kinds, shape, 0, None)]
+    return gl.DistributedLinearLayout([[0, 0, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 1, 0, 0]], lanes, [], [], shape)
+
+
+@gluon.constexpr_function
+def columns_layout(kinds):
+    """Registers of a right operand as ``[16, 8 / kinds, kinds]``."""
+    shape = [16, 8 // kinds, kinds]
+    lanes = [[2, 0, 0], [4, 0, 0], *lanes_of(kinds, shape, 2, 1)]
+    return gl.DistributedLinearLayout([[1, 0, 0], [8, 0, 0]], lanes, [], [], shape)
+
+
+@gluon.constexpr_function
+def rows_layout(kinds):
+    """Registers of a left operand as ``[2, 8 / kinds, kinds, 16]``."""
+    shape = [2, 8 // kinds, kinds, 16]
+    lanes = [[0, 0, 0, 2], [0, 0, 0, 4], *lanes_of(kinds, shape, 2, 1)]
+    return gl.DistributedLinearLayout([[0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 8]], lanes, [], [], shape)
 
 
 @gluon.jit
-def factors_memory(ROWS: gl.constexpr):
-    """Shared memory for :func:`store_factors`."""
-    return gl.allocate_shared_memory(gl.int32, [ROWS // 32, 4, 4], FACTOR_WORDS)
+def quads_memory(NUMBER: gl.constexpr, KINDS: gl.constexpr):
+    """Shared memory for quads."""
+    return gl.allocate_shared_memory(gl.int32, [NUMBER, KINDS, 4, 4], QUADS)
 
 
 @gluon.jit
-def load_factors(memory, chunk: gl.constexpr):
-    """float16 factors ``[4, 2, 2, 2]`` of two steps, from :func:`factors_memory`."""
-    halves = memory._reinterpret(gl.float16, [memory.shape[0], 4, 2, 2, 2], FACTORS)
-    return halves.index(chunk).load(TWO_STEPS)
+def load_quads(memory, index: gl.constexpr):
+    """Float16 ``[kinds, 4, 2, 2, 2]`` at ``index``."""
+    KINDS: gl.constexpr = memory.shape[1]
+    halves = memory._reinterpret(gl.float16, [memory.shape[0], KINDS, 4, 2, 2, 2], HALF_QUADS)
+    return halves.index(index).load(quads_layout(KINDS))
 
 
 @gluon.jit
-def factors_of_step(factors, LAYOUT: gl.constexpr):
-    """The two vectors ``[16]`` of :func:`load_factors`."""
-    first, second = gl.split(gl.permute(factors, (2, 0, 3, 1)))
-    return (
-        gl.convert_layout(gl.reshape(first, (16,)), LAYOUT, assert_trivial=True),
-        gl.convert_layout(gl.reshape(second, (16,)), LAYOUT, assert_trivial=True),
-    )
+def right_of(factors):
+    """``[kinds, 4, 2, 2]``: of kind, column ``t``, half ``h`` and element ``e`` that of row ``8 * h + 2 * t + e``, as a
+    right operand ``[16, 8]`` whose columns take the kinds in turn."""
+    KINDS: gl.constexpr = factors.shape[0]
+    COLUMNS: gl.constexpr = columns_layout(KINDS)
+    rows = gl.reshape(gl.permute(factors, (2, 1, 3, 0)), (16, KINDS))
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, COLUMNS), assert_trivial=True)[:, None, :]
+    both = gl.broadcast(rows, gl.zeros((16, 8 // KINDS, KINDS), gl.float16, COLUMNS))[0]
+    return gl.convert_layout(gl.reshape(both, (16, 8)), RIGHT, assert_trivial=True)
+
+
+@gluon.jit
+def load_right(memory, index: gl.constexpr):
+    """Two steps of a right operand ``[16, 8]`` each, from quads of ``(step, half, element)``."""
+    first, second = gl.split(gl.permute(load_quads(memory, index), (0, 1, 3, 4, 2)))
+    return right_of(first), right_of(second)
+
+
+@gluon.jit
+def load_left(memory, index: gl.constexpr):
+    """A left operand ``[16, 16]``, from quads of ``(half, upper or lower rows, element)``: the rows of either half take
+    the kinds in turn."""
+    KINDS: gl.constexpr = memory.shape[1]
+    ROWS: gl.constexpr = rows_layout(KINDS)
+    ordered = gl.permute(load_quads(memory, index), (3, 0, 2, 1, 4))
+    rows = gl.convert_layout(gl.reshape(ordered, (2, KINDS, 16)), gl.SliceLayout(1, ROWS), assert_trivial=True)
+    both = gl.broadcast(rows[:, None, :, :], gl.zeros((2, 8 // KINDS, KINDS, 16), gl.float16, ROWS))[0]
+    return gl.convert_layout(gl.reshape(both, (16, 16)), LEFT, assert_trivial=True)

@@ -11,12 +11,12 @@ NUM_HEADS = gl.constexpr(HEADS)
 
 
 @gluon.jit
-def load_queries(row, head_stride, first_head, GQA: gl.constexpr, HEAD_SIZE: gl.constexpr):
-    """Query heads from ``first_head`` on of the token at ``row`` as a right operand ``[head_size, 8]``, 0 from the
-    ``GQA``-th on."""
-    column = gl.arange(0, NUM_HEADS, layout=gl.SliceLayout(0, RIGHT))[None, :]
+def load_queries(row, head_stride, first_head, GQA: gl.constexpr, COLUMNS: gl.constexpr, HEAD_SIZE: gl.constexpr):
+    """Query heads from ``first_head`` on of the token at ``row`` as a right operand ``[head_size, 8]``, ``COLUMNS`` for
+    each head, 0 from the ``GQA``-th on."""
+    head = gl.arange(0, NUM_HEADS, layout=gl.SliceLayout(0, RIGHT))[None, :] // COLUMNS
     channel = gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(1, RIGHT))[:, None]
-    return gl.load(row + (first_head + column) * head_stride + channel, mask=column < GQA, other=0.0)
+    return gl.load(row + (first_head + head) * head_stride + channel, mask=head < GQA, other=0.0)
 
 
 @gluon.jit

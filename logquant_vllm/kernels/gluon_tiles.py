@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 HEADS = 8  # columns of a matrix instruction
 ROWS = gl.constexpr(16)  # and its rows
@@ -36,10 +35,6 @@ BY_HEAD = gl.constexpr(gl.SliceLayout(0, MMA.value))
 # what every lane can form of its own registers: results over the rows of equal remainder modulo 8
 BY_LANE = gl.constexpr(gl.DistributedLinearLayout([[0, 1]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [8, 8]))
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
-# eight rows of a left operand
-EIGHT_ROWS = gl.constexpr(
-    gl.DistributedLinearLayout([[0, 1], [0, 8]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [8, 16])
-)
 PLAIN = gl.constexpr(plain(1))
 
 CODE_UNIT = gl.constexpr(2.0**24)  # one over the smallest float16
@@ -76,18 +71,6 @@ def copy_layout(elements):
 
 
 # -- codes ------------------------------------------------------------------------------------------------------------
-@gluon.jit
-def copy_words(memory, address):
-    """Start to copy rows of words, which lie one after another at ``address``, to shared memory."""
-    ROWS: gl.constexpr = memory.shape[0]
-    WORDS: gl.constexpr = memory.shape[1]
-    LAYOUT: gl.constexpr = copy_layout(WORDS)
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT))
-    words = address.to(gl.pointer_type(gl.uint16))
-    async_copy.async_copy_global_to_shared(memory, words + (row[:, None] * WORDS + word[None, :]))
-
-
 @gluon.jit
 def code_shift(index, WORDS: gl.constexpr, BITS: gl.constexpr):
     """Where the masked code of row ``index`` lies in the mantissa."""
@@ -179,18 +162,6 @@ def multiply_pairs(a, b):
     return gl.inline_asm_elementwise("mul.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.float16, is_pure=True, pack=2)
 
 
-@gluon.jit
-def eight_rows(vector):
-    """``[16]`` as eight equal rows of a left operand."""
-    return gl.broadcast(vector[None, :], gl.zeros((8, 16), gl.float16, EIGHT_ROWS))[0]
-
-
-@gluon.jit
-def stacked(upper, lower):
-    """A left operand ``[16, 16]`` of eight rows ``upper`` and eight rows ``lower``, both ``[16]``."""
-    return gl.convert_layout(on_top(eight_rows(upper), eight_rows(lower)), LEFT, assert_trivial=True)
-
-
 # -- arithmetic -------------------------------------------------------------------------------------------------------
 @gluon.jit
 def power_of_two(exponent):
@@ -246,6 +217,49 @@ def halves_of(x):
 
 
 @gluon.jit
+def spread_rows(lanes, first: gl.constexpr, COLUMNS: gl.constexpr):
+    """Of ``[8, 8]`` by lane, whose rows are of ``2 * COLUMNS`` kinds in turn, each column with the row of its own kind,
+    ``first`` plus its number among the ``COLUMNS`` of a head, in all rows."""
+    KINDS: gl.constexpr = 2 * COLUMNS
+    kinds = gl.reshape(lanes, (8 // KINDS, KINDS, 8))
+    LAYOUT: gl.constexpr = kinds.type.layout
+    kind = gl.arange(0, KINDS, layout=gl.SliceLayout(1, gl.SliceLayout(0, LAYOUT)))
+    column = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
+    own = gl.expand_dims(kind[:, None] == first + column[None, :] % COLUMNS, 0)
+    both = gl.broadcast(gl.sum(gl.where(own, kinds, 0.0), 1)[:, None, :], kinds)[0]
+    return gl.convert_layout(gl.reshape(both, (8, 8)), BY_LANE, assert_trivial=True)
+
+
+@gluon.jit
+def take_columns(even, odd, LAYOUT: gl.constexpr):
+    """``[rows, 8]`` with the even columns of one and the odd columns of the other; a renaming of registers."""
+    ROWS: gl.constexpr = even.shape[0]
+    first = gl.split(gl.reshape(even, (ROWS, 4, 2)))[0]
+    second = gl.split(gl.reshape(odd, (ROWS, 4, 2)))[1]
+    return gl.convert_layout(gl.reshape(gl.join(first, second), (ROWS, 8)), LAYOUT, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def row_blocks(rows):
+    """Rows of a product as ``[rows / 8, 8]``: what a lane holds differs in the first index alone."""
+    bases = [[b, 0] for b in (1, 2, 4, 8) if b < rows // 8]
+    return gl.DistributedLinearLayout(bases, [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], [], [], [rows // 8, 8])
+
+
+@gluon.jit
+def token_rows(first, ROWS: gl.constexpr):
+    """``first`` and the numbers that follow, of the rows of a product. The sum is hidden from the compiler, which would
+    keep one register a row for it in all of a loop."""
+    LAYOUT: gl.constexpr = row_blocks(ROWS)
+    row = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT))
+    row = gl.inline_asm_elementwise(
+        "add.s32 $0, $1, $2;", "=r,r,r", [row, first], dtype=gl.int32, is_pure=False, pack=1
+    )
+    rows = 8 * gl.arange(0, ROWS // 8, layout=gl.SliceLayout(1, LAYOUT))[:, None] + row[None, :]
+    return gl.convert_layout(gl.reshape(rows, (ROWS,)), BY_ROW, assert_trivial=True)
+
+
+@gluon.jit
 def lane_maxima(x):
     """``[rows, 8]`` to ``[8, 8]`` without a word between lanes."""
     return gl.convert_layout(gl.max(by_lane(x), 0), BY_LANE, assert_trivial=True)
@@ -278,10 +292,11 @@ def fold_maxima(x):
 
 
 @gluon.jit
-def peak_bits(a, b):
-    """Bits (int32) of the largest of two non-negative float16 ``[rows, 8]``; those of a NaN are the largest."""
-    a, b = fold_maxima(gl.permute(by_lane(a), (1, 2, 0))), fold_maxima(gl.permute(by_lane(b), (1, 2, 0)))
-    lanes = larger_pairs(a, b)
+def peak_bits(weights):
+    """Bits (int32) of the largest of one or two non-negative float16 ``[rows, 8]``; those of a NaN are the largest."""
+    lanes = fold_maxima(gl.permute(by_lane(weights[0]), (1, 2, 0)))
+    if len(weights) == 2:
+        lanes = larger_pairs(lanes, fold_maxima(gl.permute(by_lane(weights[1]), (1, 2, 0))))
     return gl.max(gl.reshape(lanes.to(gl.uint16, bitcast=True).to(gl.int32), (64,)), 0)
 
 

@@ -8,6 +8,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from logquant_vllm.kernels.common import slot_offset, slot_position
 from logquant_vllm.kernels.gluon_tiles import (
+    BY_HEAD,
     BY_ROW,
     HEADROOM,
     LANES,
@@ -78,7 +79,7 @@ def attend_window(
     acc_1,
     maximum,
     totals,
-    ring,
+    tiles,
     q,
     new_key,
     new_value,
@@ -92,6 +93,7 @@ def attend_window(
     computed,
     window_start,
     qk_scale,
+    COLUMNS: gl.constexpr,
     LAYOUT: gl.constexpr,
     SLOTS_PER_BLOCK: gl.constexpr,
 ):
@@ -101,9 +103,10 @@ def attend_window(
         acc_0, acc_1: sums of the groups of channels, ``[channels, 8]`` in units of the weights.
         maximum: what the weights are relative to, in units of log2, ``[8, 8]`` with equal rows.
         totals: sums of the weights, ``[16, 8]`` with equal rows.
-        ring: shared memory of three tiles.
+        tiles: shared memory of two tiles.
         q: from ``gluon_queries.load_queries``.
         new_key, new_value, copies: pointers of this KV head.
+        COLUMNS: as in ``gluon_pages.columns_of_head``.
 
     Returns:
         The first four arguments, with the slots added.
@@ -115,7 +118,7 @@ def attend_window(
     dtype: gl.constexpr = q.dtype
     MEMORY: gl.constexpr = rows_memory(HEAD_SIZE)
     ones = gl.full((16, ROWS), 1.0, dtype, LEFT)
-    tiles = ring._reinterpret(dtype, [3, ROWS, HEAD_SIZE], MEMORY)
+    slots = tiles._reinterpret(dtype, [2, ROWS, HEAD_SIZE], MEMORY)
     # as offsets from the copies, which they need not be near to
     new_key, new_value = distance(new_key, copies), distance(new_value, copies)
     key_rows, value_rows, exist = find_slots(
@@ -131,15 +134,19 @@ def attend_window(
         LAYOUT,
         SLOTS_PER_BLOCK,
     )
-    copy_rows(tiles.index(0), copies, key_rows)
+    copy_rows(slots.index(0), copies, key_rows)
     async_copy.commit_group()
-    copy_rows(tiles.index(1), copies, value_rows)
+    copy_rows(slots.index(1), copies, value_rows)
     async_copy.commit_group()
-    stage = 0
+    # one of a head's columns attends to them
+    own = gl.arange(0, 8, layout=BY_HEAD)[None, :] % COLUMNS == 0
     for first in range(first_slot, end_slot, ROWS):
         valid = gl.convert_layout(exist.to(gl.int32), BY_ROW) != 0
         more = first + ROWS < end_slot
-        spare = (stage + 2) % 3
+        async_copy.wait_group(1)
+        k = slots.index(0).load(LEFT)
+        scores = mma_v2(k, q, gl.zeros((ROWS, 8), gl.float32, MMA)) * qk_scale
+        scores = gl.where(valid[:, None] & own, scores, float("-inf"))
         if more:
             key_rows, value_rows, exist = find_slots(
                 first + ROWS,
@@ -154,15 +161,7 @@ def attend_window(
                 LAYOUT,
                 SLOTS_PER_BLOCK,
             )
-            copy_rows(tiles.index(spare), copies, key_rows)
-        async_copy.commit_group()
-
-        async_copy.wait_group(2)
-        k = tiles.index(stage).load(LEFT)
-        scores = mma_v2(k, q, gl.zeros((ROWS, 8), gl.float32, MMA)) * qk_scale
-        scores = gl.where(valid[:, None], scores, float("-inf"))
-        if more:
-            copy_rows(tiles.index(stage), copies, value_rows)
+            copy_rows(slots.index(0), copies, key_rows)
         async_copy.commit_group()
 
         highest = lane_maxima(scores)
@@ -180,11 +179,13 @@ def attend_window(
         right = gl.convert_layout(transposed, RIGHT, assert_trivial=True)
         totals = mma_v2(ones, right, totals)
 
-        async_copy.wait_group(2)
-        v = tiles.index((stage + 1) % 3)
+        async_copy.wait_group(1)
+        v = slots.index(1)
         acc_0 = mma_v2(v.slice(0, CHANNELS, 1).permute((1, 0)).load(LEFT), right, acc_0)
         if VALUE_GROUPS == 2:
             acc_1 = mma_v2(v.slice(CHANNELS, CHANNELS, 1).permute((1, 0)).load(LEFT), right, acc_1)
-        stage = spare
+        if more:
+            copy_rows(slots.index(1), copies, value_rows)
+        async_copy.commit_group()
     async_copy.wait_group(0)
     return acc_0, acc_1, maximum, totals
