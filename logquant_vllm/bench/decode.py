@@ -13,6 +13,7 @@ from logquant_vllm.bench.records import DecodeRecord
 from logquant_vllm.bench.timing import time_in_turns
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core import operations as reference
+from logquant_vllm.core.log_selection import log_selected_positions, recent_window_start
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, page_views
 
 L2_BYTES = 120 * 2**20
@@ -125,12 +126,13 @@ def check(inputs: Inputs, layout: CacheLayout, scale: float) -> float:
     return error
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large copy."""
-    source = torch.empty(2**30, dtype=torch.int64, device="cuda")
+def memory_bandwidth() -> float:
+    """Bytes per second that a large copy moves or a large sum reads, whichever are more."""
+    source = torch.zeros(2**31, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
-    timing = time_in_turns({"copy": [lambda: target.copy_(source)]}, rounds=5)["copy"]
-    return 2 * source.nbytes / (timing.median * 1e-6)
+    calls = {"copy": [lambda: target.copy_(source)], "sum": [lambda: source.sum()]}
+    timings = time_in_turns(calls, rounds=5)
+    return max(2 * source.nbytes / timings["copy"].median, source.nbytes / timings["sum"].median) * 1e6
 
 
 def measure(
@@ -142,9 +144,13 @@ def measure(
     layout, scale = config.layout(shape.head_dim), shape.head_dim**-0.5
     for batch, context in cases:
         tokens = batch * context * shape.num_kv_heads
+        pages = tokens * layout.fmt.head_bytes // layout.fmt.page_size
+        full_precision = 4 * shape.head_dim  # bytes of a token and KV head
+        w = layout.window_length
+        copies = context - recent_window_start(context, w) + len(log_selected_positions(context, w))
         read = {
-            "bfloat16": tokens * 4 * shape.head_dim,
-            "logquant": tokens * layout.fmt.head_bytes // layout.fmt.page_size,
+            "bfloat16": tokens * full_precision,
+            "logquant": pages + batch * copies * shape.num_kv_heads * full_precision,
         }
         sets = [
             random_inputs(batch, context, shape, layout, seed)

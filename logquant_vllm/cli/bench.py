@@ -93,9 +93,9 @@ def decode(
     from logquant_vllm.bench import records
 
     console = Console()
-    bandwidth = bench.copy_bandwidth()
-    results = records.Results[records.DecodeRecord].begin(copy_bandwidth_tb_s=bandwidth / 1e12, options=options)
-    console.print(f"{results.device}; a large copy moves {bandwidth / 1e12:.2f} TB/s")
+    bandwidth = bench.memory_bandwidth()
+    results = records.Results[records.DecodeRecord].begin(bandwidth_tb_s=bandwidth / 1e12, options=options)
+    console.print(f"{results.device}; memory delivers {bandwidth / 1e12:.2f} TB/s")
     for group in bench.measure(pairs, bench.Shape(num_heads, num_kv_heads, head_dim), config, bandwidth):
         base, ours = group
         console.print(
