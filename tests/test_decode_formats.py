@@ -23,11 +23,12 @@ FORMATS = [
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("gqa", [1, 4, 8])
 @pytest.mark.parametrize(("head_size", "options"), FORMATS, ids=str)
-def test_decode(head_size: int, options: dict[str, object]) -> None:
+def test_decode(head_size: int, options: dict[str, object], gqa: int) -> None:
     """Lengths around groups and pages, over poisoned memory, and one request much longer than the others."""
     layout = LogQuantConfig.from_options(options).layout(head_size)
-    pair = Pair(layout, 4, 2, 6, 1600, torch.bfloat16)
+    pair = Pair(layout, gqa, 2, 6, 1600, torch.bfloat16)
     pair.step([1, 63, 128, 191, 330, 1500])
     for i in range(3):
         pair.step([1] * 6, seed=1 + i)
