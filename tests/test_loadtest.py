@@ -144,7 +144,7 @@ def test_dead_server(tmp_path: Path) -> None:
 
 @pytest.fixture
 def slow_server() -> Iterator[str]:
-    """Says at once which model it serves, and never answers anything else."""
+    """Says at once which model it serves, and that it knows no LogQuant; it never answers anything else."""
     listener = socket.create_server(("127.0.0.1", 0))
     held = []
 
@@ -155,11 +155,16 @@ def slow_server() -> Iterator[str]:
             except OSError:
                 return
             held.append(connection)
-            if b"/v1/models" in connection.recv(4096):
-                body = json.dumps({"data": [{"id": "slow"}]})
-                head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-                connection.sendall((head + body).encode())
-                connection.close()
+            request = connection.recv(4096)
+            if b"/v1/models" in request:
+                status, body = "200 OK", json.dumps({"data": [{"id": "slow"}]})
+            elif b"/logquant" in request:
+                status, body = "404 Not Found", ""
+            else:
+                continue
+            head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            connection.sendall((head + body).encode())
+            connection.close()
 
     threading.Thread(target=serve, daemon=True).start()
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -227,6 +232,7 @@ def test_wrong_model(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.slow
 def test_killed_server(server: Server, tmp_path: Path) -> None:
     """kill -9 under load, and a supervisor that starts the server again: exactly the requests that met the outage
     fail. It leaves the module's server in another process, so it is the last test."""
