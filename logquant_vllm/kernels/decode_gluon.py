@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.common import LN2, STEP_COUNTS, STEP_METADATA, first_copied, load_header, read_lengths
 from logquant_vllm.kernels.gluon_copies import block_of, copy_first_keys, load_blocks
-from logquant_vllm.kernels.gluon_numbers import PRODUCT_UNIT, numbers_memory
+from logquant_vllm.kernels.gluon_numbers import PRODUCT_UNIT, numbers_bytes, numbers_memory
 from logquant_vllm.kernels.gluon_pages import attend_pages, columns_of_head
 from logquant_vllm.kernels.gluon_queries import load_queries, store_queries
 from logquant_vllm.kernels.gluon_tiles import (
@@ -70,11 +70,9 @@ def tile_elements(fmt):
 
 def programs_per_multiprocessor(fmt: PageFormat) -> int:
     """Programs that a multiprocessor holds at a time: by registers, and by its 228 KiB of shared memory."""
-    codes = 4 * max(fmt.page_size * fmt.key_words, fmt.head_size * fmt.value_words, 16 * fmt.head_size)
     raw = 2 * (fmt.groups_per_page * fmt.head_size + fmt.value_groups * fmt.page_size)
-    keys = 2 * (fmt.groups_per_page + 2) * fmt.head_size
-    values = (4 * fmt.value_groups + 8) * fmt.page_size
-    used = codes + raw + keys + values + 16 * fmt.head_size + 1024  # the query, and what the driver keeps
+    # two tiles, the numbers as they come and as they are used, the query, and what the driver keeps
+    used = 4 * tile_elements(fmt) + raw + numbers_bytes(fmt) + 16 * fmt.head_size + 1024
     return min(4 * (16384 // (32 * REGISTERS)), 228 * 1024 // used)
 
 
@@ -100,13 +98,17 @@ def of_columns(x, LARGEST: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def store_heads(heads, head_stride, x, first_row: gl.constexpr, GQA: gl.constexpr):
-    """Store ``[rows, heads]`` from a pointer to the first head on."""
-    LAYOUT: gl.constexpr = x.type.layout
-    row = first_row + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-    head = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+def store_heads(heads, head_stride, acc_0, acc_1, GQA: gl.constexpr, FMT: gl.constexpr):
+    """Store the groups of channels ``[channels, heads]`` from a pointer to the first head on."""
+    LAYOUT: gl.constexpr = acc_0.type.layout
+    row = gl.arange(0, acc_0.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    head = gl.arange(0, acc_0.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    dtype: gl.constexpr = heads.dtype.element_ty
     address = heads + (head * head_stride)[None, :] + row[:, None]
-    gl.store(address, x.to(heads.dtype.element_ty), mask=(head < GQA)[None, :])
+    is_head = (head < GQA)[None, :]
+    gl.store(address, acc_0.to(dtype), mask=is_head)
+    if FMT.value_groups == 2:
+        gl.store(address + acc_0.shape[0], acc_1.to(dtype), mask=is_head)
 
 
 @gluon.jit
@@ -308,16 +310,11 @@ def decode_kernel(
             is_head = (column % COLUMNS == 0) & (head < GQA)
             if (unit == 0) & (stop == units):
                 heads = output + start.to(gl.int64) * output_stride + kv_head * GQA * output_head_stride
-                store_heads(heads, output_head_stride, acc_0, 0, GQA)
-                if VALUE_GROUPS == 2:
-                    store_heads(heads, output_head_stride, acc_1, CHANNELS, GQA)
+                store_heads(heads, output_head_stride, acc_0, acc_1, GQA, FMT)
                 gl.store(lse + start.to(gl.int64) * lse_stride + kv_head * GQA + head, row_lse * LN2, mask=is_head)
             else:
                 piece = (program * NUM_PIECES + (unit == 0).to(gl.int32)) * GQA
-                pieces = partial + piece * FMT.head_size
-                store_heads(pieces, FMT.head_size, acc_0, 0, GQA)
-                if VALUE_GROUPS == 2:
-                    store_heads(pieces, FMT.head_size, acc_1, CHANNELS, GQA)
+                store_heads(partial + piece * FMT.head_size, FMT.head_size, acc_0, acc_1, GQA, FMT)
                 gl.store(partial_lse + piece + head, row_lse, mask=is_head)
         count -= stop - unit
         last = (kv_head + 1 == num_kv_heads) | (units == 0)

@@ -133,12 +133,13 @@ def zero_scores(queries, key_zeros, unit, COLUMNS: gl.constexpr, FMT: gl.constex
         offsets = mma_v2(load_left(key_zeros, 2 * chunk), q[0], offsets)
         offsets = mma_v2(load_left(key_zeros, 2 * chunk + 1), q[1], offsets)
     first, last = halves_of(offsets)
+    first, last = first * unit, last * unit
     if FMT.groups_per_page == 1:
-        return (first * unit,)
+        return (first,)
     elif COLUMNS == 2:
-        return (take_columns(first, last, BY_LANE) * unit,)
+        return (take_columns(first, last, BY_LANE),)
     else:
-        return (first * unit, last * unit)
+        return (first, last)
 
 
 @gluon.jit
@@ -157,13 +158,19 @@ def without_copied(scores, page, end, computed, window_start, COLUMNS: gl.conste
 
 
 @gluon.jit
+def weigh_rows(scores, factor, shifts):
+    """float16 weights of :func:`row_scores`."""
+    return exp2(scale_and_shift(scores, factor, shifts)).to(gl.float16)
+
+
+@gluon.jit
 def weigh(scores, factor, shifts, shift):
     """float16 weights of :func:`page_scores`."""
-    weights = exp2(scale_and_shift(scores[0], factor, shifts[0] + shift)).to(gl.float16)
+    first = weigh_rows(scores[0], factor, shifts[0] + shift)
     if len(scores) == 1:
-        return (weights,)
+        return (first,)
     else:
-        return (weights, exp2(scale_and_shift(scores[1], factor, shifts[1] + shift)).to(gl.float16))
+        return (first, weigh_rows(scores[1], factor, shifts[1] + shift))
 
 
 @gluon.jit
