@@ -89,20 +89,26 @@ def program_of(unit, share, larger):
 @triton.jit
 def pad_units(units, grain):
     """The next multiple of ``grain``."""
-    return (units + grain - 1) // grain * grain
+    return tl.cdiv(units, grain) * grain
 
 
 @triton.jit
-def sum_units(
+def load_padded(query_start_loc, seq_lens, index, num_reqs, num_kv_heads, grain, LAYOUT: tl.constexpr):
+    """Units of all rows of the requests ``index``, each row padded to a multiple of ``grain``."""
+    return pad_units(load_units(query_start_loc, seq_lens, index, num_reqs, LAYOUT), grain) * num_kv_heads
+
+
+@triton.jit
+def count_grains(
     query_start_loc, seq_lens, units, grain, index, num_reqs, num_kv_heads, LAYOUT: tl.constexpr, ONE_LOOK: tl.constexpr
 ):
-    """Units of all rows, each padded to a multiple of ``grain``; ``units`` are those of the requests ``index``."""
-    total = tl.sum(pad_units(units, grain), 0)
+    """How many times ``grain`` units all rows take, none of them two rows; ``units`` are of the requests ``index``."""
+    count = tl.sum(tl.cdiv(units, grain), 0)
     if not ONE_LOOK:
         for first in range(index.shape[0], num_reqs, index.shape[0]):
             units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT)
-            total += tl.sum(pad_units(units, grain), 0)
-    return total * num_kv_heads
+            count += tl.sum(tl.cdiv(units, grain), 0)
+    return count * num_kv_heads
 
 
 @triton.jit
@@ -130,12 +136,13 @@ def choose_shares(
         are not); and busy, how many programs take anything.
     """
     units = load_units(query_start_loc, seq_lens, index, num_reqs, LAYOUT)
-    total = sum_units(query_start_loc, seq_lens, units, 1, index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK)
-    grain = tl.maximum((total + num_programs - 1) // num_programs, 1)
-    padded = sum_units(query_start_loc, seq_lens, units, grain, index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK)
-    whole = (padded <= grain * num_programs) & (grain <= SMALL_SHARE)
-    share, larger = tl.where(whole, grain, total // num_programs), tl.where(whole, 0, total % num_programs)
-    return share, larger, tl.where(whole, grain, 1), tl.where(whole, padded // grain, num_programs)
+    total = count_grains(query_start_loc, seq_lens, units, 1, index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK)
+    share, larger = total // num_programs, total % num_programs
+    grain = tl.maximum(share + (larger > 0).to(tl.int32), 1)
+    shares = count_grains(query_start_loc, seq_lens, units, grain, index, num_reqs, num_kv_heads, LAYOUT, ONE_LOOK)
+    whole = (shares <= num_programs) & (grain <= SMALL_SHARE)
+    share, larger = tl.where(whole, grain, share), tl.where(whole, 0, larger)
+    return share, larger, tl.where(whole, grain, 1), tl.where(whole, shares, num_programs)
 
 
 @triton.jit
@@ -162,28 +169,22 @@ def find_units(
     """
     share, larger, grain, busy = shares
     begin = program * share + tl.minimum(program, larger)
-    # requests that end before it, and where the last of them ends
-    request, before, seen = program * 0, program * 0, program * 0
+    # the request, and how far behind its first unit
     if ONE_LOOK:
-        units = pad_units(load_units(query_start_loc, seq_lens, index, num_reqs, LAYOUT), grain) * num_kv_heads
-        ends = tl.cumsum(units, 0)
-        passed = (ends <= begin) & (index < num_reqs)
-        request, before = tl.sum(passed.to(tl.int32), 0), tl.max(tl.where(passed, ends, 0), 0)
+        units = load_padded(query_start_loc, seq_lens, index, num_reqs, num_kv_heads, grain, LAYOUT)
+        request, offset = find_task(tl.cumsum(units, 0), index, num_reqs, begin)
     else:
+        request, offset, seen = program * 0, begin, program * 0
         for first in range(0, num_reqs, index.shape[0]):
-            units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT)
-            units = pad_units(units, grain) * num_kv_heads
-            ends = seen + tl.cumsum(units, 0)
-            passed = (ends <= begin) & (first + index < num_reqs)
-            request += tl.sum(passed.to(tl.int32), 0)
-            before = tl.maximum(before, tl.max(tl.where(passed, ends, 0), 0))
+            units = load_padded(query_start_loc, seq_lens, first + index, num_reqs, num_kv_heads, grain, LAYOUT)
+            passed, left = find_task(seen + tl.cumsum(units, 0), first + index, num_reqs, begin)
+            request, offset = request + passed, tl.minimum(offset, left)
             seen += tl.sum(units, 0)
     request = tl.minimum(request, num_reqs - 1)
     _, query_len, computed = read_lengths(query_start_loc, seq_lens, request)
     units_of_row = row_units(query_len, computed, LAYOUT)
     padded = tl.maximum(pad_units(units_of_row, grain), 1)
-    kv_head = (begin - before) // padded
-    unit = begin - before - kv_head * padded
+    kv_head, unit = offset // padded, offset % padded
     count = tl.where(program < busy, share + (program < larger).to(tl.int32), 0)
     return request, kv_head, unit, tl.where(grain > 1, tl.minimum(count, units_of_row - unit), count)
 
@@ -218,7 +219,6 @@ def write_shares(row_starts, query_start_loc, seq_lens, shares, index, num_reqs,
     tl.store(row_starts + num_reqs + 2, grain)
     seen = share * 0
     for first in range(0, num_reqs, index.shape[0]):
-        units = load_units(query_start_loc, seq_lens, first + index, num_reqs, LAYOUT)
-        units = pad_units(units, grain) * num_kv_heads
+        units = load_padded(query_start_loc, seq_lens, first + index, num_reqs, num_kv_heads, grain, LAYOUT)
         tl.store(row_starts + first + index, seen + tl.cumsum(units, 0) - units, mask=first + index < num_reqs)
         seen += tl.sum(units, 0)
