@@ -6,6 +6,7 @@ Without a GPU, torch stands in for FlashAttention and for the kernel that reads 
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,7 @@ from logquant_vllm.core import operations as reference
 from logquant_vllm.core import past as past_reference
 from logquant_vllm.core.hadamard import hadamard_matrix, rotate
 from logquant_vllm.core.page_format import PageFormat
-from logquant_vllm.core.paged import CacheLayout
-from logquant_vllm.core.past import past_of
+from logquant_vllm.core.paged import Batch, CacheLayout
 from tests.paging import PagedBatch, assert_close, random_qkv
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -77,6 +77,25 @@ def flash_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     return flash_attention
 
 
+def described(batch: Batch, new: list[int], bounds: list[int]) -> Any:
+    """vLLM's description of a step."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    starts, unused = batch.query_start_loc, torch.empty(0)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts.cpu(),
+        seq_lens=batch.seq_lens,
+        num_reqs=len(new),
+        num_actual_tokens=sum(new),
+        max_query_len=max(new),
+        max_seq_len=batch.max_seq_len,
+        block_table_tensor=unused,
+        slot_mapping=unused,
+        seq_lens_cpu_upper_bound=torch.tensor(bounds),
+    )
+
+
 GRID = [
     # head size, query heads of a KV head, dtype, room for the past
     (64, 8, torch.float16, 512),
@@ -96,28 +115,43 @@ ON_GPU = [
     [*GRID, *(pytest.param(*case, marks=[needs_gpu, pytest.mark.gpu]) for case in ON_GPU if case not in GRID)],
 )
 def test_prefill(flash_of: Any, head_size: int, gqa: int, dtype: torch.dtype, room: int) -> None:
-    """Several requests, with a past and without, in any order, whose past takes one slice or many, or one with the
-    new tokens."""
+    """Requests that decode, that have a past (in one slice, in many, or in one with the new tokens) and that have none;
+    with FlashAttention and without."""
+    from logquant_vllm.kernels import operations as kernels
+    from logquant_vllm.plugin.backend import LogQuantImpl
+    from logquant_vllm.plugin.parts import parts_of
     from logquant_vllm.plugin.prefill import Prefill
 
     layout = CacheLayout(PageFormat(head_size), 64)
     rotated = partial(rotate, matrix=hadamard_matrix(head_size, dtype, DEVICE))
     flash = flash_of(head_size, dtype)
     assert flash is not None
-    prefill = Prefill(flash, layout, 2 * gqa, 2, head_size**-0.5, room, rotated)
+    prefill = Prefill(flash, layout, 2 * gqa, 2, head_size**-0.5, room)
+    operations = reference if DEVICE == "cpu" else kernels
+    layer = SimpleNamespace(_queries=rotated, operations=operations, layout=layout, scale=prefill.scale)
     requests = PagedBatch(layout, 2, 4, 2400, dtype, DEVICE)
-    steps = [([700, 0, 65, 0], 0), ([900, 0, 1, 0], 3), ([1, 3, 200, 300], 3), ([257, 40, 2, 70], 4)]
-    for seed, (new, with_past) in enumerate(steps):
+    # new tokens, and requests that decode, have a past, have none
+    steps = [
+        ([65, 0, 700, 0], (0, 0, 4)),
+        ([2, 0, 900, 0], (0, 3, 0)),
+        ([1, 3, 200, 300], (1, 2, 1)),
+        ([1, 1, 2, 70], (2, 2, 0)),
+        ([257, 40, 2, 1], (0, 4, 0)),
+        ([1, 1, 0, 1], (4, 0, 0)),
+    ]
+    for seed, (new, counts) in enumerate(steps):
         q, k, v = random_qkv(sum(new), 2 * gqa, 2, head_size, dtype, DEVICE, seed)
         # the host knows upper bounds, also of a request that has nothing
-        bounds = [n + 5 if n or (seed and r == 1) else 0 for r, n in enumerate(requests.seq_lens)]
+        more = [5 if n or (seed and r == 1) else 0 for r, n in enumerate(requests.seq_lens)]
+        bounds = [sum(n) for n in zip(requests.seq_lens, new, more, strict=True)]
         batch = requests.batch(new)
         expected, _ = reference.attention(rotated(q), rotated(k), v, requests.cache, batch, layout, prefill.scale)
-        output = torch.full_like(q, torch.nan)
-        past = past_of(batch, new, bounds, room)
-        assert (past.num_requests, past.num_tokens) == (with_past, sum(new[:with_past]))
-        assert past.whole == (with_past > 0 and room == 8192)
-        prefill.attend(output, q, k, v, rotated(k), requests.cache, batch, past)
-        assert_close(output, expected, what=f"step {seed}")
+        parts = parts_of(described(batch, new, bounds), batch, room)
+        assert tuple(len(p.batch.seq_lens) if p else 0 for p in parts) == counts
+        assert [p.past.whole for p in parts if p and p.past] == [room == 8192] * (counts[1] > 0)
+        for layer._prefill in (prefill, None):
+            output = torch.full_like(q, torch.nan)
+            LogQuantImpl._attend_parts(layer, output, q, k, v, rotated(k), requests.cache, parts)
+            assert_close(output, expected, what=f"step {seed}")
         reference.quantize_pages(rotated(k), v, requests.cache, batch, layout)
         reference.update_window(rotated(k), v, requests.cache, batch, layout)

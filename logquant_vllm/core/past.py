@@ -31,34 +31,23 @@ class PastSlice(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What the requests of a batch have cached: all of it belongs to the first ``num_requests``."""
+    """What the requests of a batch have cached."""
 
-    num_requests: int
-    num_tokens: int  # new tokens of these requests
-    max_query_len: int  # their longest query
     slices: list[PastSlice]
     whole: bool  # whether there is one slice, with the new tokens of these requests behind the cached ones
-    alone: int  # new tokens from this one on are attended to apart from any past: those behind, or all if not whole
-    alone_start_loc: Tensor  # int32: query_start_loc of their requests, from 0 on
-    max_alone_len: int  # their longest query; 0 if there are none
 
 
 def past_of(batch: Batch, query_lens: Sequence[int], bounds: Sequence[int], room: int) -> Past:
-    """The past of a batch. Requests behind the last that may have one need not be looked at.
+    """The past of a batch.
 
     Args:
         query_lens: new tokens of each request, on the host.
         bounds, room: as in :func:`past_slices`, of the cached tokens.
     """
-    some = max((i + 1 for i, bound in enumerate(bounds) if bound > 0), default=0)
-    every = [new + bound for new, bound in zip(query_lens[:some], bounds[:some], strict=True)]
-    whole = 0 < sum(every) <= room
-    tokens, longest = sum(query_lens[:some]), max(query_lens[:some], default=0)
-    if whole:
-        slices, starts = past_slices(batch.seq_lens[:some], every, room), batch.query_start_loc[some:]
-        return Past(some, tokens, longest, slices, True, tokens, starts - tokens, max(query_lens[some:], default=0))
-    slices = past_slices(batch.num_computed[:some], bounds[:some], room)
-    return Past(some, tokens, longest, slices, False, 0, batch.query_start_loc, batch.max_query_len)
+    every = [new + bound for new, bound in zip(query_lens, bounds, strict=True)]
+    if sum(every) <= room:
+        return Past(past_slices(batch.seq_lens, every, room), True)
+    return Past(past_slices(batch.num_computed, bounds, room), False)
 
 
 def past_slices(lengths: Tensor, bounds: Sequence[int], room: int) -> list[PastSlice]:

@@ -24,15 +24,14 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig
 from logquant_vllm.core.calibration import Basis, change_basis
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
-from logquant_vllm.core.past import Past, past_of
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.basis import layer_basis
+from logquant_vllm.plugin.parts import Parts, parts_of
 from logquant_vllm.plugin.prefill import Prefill, flash_attention, past_room
 from logquant_vllm.plugin.window_layer import WindowLayer
 
@@ -103,23 +102,13 @@ def configured_backend(config: LogQuantConfig) -> type[LogQuantBackend]:
 
 
 @dataclass
-class BatchPart:
-    """Requests of one kind (decoding, or with longer queries), which one kernel serves."""
-
-    tokens: slice
-    requests: slice
-    batch: Batch
-    past: Past | None = None  # of longer queries
-
-
-@dataclass
 class LogQuantMetadata:
-    """One step: the whole batch, and its parts in order."""
+    """One step: the whole batch, and its requests by what they need."""
 
     num_actual_tokens: int
     batch: Batch
     block_table: Tensor
-    parts: list[BatchPart]
+    parts: Parts
 
 
 class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
@@ -135,33 +124,11 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LogQuantMetadata:
         common = common_attn_metadata
-        starts, lens, longest = common.query_start_loc, common.seq_lens, common.max_seq_len
-        tokens, requests = common.num_actual_tokens, common.num_reqs
-        batch = Batch(starts, lens, common.max_query_len, longest)
-        parts = [BatchPart(slice(0, tokens), slice(0, requests), batch)]
-        if current_platform.is_cuda() and common.max_query_len > 1:
-            decodes, prefills, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
-            if decodes and prefills:
-                decode = Batch(starts[: decodes + 1], lens[:decodes], 1, longest)
-                chunks = Batch(starts[decodes:] - decodes, lens[decodes:], common.max_query_len, longest)
-                parts = [
-                    BatchPart(slice(0, decodes), slice(0, decodes), decode),
-                    BatchPart(slice(decodes, tokens), slice(decodes, requests), chunks),
-                ]
-            parts[-1].past = self._past(parts[-1], common)
-        return LogQuantMetadata(tokens, batch, common.block_table_tensor, parts)
-
-    def _past(self, part: BatchPart, common: CommonAttentionMetadata) -> Past:
-        """What the part's requests have cached; of each, the host knows at least an upper bound.
-
-        vLLM has sorted the batch: by and large, prompts that are continued come before those that begin.
-        """
-        starts = common.query_start_loc_cpu
-        new = (starts[1:] - starts[:-1])[part.requests]
-        bounds = common.seq_lens_cpu_upper_bound
-        lens = torch.full_like(new, common.max_seq_len) if bounds is None else bounds[part.requests]
-        room = past_room(self.vllm_config.scheduler_config.max_num_seqs)
-        return past_of(part.batch, new.tolist(), (lens - new).tolist(), room)
+        batch = Batch(common.query_start_loc, common.seq_lens, common.max_query_len, common.max_seq_len)
+        parts = Parts()
+        if current_platform.is_cuda():
+            parts = parts_of(common, batch, past_room(self.vllm_config.scheduler_config.max_num_seqs))
+        return LogQuantMetadata(common.num_actual_tokens, batch, common.block_table_tensor, parts)
 
 
 _warmed_up = set[Any]()
@@ -261,7 +228,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         if current_platform.is_cuda():
             if flash := flash_attention(self.head_size, act_dtype):
                 self._prefill = Prefill(
-                    flash, self.layout, self.num_heads, self.num_kv_heads, self.scale, self._past_room, self._queries
+                    flash, self.layout, self.num_heads, self.num_kv_heads, self.scale, self._past_room
                 )
             heads = self.num_heads, self.num_kv_heads
             _warm_up(self.layout, *heads, act_dtype, self._basis, *self._largest)
@@ -309,17 +276,33 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             return output
         stored_key = self._keys(key)
         ops.quantize_pages(stored_key, value, cache, batch, layout, self._feedback)
-        for part in attn_metadata.parts:
-            view = cache._replace(
-                block_table=cache.block_table[part.requests],
-                window_block_table=cache.window_block_table[part.requests],
-            )
-            t = part.tokens
-            if self._prefill is None or part.batch.max_query_len == 1:
-                q = self._queries(query[t])
-                ops.attention(q, stored_key[t], value[t], view, part.batch, layout, self.scale, output[t])
-            else:
-                assert part.past is not None
-                self._prefill.attend(output[t], query[t], key[t], value[t], stored_key[t], view, part.batch, part.past)
+        self._attend_parts(output, query, key, value, stored_key, cache, attn_metadata.parts)
         ops.update_window(stored_key, value, cache, batch, layout)
         return output
+
+    def _attend_parts(
+        self,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        stored_key: Tensor,
+        cache: PagedCache,
+        parts: Parts,
+    ) -> None:
+        """Attention of the parts of a step with long queries, into ``output``."""
+        prefill, begun = self._prefill, parts.begun
+        # the scores of a prompt that begins are the same in either basis
+        queries = self._queries(query if prefill is None or begun is None else query[: begun.tokens.start])
+        for part in parts:
+            if part is None:
+                continue
+            t, view = part.tokens, part.view(cache)
+            if prefill is not None and part is begun:
+                prefill.attend(output[t], query[t], key[t], value[t], part.batch)
+                continue
+            new = queries[t], stored_key[t], value[t]
+            if prefill is not None and part.past is not None:
+                prefill.attend_with_past(output[t], *new, view, part.batch, part.past)
+            else:
+                self.operations.attention(*new, view, part.batch, self.layout, self.scale, output[t])

@@ -1,6 +1,6 @@
 """Attention of long queries on a GPU: FlashAttention, at the speed that it has on a bfloat16 cache.
 
-A first chunk needs no cache. The past of a later one is read from pages and window into a bounded workspace by
+A prompt's first chunk needs no cache. The past of a later one is read from pages and window into a bounded workspace by
 ``gather_past``: together with the chunk if both fit it, otherwise slice by slice.
 """
 
@@ -50,7 +50,6 @@ class Prefill:
     Args:
         flash: from :func:`flash_attention`.
         room: from :func:`past_room`.
-        rotated: puts queries into the basis of the stored keys.
     """
 
     flash: Callable[..., Any]
@@ -59,7 +58,6 @@ class Prefill:
     num_kv_heads: int
     scale: float
     room: int
-    rotated: Callable[[Tensor], Tensor]
 
     def workspace(self, tokens: int, dtype: torch.dtype) -> list[Tensor]:
         """Keys and values of a slice, and attention to it, in the memory that vLLM's layers share for such things.
@@ -72,13 +70,22 @@ class Prefill:
         past = ((self.room, self.num_kv_heads, size), dtype)
         return current_workspace_manager().get_simultaneous(past, past, ((tokens, self.num_heads, size), dtype))
 
-    def attend(
+    def attend(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, batch: Batch) -> Tensor:
+        """Causal attention of new tokens to each other, into ``output``; the LSEs ``[num_heads, num_tokens]``.
+
+        Args:
+            output, query: ``[num_tokens, num_heads, head_size]``.
+            key, value: ``[num_tokens, num_kv_heads, head_size]``, in the basis of the queries, whichever it is.
+        """
+        starts, longest = batch.query_start_loc, batch.max_query_len
+        return self._flash(output, query, key, value, starts, starts, longest, longest, causal=True)
+
+    def attend_with_past(
         self,
         output: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        stored_key: Tensor,
         cache: PagedCache,
         batch: Batch,
         past: Past,
@@ -86,37 +93,19 @@ class Prefill:
         """``core.operations.attention`` of chunks, into ``output``.
 
         Args:
-            output, query: ``[num_tokens, num_heads, head_size]``.
-            key, value: ``[num_tokens, num_kv_heads, head_size]``; keys and queries *not* rotated: the scores within
-                the chunk are the same either way, and without a past nothing else is computed.
-            stored_key: the keys as they are stored, rotated.
+            query, key: as they are stored, rotated.
             past: ``core.past.past_of`` the batch.
         """
-        if past.max_alone_len:
-            alone = slice(past.alone, None)
-            starts, longest = past.alone_start_loc, past.max_alone_len
-            lse = self._flash(
-                output[alone], query[alone], key[alone], value[alone], starts, starts, longest, longest, causal=True
-            )
-        if not past.slices:
-            return
         from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
         from logquant_vllm.kernels.past import gather_past
 
-        # in a step with decoding requests, the end of one prompt often comes with the begin of another, which has none
-        requests, tokens = slice(past.num_requests), slice(past.num_tokens)
-        output, query = output[tokens], self.rotated(query[tokens])
+        starts = batch.query_start_loc
+        keys, values, partial = self.workspace(len(query), query.dtype)
         if not past.whole:
-            lse = lse[:, tokens].contiguous()
-        starts = batch.query_start_loc[: past.num_requests + 1]
-        batch = batch._replace(query_start_loc=starts, seq_lens=batch.seq_lens[requests])
-        cache = cache._replace(
-            block_table=cache.block_table[requests], window_block_table=cache.window_block_table[requests]
-        )
-        keys, values, partial = self.workspace(past.num_tokens, query.dtype)
+            lse = self.attend(output, query, key, value, batch)
         for piece in past.slices:
-            gather_past(keys, values, piece, stored_key, value, cache, batch, self.layout)
+            gather_past(keys, values, piece, key, value, cache, batch, self.layout)
             partial_lse = self._flash(
                 output if past.whole else partial,
                 query,
@@ -124,7 +113,7 @@ class Prefill:
                 values[: piece.rows],
                 starts,
                 piece.start_loc,
-                past.max_query_len,
+                batch.max_query_len,
                 piece.span,
                 causal=past.whole,
             )
