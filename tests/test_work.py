@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from logquant_vllm.core.page_format import PageFormat
-from logquant_vllm.core.paged import CacheLayout
+from logquant_vllm.core.paged import CacheLayout, slot_positions
 from tests.paging import assert_close
 from tests.test_triton import DEVICE, RUNS_HERE
 
@@ -14,7 +14,7 @@ if RUNS_HERE:
     import triton
     import triton.language as tl
 
-    from logquant_vllm.kernels import work
+    from logquant_vllm.kernels import common, work
     from logquant_vllm.kernels.join import join_pieces_kernel
 
     @triton.jit
@@ -42,6 +42,15 @@ if RUNS_HERE:
         tl.store(found + 4 * program + 3, count)
         if program == programs - 1:
             work.write_shares(row_starts, query_start_loc, seq_lens, shares, index, num_reqs, num_kv_heads, LAYOUT)
+
+    @triton.jit
+    def outside_hole(needed, lengths, num_slots, TILE: tl.constexpr, WINDOW: tl.constexpr):
+        row = tl.program_id(0)
+        hole = common.find_hole(tl.load(lengths + row), TILE, WINDOW)
+        slot = common.skip_hole(row * 0, hole)
+        while slot < num_slots:
+            tl.store(needed + row * num_slots + slot + tl.arange(0, TILE), 1)
+            slot = common.skip_hole(slot + TILE, hole)
 
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_triton.test_in_interpreter's process")
@@ -174,3 +183,23 @@ def test_join_pieces(programs: int, grain: int, tile: int) -> None:
     assert_close(out, expected)
     assert torch.equal(out_lse[-1].cpu(), expected_lse[-1])
     assert_close(out_lse[:-1], expected_lse[:-1])
+
+
+@pytest.mark.parametrize("window_length", [32, 42, 64, 85])
+def test_hole(window_length: int) -> None:
+    """The tiles of slots outside the hole are those with a token, or the one that the next token goes to."""
+    tile, slots = 16, 3 * window_length
+    padded = -(-slots // tile) * tile
+    lengths = torch.arange(6 * window_length + 2, dtype=torch.int32)
+    position, held = slot_positions(lengths, window_length)
+    wanted = torch.zeros(len(lengths), padded, dtype=torch.bool)
+    wanted[:, :slots] = held | (position == lengths[:, None])
+    wanted = wanted.unflatten(1, (-1, tile)).any(2)
+    actual = torch.zeros(len(lengths), padded, dtype=torch.int32, device=DEVICE)
+    outside_hole[(len(lengths),)](actual, lengths.to(DEVICE), padded, tile, window_length)
+    actual = actual.cpu().bool().unflatten(1, (-1, tile))
+    assert torch.equal(actual.any(2), actual.all(2))
+    extra = actual.all(2) & ~wanted
+    assert not (wanted & ~actual.all(2)).any()
+    # a hole that ends within a tile, as another half of the ring begins there, may leave it
+    assert not extra.any() if window_length % tile == 0 else extra.sum(1).max() <= 1

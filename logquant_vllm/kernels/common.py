@@ -205,6 +205,26 @@ def slot_position(slot, computed, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def find_hole(computed, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """The tiles of slots that attention needs none of after ``computed`` tokens, from the first to below the second:
+    those behind the next token's, up to the oldest token of the ring. Tiles begin at multiples of ``TILE``."""
+    compactions = count_compactions(computed, WINDOW)
+    recent = (
+        computed - (compactions + 1) * WINDOW
+    )  # tokens of the ring; or as many as it still lacks to begin, negative
+    wrapped = compactions % 2 == 1  # its oldest token is in the second half
+    begin = tl.where(wrapped, recent, recent + WINDOW) + 1
+    return (begin + TILE - 1) // TILE * TILE, tl.where(wrapped, 2 * WINDOW, 3 * WINDOW + TILE) // TILE * TILE
+
+
+@triton.jit
+def skip_hole(slot, hole):
+    """The next slot, from ``slot`` on, outside the tiles of :func:`find_hole`."""
+    begin, end = hole
+    return tl.where((slot >= begin) & (slot < end), end, slot)
+
+
+@triton.jit
 def slot_offset(slot, table_row, table_width, block_stride, slot_stride, SLOTS_PER_BLOCK: tl.constexpr):
     """Offset of a window slot in elements of the model's dtype (int64, shape of ``slot``)."""
     index = slot + HEADER_SLOTS

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from logquant_vllm.kernels.common import slot_offset, slot_position
+from logquant_vllm.kernels.common import find_hole, skip_hole, slot_offset, slot_position
 from logquant_vllm.kernels.gluon_tiles import (
     BY_HEAD,
     BY_ROW,
@@ -121,8 +121,10 @@ def attend_window(
     slots = tiles._reinterpret(dtype, [2, ROWS, HEAD_SIZE], MEMORY)
     # as offsets from the copies, which they need not be near to
     new_key, new_value = distance(new_key, copies), distance(new_value, copies)
+    hole = find_hole(computed, ROWS, LAYOUT.window_length)
+    first = skip_hole(first_slot, hole)
     key_rows, value_rows, exist = find_slots(
-        first_slot,
+        first,
         window_row,
         window_table_width,
         block_stride,
@@ -140,16 +142,17 @@ def attend_window(
     async_copy.commit_group()
     # one of a head's columns attends to them
     own = gl.arange(0, 8, layout=BY_HEAD)[None, :] % COLUMNS == 0
-    for first in range(first_slot, end_slot, ROWS):
+    while first < end_slot:
         valid = gl.convert_layout(exist.to(gl.int32), BY_ROW) != 0
-        more = first + ROWS < end_slot
+        following = skip_hole(first + ROWS, hole)
+        more = following < end_slot
         async_copy.wait_group(1)
         k = slots.index(0).load(LEFT)
         scores = mma_v2(k, q, gl.zeros((ROWS, 8), gl.float32, MMA)) * qk_scale
         scores = gl.where(valid[:, None] & own, scores, float("-inf"))
         if more:
             key_rows, value_rows, exist = find_slots(
-                first + ROWS,
+                following,
                 window_row,
                 window_table_width,
                 block_stride,
@@ -187,5 +190,6 @@ def attend_window(
         if more:
             copy_rows(slots.index(1), copies, value_rows)
         async_copy.commit_group()
+        first = following
     async_copy.wait_group(0)
     return acc_0, acc_1, maximum, totals
