@@ -43,6 +43,8 @@ def parts_of(common: CommonAttentionMetadata, step: Batch, room: int) -> Parts:
         step: all its requests.
         room: as in ``core.past.past_slices``.
     """
+    if common.max_query_len == 1:
+        return Parts(Part(slice(common.num_actual_tokens), slice(common.num_reqs), step))
     decodes, prefills, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
     starts = common.query_start_loc_cpu.tolist()
     bounds = common.seq_lens_cpu_upper_bound

@@ -1,8 +1,8 @@
 """How many tokens are resident, told by the scheduler's process to the one that serves ``/metrics``.
 
-vLLM's scheduler statistics carry no lengths, but the manager of the window blocks sees every request grow and go. It
-keeps two totals and writes them into a small file in memory, which the front end reads when it is scraped: no message,
-no synchronization, and nothing of it inside a step.
+vLLM's scheduler statistics carry no lengths, but the manager of the window blocks sees every request grow and go. Now
+and then it writes two totals into a small file in memory, which the front end reads when it is scraped: no message and
+no synchronization.
 """
 
 from __future__ import annotations
@@ -51,13 +51,21 @@ def resident(seq_len: int, window_length: int, window_start: int = 0) -> Residen
 
 
 class Tally:
-    """Totals over the requests of one scheduler, kept up to date request by request."""
+    """The lengths of one scheduler's requests. Noting one is cheap, as every step does so for every request."""
 
     def __init__(self, window_length: int) -> None:
         self.window_length = window_length
-        self.total = Resident(0, 0)
         self._starts: dict[str, int] = {}
-        self._requests: dict[str, Resident] = {}
+        self._lengths: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def total(self) -> Resident:
+        """Tokens of all requests."""
+        parts = [resident(n, self.window_length, self._starts.get(r, 0)) for r, n in self._lengths.items()]
+        return Resident(sum(part.full_precision for part in parts), sum(part.quantized for part in parts))
 
     def begin(self, request_id: str, window_start: int) -> None:
         """A request starts behind a prefix hit of so many tokens, what is replayed not counted."""
@@ -65,18 +73,12 @@ class Tally:
 
     def grow(self, request_id: str, seq_len: int) -> None:
         """A request now has ``seq_len`` tokens."""
-        self._replace(request_id, resident(seq_len, self.window_length, self._starts.get(request_id, 0)))
+        self._lengths[request_id] = seq_len
 
     def end(self, request_id: str) -> None:
         """A request lost its blocks: finished, aborted or preempted."""
         self._starts.pop(request_id, None)
-        self._replace(request_id, Resident(0, 0))
-        self._requests.pop(request_id, None)
-
-    def _replace(self, request_id: str, now: Resident) -> None:
-        before = self._requests.get(request_id, Resident(0, 0))
-        self._requests[request_id] = now
-        self.total = Resident(*(t + n - b for t, n, b in zip(self.total, now, before, strict=True)))
+        self._lengths.pop(request_id, None)
 
 
 def shared_file(instance_id: str, engine: int) -> Path:
