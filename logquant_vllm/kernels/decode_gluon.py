@@ -10,6 +10,8 @@ are the eight columns, one or two each (``gluon_pages.columns_of_head``). A prog
 
 from __future__ import annotations
 
+import functools
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -68,6 +70,7 @@ def tile_elements(fmt):
     return max(fmt.page_size * fmt.key_words, fmt.head_size * fmt.value_words, 16 * fmt.head_size)
 
 
+@functools.cache
 def programs_per_multiprocessor(fmt: PageFormat) -> int:
     """Programs that a multiprocessor holds at a time: by registers, and by its 228 KiB of shared memory."""
     raw = 2 * (fmt.groups_per_page * fmt.head_size + fmt.value_groups * fmt.page_size)

@@ -6,11 +6,17 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
-from logquant_vllm.kernels.common import capability, copy_operand, launches_ahead, multiprocessors, padded
+from logquant_vllm.kernels.common import (
+    capability,
+    copy_operand,
+    launches_ahead,
+    multiprocessors,
+    next_power_of_2,
+    padded,
+)
 from logquant_vllm.kernels.decode import combine_kernel, decode_kernel
 from logquant_vllm.kernels.join import join_pieces_kernel
 from logquant_vllm.kernels.work import PIECES, REQUESTS, row_units_bound
@@ -112,7 +118,7 @@ def decode(
         GQA_PAD=padded(gqa, 8),
         HEAD_PAD=padded(head_size),
         KEY_WORDS_PAD=padded(fmt.key_words),
-        VALUE_GROUPS=triton.next_power_of_2(fmt.value_groups),
+        VALUE_GROUPS=next_power_of_2(fmt.value_groups),
         VALUE_ROWS=min(fmt.value_group_size, padded(head_size)),
         VALUE_STEP=max(fmt.value_words_per_group, 16),
         WINDOW_TOKENS=WINDOW_SLOTS_PER_TILE,
@@ -120,7 +126,7 @@ def decode(
         num_warps=1 if head_size <= 128 else 2,
         num_stages=DECODE_STAGES,
     )
-    splits_pad = triton.next_power_of_2(splits)
+    splits_pad = next_power_of_2(splits)
     combine_kernel[(max(num_reqs, query.shape[0]), num_heads, -(-head_size // COMBINE_CHANNELS))](
         output,
         lse,
@@ -159,7 +165,7 @@ def _decode_in_shares(
     gqa = num_heads // num_kv_heads
     # Shares, and the order in which pieces are joined, must be the same in a captured graph, which pads the batch (not
     # beyond the next power of two) and has to assume the longest requests: the tokens would differ in rounding.
-    rows = triton.next_power_of_2(num_reqs) * num_kv_heads
+    rows = next_power_of_2(num_reqs) * num_kv_heads
     units = rows * row_units_bound(cache.block_table.shape[1] * fmt.page_size, layout.num_slots, fmt.page_size)
     resident = by_hand.programs_per_multiprocessor(fmt) * multiprocessors(query.device)
     programs = min(resident, units)
@@ -217,9 +223,9 @@ def _decode_in_shares(
         maxnreg=by_hand.REGISTERS,
     )
     # about as many pieces as a row has if all are equally long; a longer one takes several tiles
-    pieces = triton.next_power_of_2(programs // rows + 2)
+    pieces = next_power_of_2(programs // rows + 2)
     tile = min(max(pieces, JOIN_PIECES[0]), JOIN_PIECES[1])
-    channels = min(JOIN_ELEMENTS // tile, triton.next_power_of_2(head_size))
+    channels = min(JOIN_ELEMENTS // tile, next_power_of_2(head_size))
     join_pieces_kernel[(max(num_reqs, query.shape[0]), num_heads, -(-head_size // channels))](
         output,
         lse,

@@ -7,13 +7,12 @@ Safe to capture in a CUDA graph: grids and constants depend on shapes and host i
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
 from logquant_vllm.kernels.attention import attention_kernel
-from logquant_vllm.kernels.common import check_tokens, copy_operand, num_chunks, padded
+from logquant_vllm.kernels.common import check_tokens, copy_operand, next_power_of_2, num_chunks, padded
 from logquant_vllm.kernels.decoding import decode
 from logquant_vllm.kernels.past import gather_past
 from logquant_vllm.kernels.rotation import rotate_heads
@@ -91,7 +90,7 @@ def _prefill(
     fmt, num_kv_heads, num_reqs = layout.fmt, key.shape[1], batch.seq_lens.shape[0]
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
     gqa = query.shape[1] // num_kv_heads
-    gqa_pad = triton.next_power_of_2(gqa)
+    gqa_pad = next_power_of_2(gqa)
     rows = max(gqa_pad, 64 if batch.max_query_len * gqa_pad > 16 else 16)
     query_tokens = rows // gqa_pad
     attention_kernel[(num_chunks(query.shape[0], num_reqs, query_tokens), num_kv_heads)](

@@ -16,6 +16,7 @@ from logquant_vllm.kernels.common import (
     count_compactions,
     find_request,
     log_slot_of_position,
+    next_power_of_2,
     pages_end,
     read_from_page,
     read_request,
@@ -177,7 +178,7 @@ def gather_past(
         FMT=fmt,
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
-        GROUP_PAD=triton.next_power_of_2(fmt.value_group_size),
+        GROUP_PAD=next_power_of_2(fmt.value_group_size),
         TOKENS=SLICE_STEP,
         num_warps=4,
     )

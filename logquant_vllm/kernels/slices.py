@@ -6,6 +6,8 @@ head: whole words of codes, so no two programs write the same byte (or both the 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import triton
@@ -13,6 +15,7 @@ import triton.language as tl
 
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.quantizer import scale_floor_divisor
+from logquant_vllm.kernels.common import next_power_of_2
 from logquant_vllm.kernels.quantize import (
     key_scale_constants,
     quantize_keys,
@@ -134,7 +137,8 @@ def quantize_slice(
         )
 
 
-def slice_constants(fmt: PageFormat, elements: int, *, keys: bool, feedback: bool) -> dict[str, Any]:
+@functools.cache
+def slice_constants(fmt: PageFormat, elements: int, *, keys: bool, feedback: bool) -> Mapping[str, Any]:
     """Constants of :func:`quantize_slice` for slices of about ``elements`` elements, and how many SLICES a group of one
     KV head has.
 
@@ -142,10 +146,10 @@ def slice_constants(fmt: PageFormat, elements: int, *, keys: bool, feedback: boo
         keys: whether keys are quantized too, or values alone.
         feedback: whether with error feedback.
     """
-    value_group = triton.next_power_of_2(min(fmt.value_group_size, fmt.head_size))
+    value_group = next_power_of_2(min(fmt.value_group_size, fmt.head_size))
     key_slice = elements * fmt.key_bits // (16 * fmt.key_group_size)
     value_slice = elements * fmt.value_bits // (16 * value_group)
-    key_slice = min(max(key_slice, 1), triton.next_power_of_2(fmt.key_words))
+    key_slice = min(max(key_slice, 1), next_power_of_2(fmt.key_words))
     value_slice = min(max(value_slice, 1), fmt.value_words_per_group)
     key_parts = (1 if feedback else -(-fmt.key_words // key_slice)) if keys else 0
     return {

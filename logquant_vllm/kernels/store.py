@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
-from logquant_vllm.kernels.common import STEP_COUNTS, STEP_METADATA, check_tokens, num_chunks
+from logquant_vllm.kernels.common import STEP_COUNTS, STEP_METADATA, check_tokens, next_power_of_2, num_chunks
 from logquant_vllm.kernels.feedback import feedback_warps
 from logquant_vllm.kernels.feedback_launch import choose_kernel, quantize_keys_by_hand
 from logquant_vllm.kernels.groups import find_group, open_group
@@ -255,7 +255,7 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
         cache.window_block_table.shape[1],
         LAYOUT=layout,
         SLOTS_PER_BLOCK=slots.shape[1],
-        SLOTS_PAD=triton.next_power_of_2(layout.window_length),
+        SLOTS_PAD=next_power_of_2(layout.window_length),
         CHANNELS=channels,
         num_warps=4,
     )

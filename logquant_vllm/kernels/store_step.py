@@ -23,6 +23,7 @@ from logquant_vllm.kernels.common import (
     count_compactions,
     launches_ahead,
     multiprocessors,
+    next_power_of_2,
     read_request,
     slot_of_position,
     slot_offset,
@@ -313,7 +314,7 @@ def store_step(
         return
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
     by_hand, shares = choose_kernel(feedback if quantize else None, key, fmt)
-    constants = slice_constants(fmt, SLICE_ELEMENTS, keys=by_hand is None, feedback=shares is not None)
+    constants = dict(slice_constants(fmt, SLICE_ELEMENTS, keys=by_hand is None, feedback=shares is not None))
     channels, chunks = window_chunks(fmt.head_size)
     if not quantize:
         constants["SLICES"] = 0
@@ -353,10 +354,10 @@ def store_step(
         **constants,
         REQUESTS=requests_bound(num_reqs),
         CHUNKS=chunks,
-        SLOTS_PAD=triton.next_power_of_2(layout.window_length),
+        SLOTS_PAD=next_power_of_2(layout.window_length),
         CHANNELS=channels,
-        HEADS=min(COPIED_HEADS, triton.next_power_of_2(num_kv_heads)),
-        HEAD_PAD=triton.next_power_of_2(fmt.head_size),
+        HEADS=min(COPIED_HEADS, next_power_of_2(num_kv_heads)),
+        HEAD_PAD=next_power_of_2(fmt.head_size),
         AHEAD=by_hand is not None,
         BESIDE=beside,
         num_warps=4 if shares is None else feedback_warps(fmt.key_group_size),

@@ -13,6 +13,7 @@ import triton.language as tl
 from logquant_vllm.kernels.common import (
     count_compactions,
     log_slot_position,
+    next_power_of_2,
     read_request,
     slot_of_position,
     slot_offset,
@@ -180,5 +181,5 @@ def update_slots(
 
 def window_chunks(head_size: int) -> tuple[int, int]:
     """Channels of a chunk, and how many chunks a head has."""
-    channels = min(32, triton.next_power_of_2(head_size))
+    channels = min(32, next_power_of_2(head_size))
     return channels, -(-head_size // channels)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from logquant_vllm.kernels.common import read_lengths
+from logquant_vllm.kernels.common import next_power_of_2, read_lengths
 
 WINDOW_UNIT = tl.constexpr(32)  # slots
 REQUESTS = (32, 256)  # requests that are looked at together: few, or many
@@ -29,7 +29,7 @@ SMALL_SHARE = tl.constexpr(8)  # units: beginning in a second row costs about on
 
 def requests_bound(num_reqs: int) -> int:
     """A number that ``num_reqs`` fits: one of few, as kernels are compiled for each."""
-    return next((n for n in REQUESTS if num_reqs <= n), triton.next_power_of_2(num_reqs))
+    return next((n for n in REQUESTS if num_reqs <= n), next_power_of_2(num_reqs))
 
 
 def window_units(num_slots: int) -> int:
