@@ -214,9 +214,8 @@ def find_hole(computed, TILE: tl.constexpr, WINDOW: tl.constexpr):
     """The tiles of slots that attention needs none of after ``computed`` tokens, from the first to below the second:
     those behind the next token's, up to the oldest token of the ring. Tiles begin at multiples of ``TILE``."""
     compactions = count_compactions(computed, WINDOW)
-    recent = (
-        computed - (compactions + 1) * WINDOW
-    )  # tokens of the ring; or as many as it still lacks to begin, negative
+    # tokens of the ring; if negative, what is lacking until it begins
+    recent = computed - (compactions + 1) * WINDOW
     wrapped = compactions % 2 == 1  # its oldest token is in the second half
     begin = tl.where(wrapped, recent, recent + WINDOW) + 1
     return (begin + TILE - 1) // TILE * TILE, tl.where(wrapped, 2 * WINDOW, 3 * WINDOW + TILE) // TILE * TILE

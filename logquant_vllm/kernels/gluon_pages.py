@@ -37,12 +37,10 @@ from logquant_vllm.kernels.gluon_tiles import (
     BY_LANE,
     BY_ROW,
     CODE_UNIT,
-    HEADROOM,
     HEADS,
     LOG_WEIGHT_UNIT,
     MMA,
     RIGHT,
-    column_maxima,
     exp2,
     halves_of,
     lane_maxima,
@@ -54,10 +52,10 @@ from logquant_vllm.kernels.gluon_tiles import (
     on_top_blocks,
     peak_bits,
     power_of_two,
+    raise_maximum,
     reference_of,
     row_steps,
     scale_and_shift,
-    scale_rows,
     spread_rows,
     take_columns,
     token_rows,
@@ -319,15 +317,8 @@ def attend_pages(
             weights = weigh(scores, factor, shifts, LOG_WEIGHT_UNIT - maximum)
             if peak_bits(weights) > limit:
                 highest = highest_scores(scores, factor, shifts)
-                new_maximum = gl.maximum(maximum, column_maxima(highest) + HEADROOM)
-                reference = reference_of(new_maximum)
-                decay = exp2(maximum - reference)
-                maximum = new_maximum
-                sums = scale_rows(sums, decay)
-                acc_0 = scale_rows(acc_0, decay)
-                if VALUE_GROUPS == 2:
-                    acc_1 = scale_rows(acc_1, decay)
-                weights = weigh(scores, factor, shifts, LOG_WEIGHT_UNIT - reference)
+                acc_0, acc_1, maximum, sums = raise_maximum(acc_0, acc_1, maximum, sums, highest, VALUE_GROUPS)
+                weights = weigh(scores, factor, shifts, LOG_WEIGHT_UNIT - reference_of(maximum))
             copy_keys(tiles, raw_keys, raw_values, slab, wanted, FMT)
             async_copy.commit_group()
 

@@ -328,3 +328,19 @@ def on_top_blocks(first, last, PAIRED: gl.constexpr):
     both = gl.join(first, last)
     TILES: gl.constexpr = first.shape[0]
     return gl.reshape(gl.permute(both, (0, 3, 1, 2) if PAIRED else (3, 0, 1, 2)), (16 * TILES, 8))
+
+
+@gluon.jit
+def raise_maximum(acc_0, acc_1, maximum, sums, highest, VALUE_GROUPS: gl.constexpr):
+    """Bring sums to a maximum that leaves HEADROOM above the scores ``highest``, ``[8, 8]`` by lane.
+
+    Returns:
+        The first four arguments: sums of the groups of channels, what they are relative to, and sums of the weights.
+    """
+    new_maximum = gl.maximum(maximum, column_maxima(highest) + HEADROOM)
+    decay = exp2(maximum - reference_of(new_maximum))
+    sums = scale_rows(sums, decay)
+    acc_0 = scale_rows(acc_0, decay)
+    if VALUE_GROUPS == 2:
+        acc_1 = scale_rows(acc_1, decay)
+    return acc_0, acc_1, new_maximum, sums

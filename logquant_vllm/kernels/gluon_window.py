@@ -10,7 +10,6 @@ from logquant_vllm.kernels.common import find_hole, skip_hole, slot_offset, slot
 from logquant_vllm.kernels.gluon_tiles import (
     BY_HEAD,
     BY_ROW,
-    HEADROOM,
     LANES,
     LEFT,
     LOG_WEIGHT_UNIT,
@@ -18,15 +17,14 @@ from logquant_vllm.kernels.gluon_tiles import (
     RIGHT,
     ROWS,
     SLACK,
-    column_maxima,
     copy_layout,
     distance,
     exp2,
     lane_maxima,
+    raise_maximum,
     reference_of,
     rows_memory,
     scale_and_shift,
-    scale_rows,
     transpose_tiles,
 )
 
@@ -170,13 +168,7 @@ def attend_window(
         highest = lane_maxima(scores)
         exceeds = gl.reshape((highest - maximum > SLACK).to(gl.int32), (64,))
         if gl.max(exceeds, 0) > 0:
-            new_maximum = gl.maximum(maximum, column_maxima(highest) + HEADROOM)
-            decay = exp2(maximum - reference_of(new_maximum))
-            maximum = new_maximum
-            totals = scale_rows(totals, decay)
-            acc_0 = scale_rows(acc_0, decay)
-            if VALUE_GROUPS == 2:
-                acc_1 = scale_rows(acc_1, decay)
+            acc_0, acc_1, maximum, totals = raise_maximum(acc_0, acc_1, maximum, totals, highest, VALUE_GROUPS)
         weights = exp2(scale_and_shift(scores, 1.0, LOG_WEIGHT_UNIT - reference_of(maximum)))
         transposed = gl.reshape(transpose_tiles(weights.to(dtype)), (ROWS, 8))
         right = gl.convert_layout(transposed, RIGHT, assert_trivial=True)

@@ -298,11 +298,10 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             if part is None:
                 continue
             t, view = part.tokens, part.view(cache)
-            if prefill is not None and part is begun:
-                prefill.attend(output[t], query[t], key[t], value[t], part.batch)
-                continue
             new = queries[t], stored_key[t], value[t]
-            if prefill is not None and part.past is not None:
+            if prefill is None or part is parts.decoding:
+                self.operations.attention(*new, view, part.batch, self.layout, self.scale, output[t])
+            elif part.past is not None:
                 prefill.attend_with_past(output[t], *new, view, part.batch, part.past)
             else:
-                self.operations.attention(*new, view, part.batch, self.layout, self.scale, output[t])
+                prefill.attend(output[t], query[t], key[t], value[t], part.batch)

@@ -45,23 +45,25 @@ def parts_of(common: CommonAttentionMetadata, step: Batch, room: int) -> Parts:
     """
     if common.max_query_len == 1:
         return Parts(Part(slice(common.num_actual_tokens), slice(common.num_reqs), step))
-    decodes, prefills, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
+    decodes, _, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
     starts = common.query_start_loc_cpu.tolist()
     bounds = common.seq_lens_cpu_upper_bound
     most = [common.max_seq_len] * common.num_reqs if bounds is None else bounds.tolist()
     new = [end - start for start, end in pairwise(starts)]
     cached = [bound - n for bound, n in zip(most, new, strict=True)]
-    last = decodes + prefills
     # requests behind the last that may have a past need not be looked at
-    begin = max((i + 1 for i in range(decodes, last) if cached[i] > 0), default=decodes)
+    begin = max((i + 1 for i in range(decodes, common.num_reqs) if cached[i] > 0), default=decodes)
 
     def part(first: int, end: int) -> Part | None:
         if starts[first] == starts[end]:
             return None
         offsets = step.query_start_loc[first : end + 1]
         offsets = offsets - starts[first] if first else offsets
-        batch = Batch(offsets, step.seq_lens[first:end], max(1, *new[first:end]), step.max_seq_len)
-        past = past_of(batch, new[first:end], cached[first:end], room) if first == decodes < begin else None
-        return Part(slice(starts[first], starts[end]), slice(first, end), batch, past)
+        batch = Batch(offsets, step.seq_lens[first:end], max(new[first:end]), step.max_seq_len)
+        return Part(slice(starts[first], starts[end]), slice(first, end), batch)
 
-    return Parts(part(0, decodes), part(decodes, begin), part(begin, last))
+    continued = part(decodes, begin)
+    if continued is not None:
+        past = past_of(continued.batch, new[decodes:begin], cached[decodes:begin], room)
+        continued = continued._replace(past=past)
+    return Parts(part(0, decodes), continued, part(begin, common.num_reqs))
