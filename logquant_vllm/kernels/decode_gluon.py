@@ -14,6 +14,7 @@ import functools
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.common import LN2, STEP_COUNTS, STEP_METADATA, first_copied, load_header, read_lengths
@@ -41,7 +42,6 @@ from logquant_vllm.kernels.work import (
     choose_shares,
     find_units,
     row_units,
-    wait_for_turn,
     write_shares,
 )
 
@@ -168,7 +168,6 @@ def decode_kernel(
     seq_lens,
     num_reqs,
     num_kv_heads,
-    room,  # programs that leave room beside them for those of the next kernel
     qk_scale,
     output_stride,
     output_head_stride,
@@ -212,8 +211,8 @@ def decode_kernel(
     tables = query_start_loc, seq_lens, block_table, window_table, table_stride, window_table_stride
     start, computed, units, stop, blocks, window_block = open_row(*tables, request, unit, count, LAYOUT)
     if DEPENDENT:  # from here on all that other kernels wrote can be read, and nothing is in use that is written
-        share, _, _, busy = shares
-        wait_for_turn(share, busy <= room)
+        gdc_wait()
+        gdc_launch_dependents()
     if program == gl.num_programs(0) - 1:  # no program takes fewer units
         write_shares(row_starts, query_start_loc, seq_lens, shares, index, num_reqs, num_kv_heads, LAYOUT)
     tiles = gl.allocate_shared_memory(gl.uint16, [2, tile_elements(FMT)], PLAIN)

@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from logquant_vllm.kernels.common import next_power_of_2, read_lengths
 
 WINDOW_UNIT = tl.constexpr(32)  # slots
 REQUESTS = (32, 256)  # requests that are looked at together: few, or many
 PIECES = 2  # of a program
-EVEN_SHARE = tl.constexpr(4)  # units: one more or less makes little difference
 SMALL_SHARE = tl.constexpr(8)  # units: beginning in a second row costs about one
 
 
@@ -187,21 +185,6 @@ def find_units(
     kv_head, unit = offset // padded, offset % padded
     count = tl.where(program < busy, share + (program < larger).to(tl.int32), 0)
     return request, kv_head, unit, tl.where(grain > 1, tl.minimum(count, units_of_row - unit), count)
-
-
-@triton.jit
-def wait_for_turn(share, has_room):
-    """Wait until the kernel before has ended, and let the next one be launched if there is room for it or all programs
-    take about as long: its programs take the places of those that have ended, and where some end early, too many would
-    share a multiprocessor.
-
-    Args:
-        share: units of a program.
-        has_room: whether all programs leave room beside them for those of the next kernel.
-    """
-    gdc_wait()
-    if has_room | (share >= EVEN_SHARE):
-        gdc_launch_dependents()
 
 
 @triton.jit
