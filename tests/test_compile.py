@@ -126,3 +126,34 @@ def test_warm_up_leaves_nothing_to_compile(compiled: dict[str, list[Any]]) -> No
         q, k, v, cache, batch = inputs_of(requests, 1, 1, Shape(KV_HEADS, KV_HEADS, 64), layout, 0, "cpu")
         operations.decode_step(q, k, v, cache, batch, layout, 1.0)
     assert {name: len(kernels) for name, kernels in compiled.items()} == before
+
+
+@pytest.mark.skipif(not GLUON, reason="the hand-laid kernel is written for the Triton of vLLM 0.33")
+@pytest.mark.usefixtures("target", "compiled")
+@pytest.mark.parametrize("target", [HOPPER], indirect=True)
+@pytest.mark.parametrize("context", [300, 20000])
+@pytest.mark.parametrize(("requests", "captured"), [(3, 4), (5, 8), (17, 24), (33, 40), (63, 64), (65, 72), (250, 256)])
+def test_graphs_round_the_same(monkeypatch: pytest.MonkeyPatch, requests: int, captured: int, context: int) -> None:
+    """A captured batch has rows of padding and the longest requests as its bound, and yet work is cut and pieces are
+    joined as without a graph: what a program takes follows from these numbers and from lengths on the device."""
+    from triton.runtime import jit
+
+    from logquant_vllm.bench.decode import Shape, random_inputs
+    from logquant_vllm.kernels import operations
+
+    launches: list[dict[str, Any]] = []
+    compile_only = jit.JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, **kwargs: Any) -> None:
+        cut = {"programs": grid[0]} if self.__name__ == "decode_kernel" else {"chunks": grid[2]}
+        launches.append(cut | {name: kwargs.get(name) for name in ("TILE", "CHANNELS", "num_warps")})
+        compile_only(self, *args, grid=grid, **kwargs)
+
+    monkeypatch.setattr(jit.JITFunction, "run", record)
+    layout = LogQuantConfig().layout(128)
+    for count in (requests, captured):
+        inputs = random_inputs(count, context, Shape(8, KV_HEADS, 128), layout, 0, "cpu")
+        bound = context if count == requests else 131072
+        operations.attention(*inputs[:4], inputs.batch._replace(max_seq_len=bound), layout, 1.0)
+    alone, padded = launches[:2], launches[2:]
+    assert len(alone) == 2 and alone == padded
