@@ -12,7 +12,7 @@ from logquant_vllm import calibration
 from logquant_vllm.bench.calibrations import random_moments
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core import operations as reference
-from logquant_vllm.core.calibration import calibrated_basis, change_basis, rotate_heads, rotation_basis
+from logquant_vllm.core.calibration import Moments, calibrated_basis, change_basis, rotate_heads, rotation_basis
 from logquant_vllm.core.hadamard import hadamard_matrix
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
@@ -33,6 +33,19 @@ def test_scores_are_unchanged(head_size: int, heads: int) -> None:
     q, k = rotate_heads(q, k, basis)
     assert_close(torch.einsum("qhgd,khd->hgqk", q.unflatten(1, (heads, 4)), k), expected, 1e-9, "scores")
     assert_close(change_basis(k, basis.query.mT), change_basis(k, torch.linalg.inv(basis.key)), 1e-9, "the way back")
+
+
+@pytest.mark.parametrize("threads", [2])
+@pytest.mark.parametrize("head_size", [64, 256])
+def test_heads_do_not_mix(head_size: int, threads: int) -> None:
+    """All heads at once have the bases that each has alone. Once threads were set, as vLLM's CPU worker does, PyTorch's
+    LU of several large matrices is wrong."""
+    moments = random_moments(head_size, 3)
+    together = calibrated_basis(moments)
+    for head in range(3):
+        alone = calibrated_basis(Moments(*(x[head : head + 1] for x in moments)))
+        for name in ("query", "key", "feedback"):
+            assert_close(getattr(together, name)[head], getattr(alone, name)[0], 1e-6, f"{name} of head {head}")
 
 
 def test_channels_share_what_errors_cost() -> None:

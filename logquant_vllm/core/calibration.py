@@ -93,18 +93,24 @@ def _equal_pivots(moments: Tensor) -> Tensor:
 
 
 def calibrated_basis(moments: Moments, damping: float = DAMPING) -> Basis:
-    """The basis and the feedback of measured moments, float64 and float32 on the moments' device."""
+    """The basis and the feedback of measured moments, float64 and float32 on the moments' device.
+
+    All matrices are symmetric and positive, so nothing needs PyTorch's LU (``inv``, ``slogdet``). In 2.13 that is wrong
+    for several matrices of 192 rows or more on a CPU, once the number of threads was set.
+    """
     spread, weight = moments.key.double(), moments.query.double()
     eye = torch.eye(weight.shape[-1], dtype=torch.float64, device=weight.device)
     weight = weight + damping * weight.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
     spread = spread + damping * spread.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
     # determinant 1: keys keep their size
-    size = torch.linalg.slogdet(spread).logabsdet.div(spread.shape[-1]).exp()[..., None, None]
+    size = torch.linalg.eigvalsh(spread).log().mean(-1).exp()[..., None, None]
     half, inverse_half = _power(spread / size, 0.5), _power(spread / size, -0.5)
     rotation = _equal_pivots(half @ weight @ half)
     query, key = half @ rotation, inverse_half @ rotation
     seen = query.mT @ weight @ query
-    upper = torch.linalg.cholesky(torch.linalg.inv((seen + seen.mT) / 2), upper=True)
+    # the inverse of what is seen is upper' upper; Cholesky's factor from the last channel on is the inverse of upper
+    factor = torch.linalg.cholesky(((seen + seen.mT) / 2).flip(-2, -1)).flip(-2, -1)
+    upper = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=True)
     feedback = (upper / upper.diagonal(dim1=-2, dim2=-1)[..., None]).triu(1)
     return Basis(query, key, feedback.mT.float().contiguous())
 
