@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ if RUNS_HERE:
     import triton
     import triton.language as tl
 
-    from logquant_vllm.kernels import common, work
+    from logquant_vllm.kernels import common, decoding, work
     from logquant_vllm.kernels.join import join_pieces_kernel
 
     @triton.jit
@@ -183,6 +185,17 @@ def test_join_pieces(programs: int, grain: int, tile: int) -> None:
     assert_close(out, expected)
     assert torch.equal(out_lse[-1].cpu(), expected_lse[-1])
     assert_close(out_lse[:-1], expected_lse[:-1])
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 3, 5, 6, 8, 10, 12])
+def test_join_tile(num_kv_heads: int) -> None:
+    """Whatever the heads, a tile is a power of two of pieces and of channels, no larger than one warp can hold."""
+    for requests, gqa, head_size in itertools.product((1, 2, 4, 16, 64, 512), (1, 3, 4, 7, 8), (64, 128)):
+        rows = requests * num_kv_heads
+        for programs in (1, rows, 1188, 1584):
+            pieces, channels = decoding.join_tile(programs, rows, gqa, head_size)
+            assert pieces.bit_count() == channels.bit_count() == 1
+            assert pieces * channels <= decoding.JOIN_ELEMENTS and channels <= head_size
 
 
 @pytest.mark.parametrize("window_length", [32, 42, 64, 85])

@@ -53,6 +53,19 @@ def num_splits(num_reqs: int, num_kv_heads: int, max_pages: int) -> int:
     return max(min(wanted, max_pages, MAX_SPLITS), 1)
 
 
+def join_tile(programs: int, rows: int, gqa: int, head_size: int) -> tuple[int, int]:
+    """Pieces and channels that a program of ``join_pieces_kernel`` takes at a time, powers of two.
+
+    Args:
+        programs: those that decode, of which any may hold pieces.
+        rows: requests times KV heads.
+    """
+    # about as many pieces as a row has if all are equally long; a longer one takes several tiles
+    pieces = min(padded(programs // rows + 2, JOIN_PIECES[0]), JOIN_PIECES[1])
+    enough = padded(-(-rows * gqa * head_size // JOIN_PROGRAMS))
+    return pieces, min(JOIN_ELEMENTS // pieces, padded(head_size), enough)
+
+
 def decode(
     output: Tensor,
     lse: Tensor,
@@ -221,12 +234,7 @@ def _decode_in_shares(
         num_stages=1,
         maxnreg=by_hand.REGISTERS,
     )
-    # about as many pieces as a row has if all are equally long; a longer one takes several tiles
-    pieces = next_power_of_2(programs // rows + 2)
-    tile = min(max(pieces, JOIN_PIECES[0]), JOIN_PIECES[1])
-    head_pad = next_power_of_2(head_size)
-    enough = rows * next_power_of_2(gqa) * head_pad // JOIN_PROGRAMS
-    channels = min(JOIN_ELEMENTS // tile, head_pad, max(enough, 16))
+    tile, channels = join_tile(programs, rows, gqa, head_size)
     join_pieces_kernel[(max(num_reqs, query.shape[0]), num_heads, -(-head_size // channels))](
         output,
         lse,
