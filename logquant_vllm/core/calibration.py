@@ -59,13 +59,6 @@ def rotation_basis(head_size: int, dtype: torch.dtype, device: torch.device | st
     return Basis(matrix, matrix)
 
 
-def _power(matrix: Tensor, exponent: float) -> Tensor:
-    """Power of symmetric positive matrices."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    values = values.clamp_min(_FLOOR * values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny))
-    return vectors * values.pow(exponent)[..., None, :] @ vectors.mT
-
-
 def _equal_pivots(moments: Tensor) -> Tensor:
     """Orthogonal ``Q`` such that ``Q' moments Q``, ``[heads, n, n]``, has equal pivots (given later channels).
 
@@ -102,9 +95,11 @@ def calibrated_basis(moments: Moments, damping: float = DAMPING) -> Basis:
     eye = torch.eye(weight.shape[-1], dtype=torch.float64, device=weight.device)
     weight = weight + damping * weight.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
     spread = spread + damping * spread.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
+    values, vectors = torch.linalg.eigh((spread + spread.mT) / 2)
+    values = values.clamp_min(_FLOOR * values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny))
     # determinant 1: keys keep their size
-    size = torch.linalg.eigvalsh(spread).log().mean(-1).exp()[..., None, None]
-    half, inverse_half = _power(spread / size, 0.5), _power(spread / size, -0.5)
+    values = values / values.log().mean(-1, keepdim=True).exp()
+    half, inverse_half = (vectors * values.pow(power)[..., None, :] @ vectors.mT for power in (0.5, -0.5))
     rotation = _equal_pivots(half @ weight @ half)
     query, key = half @ rotation, inverse_half @ rotation
     seen = query.mT @ weight @ query
