@@ -105,14 +105,22 @@ class LogQuantConfig(BaseModel):
             range_shrink=self.range_shrink,
         )
 
-    def layout(self, head_size: int) -> CacheLayout:
-        """Block format and window for heads of ``head_size`` channels; raises as :meth:`page_format` does."""
+    def layout(self, head_size: int, rollback_tokens: int = 1) -> CacheLayout:
+        """Block format and window for heads of ``head_size`` channels.
+
+        Args:
+            rollback_tokens: see :class:`~logquant_vllm.core.paged.CacheLayout`.
+
+        Raises:
+            ValueError: as :meth:`page_format` does, or if so many tokens cannot be taken back.
+        """
         from logquant_vllm.core.paged import CacheLayout
 
         return CacheLayout(
             fmt=self.page_format(head_size),
             window_length=self.window_length,
             prefix_replay_tokens=self.replay_tokens,
+            rollback_tokens=rollback_tokens,
         )
 
     @classmethod

@@ -116,20 +116,29 @@ def plain_capacity(
 
 
 def logquant_capacity(
-    config: LogQuantConfig, shape: ModelShape, memory: int, max_model_len: int, *, tensor_parallel_size: int = 1
+    config: LogQuantConfig,
+    shape: ModelShape,
+    memory: int,
+    max_model_len: int,
+    *,
+    tensor_parallel_size: int = 1,
+    rollback_tokens: int = 1,
 ) -> Capacity:
     """LogQuant: pages and window blocks of one size, drawn from one pool.
+
+    Args:
+        rollback_tokens: see :class:`logquant_vllm.core.paged.CacheLayout`.
 
     Raises:
         ValueError: if heads of that size cannot be stored.
     """
     import torch
 
-    fmt = config.page_format(shape.head_size)
+    layout = config.layout(shape.head_size, rollback_tokens)
     heads = shape.kv_heads_per_rank(tensor_parallel_size)
-    window = fmt.num_window_blocks(max_model_len, config.window_length, heads, getattr(torch, shape.dtype))
+    window = layout.num_window_blocks(max_model_len, heads, getattr(torch, shape.dtype))
     pages = -(-max_model_len // PAGE_SIZE)
-    return _capacity("logquant", fmt.page_bytes(heads), pages + window, shape, memory, max_model_len)
+    return _capacity("logquant", layout.fmt.page_bytes(heads), pages + window, shape, memory, max_model_len)
 
 
 def plan(
@@ -140,12 +149,14 @@ def plan(
     *,
     tensor_parallel_size: int = 1,
     block_size: int = DEFAULT_BLOCK_SIZE["cuda"],
+    rollback_tokens: int = 1,
 ) -> list[Capacity]:
     """The model's own dtype, fp8 and LogQuant side by side.
 
     Args:
         memory: bytes of KV memory on one rank.
         block_size: of vLLM's own formats; LogQuant's pages always hold 128 tokens.
+        rollback_tokens: as in :func:`logquant_capacity`.
 
     Raises:
         ValueError: naming the argument, its value, and what would work.
@@ -166,7 +177,16 @@ def plan(
             block_size=block_size,
         )
         for name, size in own
-    ] + [logquant_capacity(config, shape, memory, max_model_len, tensor_parallel_size=tensor_parallel_size)]
+    ] + [
+        logquant_capacity(
+            config,
+            shape,
+            memory,
+            max_model_len,
+            tensor_parallel_size=tensor_parallel_size,
+            rollback_tokens=rollback_tokens,
+        )
+    ]
 
 
 def model_shape(model: str, dtype: str = "auto") -> ModelShape:

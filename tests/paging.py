@@ -38,7 +38,7 @@ class PagedBatch:
         fmt = self.layout.fmt
         generator = torch.Generator().manual_seed(self.seed)
         pages = -(-self.max_len // fmt.page_size)
-        window = fmt.num_window_blocks(self.max_len, self.layout.window_length, self.num_kv_heads, self.dtype)
+        window = self.layout.num_window_blocks(self.max_len, self.num_kv_heads, self.dtype)
         total = 1 + self.num_reqs * (pages + window)
         ids = (torch.randperm(total - 1, generator=generator) + 1).int().view(self.num_reqs, pages + window)
         memory = torch.full((total, fmt.page_bytes(self.num_kv_heads)), 0xFF, dtype=torch.uint8)

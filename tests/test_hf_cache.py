@@ -207,9 +207,9 @@ def test_crop_to_nothing_and_reset() -> None:
 def test_holds_the_blocks_of_the_format_and_nothing_else(chunks: list[int], dtype: torch.dtype) -> None:
     config, batch, total = LogQuantConfig(), 3, sum(chunks)
     cache = filled(config, *random_kv(batch, total, dtype), chunks)
-    fmt = config.page_format(SIZE)
-    blocks = -(-total // fmt.page_size) + fmt.num_window_blocks(total, config.window_length, HEADS, dtype)
-    assert cache.nbytes == (1 + batch * blocks) * fmt.page_bytes(HEADS)  # 1: the null block
+    layout = config.layout(SIZE)
+    blocks = -(-total // layout.fmt.page_size) + layout.num_window_blocks(total, HEADS, dtype)
+    assert cache.nbytes == (1 + batch * blocks) * layout.fmt.page_bytes(HEADS)  # 1: the null block
     layer = cache.layers[0]
     stored = [x for x in (*vars(layer).values(), *vars(layer.blocks).values()) if isinstance(x, Tensor)]
     assert sum(x.nbytes for x in stored) == cache.nbytes

@@ -73,15 +73,17 @@ def test_slots_per_block() -> None:
 
 @pytest.mark.parametrize("window_length", [42, 64, 128])
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 8])
-def test_window_blocks_grow_and_saturate(window_length: int, num_kv_heads: int) -> None:
-    fmt = PageFormat(128, key_group_size=32)
-    slots = fmt.slots_per_block(num_kv_heads, torch.bfloat16)
-    counts = [fmt.num_window_blocks(n, window_length, num_kv_heads, torch.bfloat16) for n in range(1000)]
+@pytest.mark.parametrize("rollback_tokens", [1, 8])
+def test_window_blocks_grow_and_saturate(window_length: int, num_kv_heads: int, rollback_tokens: int) -> None:
+    layout = CacheLayout(PageFormat(128, key_group_size=32), window_length, rollback_tokens=rollback_tokens)
+    most = 3 * window_length + rollback_tokens - 1
+    slots = layout.fmt.slots_per_block(num_kv_heads, torch.bfloat16)
+    counts = [layout.num_window_blocks(n, num_kv_heads, torch.bfloat16) for n in range(1000)]
     assert counts[0] == 1, "the header needs a place"
     assert all(0 <= b - a <= 1 for a, b in itertools.pairwise(counts))
-    assert all(count * slots >= HEADER_SLOTS + min(n, 3 * window_length) for n, count in enumerate(counts))
-    assert all((count - 1) * slots < HEADER_SLOTS + min(n, 3 * window_length) for n, count in enumerate(counts))
-    assert len(set(counts[3 * window_length :])) == 1
+    assert all(count * slots >= HEADER_SLOTS + min(n, most) for n, count in enumerate(counts))
+    assert all((count - 1) * slots < HEADER_SLOTS + min(n, most) for n, count in enumerate(counts))
+    assert len(set(counts[most:])) == 1
 
 
 @pytest.mark.parametrize(
@@ -113,3 +115,10 @@ def test_window_must_hold_a_group() -> None:
     with pytest.raises(ValueError, match=r"window_length 42 .* key_group_size 64"):
         CacheLayout(PageFormat(128), window_length=42)
     assert CacheLayout(PageFormat(128, key_group_size=32), window_length=42).num_slots == 126
+
+
+@pytest.mark.parametrize("tokens", [0, 65])
+def test_rollback_is_bounded(tokens: int) -> None:
+    with pytest.raises(ValueError, match=rf"rollback_tokens must lie between 1 and window_length 64, got {tokens}"):
+        CacheLayout(PageFormat(128), rollback_tokens=tokens)
+    assert CacheLayout(PageFormat(128), rollback_tokens=64).num_slots == 255

@@ -107,12 +107,20 @@ def _vllm_capacity(specs: dict[str, Any], memory: int, max_model_len: int) -> tu
     heads=st.sampled_from([1, 2, 4, 8]),
     head_size=st.sampled_from([64, 96, 128, 256]),
     window=st.sampled_from([64, 85, 128]),
+    rollback_tokens=st.sampled_from([1, 2, 8]),
     memory=st.integers(1 << 28, 1 << 36),
     max_model_len=st.integers(1, 200_000),
     block_size=st.sampled_from([16, 128]),
 )
 def test_equals_vllm(
-    layers: int, heads: int, head_size: int, window: int, memory: int, max_model_len: int, block_size: int
+    layers: int,
+    heads: int,
+    head_size: int,
+    window: int,
+    rollback_tokens: int,
+    memory: int,
+    max_model_len: int,
+    block_size: int,
 ) -> None:
     pytest.importorskip("vllm")
     import torch
@@ -122,27 +130,30 @@ def test_equals_vllm(
 
     config = LogQuantConfig(window_length=window)
     shape = ModelShape(layers, heads, head_size)
-    bf16, fp8, logquant = plan(shape, memory, max_model_len, config, block_size=block_size)
+    bf16, fp8, logquant = plan(
+        shape, memory, max_model_len, config, block_size=block_size, rollback_tokens=rollback_tokens
+    )
 
     for capacity, dtype in ((bf16, torch.bfloat16), (fp8, torch.uint8)):
         spec = FullAttentionSpec(block_size=block_size, num_kv_heads=heads, head_size=head_size, dtype=dtype)
         expected = _vllm_capacity({f"layers.{i}": spec for i in range(layers)}, memory, max_model_len)
         assert (capacity.tokens, capacity.concurrency) == expected
 
-    fmt = config.page_format(head_size)
+    layout = config.layout(head_size, rollback_tokens)
     common: dict[str, Any] = {
         "block_size": 128,
         "num_kv_heads": heads,
         "head_size": head_size,
         "num_head_slots": 1,
         "tokens_per_state": 128,
-        "state_content_bytes": fmt.page_bytes(heads),
+        "state_content_bytes": layout.fmt.page_bytes(heads),
     }
     pages = FullAttentionSpec(dtype=torch.uint8, **common)
     window_blocks = WindowSpec(
         dtype=torch.bfloat16,
         window_length=window,
-        slots_per_block=fmt.slots_per_block(heads, torch.bfloat16),
+        num_slots=layout.num_slots,
+        slots_per_block=layout.fmt.slots_per_block(heads, torch.bfloat16),
         replay_tokens=0,
         **common,
     )

@@ -14,7 +14,15 @@ from logquant_vllm.bench.timing import time_in_turns
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core import operations as reference
 from logquant_vllm.core.log_selection import log_selected_positions, recent_window_start
-from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, page_views
+from logquant_vllm.core.paged import (
+    Batch,
+    CacheLayout,
+    Header,
+    PagedCache,
+    compactions_after,
+    page_views,
+    write_header,
+)
 
 L2_BYTES = 120 * 2**20
 """Inputs are repeated until they are larger than this: no GPU's cache holds them then."""
@@ -46,7 +54,7 @@ def random_inputs(
     dtype, fmt = torch.bfloat16, layout.fmt
     g = torch.Generator(device=device).manual_seed(seed)
     pages = math.ceil(context / fmt.page_size)
-    window = fmt.num_window_blocks(context, layout.window_length, shape.num_kv_heads, dtype)
+    window = layout.num_window_blocks(context, shape.num_kv_heads, dtype)
     total = 1 + batch * (pages + window)
     memory = torch.randint(
         0, 256, (total, fmt.page_bytes(shape.num_kv_heads)), dtype=torch.uint8, device=device, generator=g
@@ -60,11 +68,11 @@ def random_inputs(
     memory[copies] = (
         torch.randn(len(copies), memory.shape[1] // 2, device=device, generator=g).to(dtype).view(torch.uint8)
     )
-    header = torch.ones(1, dtype=torch.int32, device=device).view(torch.uint8)  # copies from position 0 on
-    memory[blocks[:, pages].long(), :4] = header
     cache = PagedCache(memory, memory, blocks[:, :pages].contiguous(), blocks[:, pages:].contiguous())
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
     lens = torch.full((batch,), context, dtype=torch.int32, device=device)
+    begin = torch.zeros_like(lens)  # copies from position 0 on
+    write_header(cache, Header(begin, compactions_after(lens - 1, begin, layout)), lens > 0)
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
     q, k, v = (torch.randn(batch, n, shape.head_dim, device=device, generator=g).to(dtype) for n in heads)
     return Inputs(q, k, v, cache, Batch(starts, lens, 1, context))

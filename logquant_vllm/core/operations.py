@@ -21,14 +21,16 @@ from logquant_vllm.core.paged import (
     Batch,
     CacheLayout,
     PagedCache,
+    compactions_after,
     dequantize_pages,
     gather_tokens,
     page_views,
-    read_window_start,
+    read_header,
     slot_address,
     slot_of_position,
     slot_positions,
     window_slots_view,
+    write_header,
 )
 from logquant_vllm.core.quantizer import pack_keys, pack_values, quantize_key_group, quantize_value_group
 
@@ -60,7 +62,7 @@ def quantize_pages(
     fmt, size = layout.fmt, layout.fmt.key_group_size
     num_kv_heads = key.shape[1]
     computed = batch.num_computed
-    shared = shared_prefix_end(read_window_start(cache, computed), layout)
+    shared = shared_prefix_end(read_header(cache, computed, layout).window_start, layout)
     first = torch.maximum(computed // size, -(-shared // size))
     live = cache.window_block_table[:, 0] > 0
     request, group = _ranges(first, torch.where(live, batch.seq_lens // size, 0))
@@ -102,9 +104,9 @@ class CachedTokens(NamedTuple):
     page_keys: Tensor  # float32 [num_reqs, tokens, num_kv_heads, head_size], in position order
     page_values: Tensor
     page_valid: Tensor  # bool [num_reqs, tokens]
-    copies: Tensor  # model's dtype [num_reqs, 3W, num_kv_heads, 2, head_size]
-    copy_position: Tensor  # int32 [num_reqs, 3W]
-    copy_valid: Tensor  # bool [num_reqs, 3W]
+    copies: Tensor  # model's dtype [num_reqs, num_slots, num_kv_heads, 2, head_size]
+    copy_position: Tensor  # int32 [num_reqs, num_slots]
+    copy_valid: Tensor  # bool [num_reqs, num_slots]
 
 
 def read_cached_tokens(
@@ -115,17 +117,18 @@ def read_cached_tokens(
     What is not valid may be stale bytes, even NaN.
     """
     fmt, window_length, device = layout.fmt, layout.window_length, num_computed.device
-    window_start = read_window_start(cache, num_computed)
+    header = read_header(cache, num_computed, layout)
+    window_start = header.window_start[:, None]
     live = (cache.window_block_table[:, 0] > 0)[:, None]
 
     num_pages = -(-max(int(num_computed.max()), 1) // fmt.page_size)
     page_keys, page_values = dequantize_pages(cache.pages[cache.block_table[:, :num_pages].long()], num_kv_heads, fmt)
     position = torch.arange(num_pages * fmt.page_size, device=device, dtype=torch.int32)[None]
     compactions = num_compactions_tensor(num_computed, window_length)[:, None]
-    end = torch.minimum(torch.maximum((compactions + 1) * window_length, window_start[:, None]), num_computed[:, None])
-    copied = is_log_selected(position, compactions, window_length) & (position >= window_start[:, None])
+    end = torch.minimum(torch.maximum((compactions + 1) * window_length, window_start), num_computed[:, None])
+    copied = is_log_selected(position, compactions, window_length) & (position >= window_start)
 
-    slot_position, held = slot_positions(num_computed, window_length)
+    slot_position, slot_valid = slot_positions(num_computed, header, layout)
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, dtype)
     request = torch.arange(len(num_computed), device=device)[:, None].expand_as(slot_position)
     slot = torch.arange(layout.num_slots, device=device)[None].expand_as(slot_position)
@@ -136,7 +139,7 @@ def read_cached_tokens(
         (position < end) & ~copied & live,
         slots[block, offset],
         slot_position,
-        held & (slot_position >= window_start[:, None]) & live,
+        slot_valid & live,
     )
 
 
@@ -203,7 +206,10 @@ def attention(
 
 
 def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
-    """Bring the full-precision slots from ``num_computed`` to ``seq_lens`` tokens, and mark the window as begun.
+    """Bring the full-precision slots from ``num_computed`` to ``seq_lens`` tokens, and the header with them.
+
+    Up to ``layout.rollback_tokens`` of the newest tokens may then be taken back: the next step has fewer
+    ``num_computed`` than this one's ``seq_lens``, and writes their slots and their groups again.
 
     Args:
         key, value: this step's ``[num_tokens, num_kv_heads, head_size]``; keys rotated.
@@ -212,17 +218,16 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
     window_length, computed = layout.window_length, batch.num_computed
     device, num_reqs = key.device, len(computed)
     live = (cache.window_block_table[:, 0] > 0) & (batch.seq_lens > computed)
-    window_start = read_window_start(cache, computed)
-    before = num_compactions_tensor(computed, window_length)[:, None]
-    after = num_compactions_tensor(batch.seq_lens, window_length)[:, None]
+    header = read_header(cache, computed, layout)
+    after = compactions_after(batch.seq_lens, header.compactions, layout)
     slots = window_slots_view(cache.window, key.shape[1], key.shape[2], key.dtype)
 
     # log-selected slots: a slot that survives all the compactions of this step moves down, others come from the ring
     slot = torch.arange(window_length, device=device, dtype=torch.int32)[None].expand(num_reqs, -1)
     request = torch.arange(num_reqs, device=device)[:, None].expand_as(slot)
-    position = log_slot_position(slot, after, window_length)
-    source = slot << (after - before).clamp(max=20)
-    moves = (after > before) & live[:, None]
+    position = log_slot_position(slot, after[:, None], window_length)
+    source = slot << (after - header.compactions)[:, None].clamp(max=20)
+    moves = ((after > header.compactions) & live)[:, None]
     survives = (source < window_length) & (position < computed[:, None])
     block, offset = slot_address(torch.where(survives, source, 0), request, cache, slots.shape[1])
     kept = torch.where(
@@ -230,20 +235,19 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
         slots[block, offset],
         gather_tokens(position, request, key, value, cache, batch, layout),
     )
-    known = moves & (position >= window_start[:, None])
+    known = moves & (position >= header.window_start[:, None])
     block, offset = slot_address(slot, request, cache, slots.shape[1])
     slots[block[known], offset[known]] = kept[known]
 
     # new tokens: the recent window, and the first W tokens before any compaction
-    row_position = torch.maximum(computed, torch.where(after[:, 0] > 0, (after[:, 0] + 1) * window_length, 0))
+    row_position = torch.maximum(computed, torch.where(after > 0, (after + 1) * window_length, 0))
     owner, position = _ranges(row_position, torch.where(live, batch.seq_lens, 0))
     row = (batch.query_start_loc[owner] + position - computed[owner]).long()
-    slot = slot_of_position(position, after[owner, 0], window_length)
+    slot = slot_of_position(position, after[owner], layout)
     block, offset = slot_address(slot, owner, cache, slots.shape[1])
     slots[block, offset] = torch.stack([key[row], value[row]], -2)
 
-    header = (window_start + 1).to(torch.int32).view(torch.uint8).unflatten(0, (num_reqs, 4))
-    cache.window[cache.window_block_table[live, 0].long(), :4] = header[live]
+    write_header(cache, header._replace(compactions=after), live)
 
 
 def store_tokens(

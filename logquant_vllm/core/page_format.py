@@ -33,9 +33,12 @@ for 16-bit ones (``scale_bits=16``, 2 bytes each in the same places).
 **A window block** stores full-precision tokens, ``slots_per_block`` to a block; a slot is ``[num_kv_heads][key, value]
 [head_size]`` in the model's dtype. A request's slots run through its window blocks in order::
 
-    slot 0              header: int32 window_start + 1 (0 in a fresh, zeroed block); the rest is unused
+    slot 0              header: int32 window_start + 1 (0 in a fresh, zeroed block), int32 compactions so far
     slots 1 .. W        log-selected tokens; slot 1 + i as in core.log_selection
-    slots W+1 .. 3W     recent window: position p >= W at slot 1 + W + (p - W) % 2W
+    slots W+1 .. W+R    recent window: position p >= W at slot 1 + W + (p - W) % R
+
+``R`` is ``2W + rollback_tokens - 1``: compaction cannot be undone, so it waits until the token that calls for it can no
+longer be taken back. What attention sees does not wait (``core.paged.slot_positions``).
 """
 
 from __future__ import annotations
@@ -47,10 +50,9 @@ import torch
 HEADER_SLOTS = 1
 
 
-def num_window_blocks(seq_len: int, window_length: int, slots_per_block: int) -> int:
-    """Window blocks that a request of ``seq_len`` tokens holds: they grow until it has ``3 * window_length``."""
-    slots = HEADER_SLOTS + min(seq_len, 3 * window_length)
-    return -(-slots // slots_per_block)
+def num_window_blocks(seq_len: int, num_slots: int, slots_per_block: int) -> int:
+    """Window blocks that a request of ``seq_len`` tokens holds: they grow until it has ``num_slots``."""
+    return -(-(HEADER_SLOTS + min(seq_len, num_slots)) // slots_per_block)
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,3 @@ class PageFormat:
     def slots_per_block(self, num_kv_heads: int, dtype: torch.dtype) -> int:
         """Full-precision tokens that fit in one block; independent of ``num_kv_heads`` but for rounding."""
         return self.page_bytes(num_kv_heads) // (num_kv_heads * 2 * self.head_size * dtype.itemsize)
-
-    def num_window_blocks(self, seq_len: int, window_length: int, num_kv_heads: int, dtype: torch.dtype) -> int:
-        """:func:`num_window_blocks` for this format's blocks."""
-        return num_window_blocks(seq_len, window_length, self.slots_per_block(num_kv_heads, dtype))

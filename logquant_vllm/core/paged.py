@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.log_selection import log_slot_position, num_compactions_tensor
-from logquant_vllm.core.page_format import HEADER_SLOTS, PageFormat
+from logquant_vllm.core.log_selection import is_log_selected, log_slot_position, num_compactions_tensor
+from logquant_vllm.core.page_format import HEADER_SLOTS, PageFormat, num_window_blocks
 from logquant_vllm.core.quantizer import (
     Quantized,
     dequantize,
@@ -32,14 +32,18 @@ class CacheLayout:
         window_length: ``W`` of the paper: ``W`` log-selected tokens and a recent window of up to ``2W``.
         prefix_replay_tokens: tokens before the end of a prefix hit that are computed again. Their pages belong to every
             request that shares the prefix and are not written again.
+        rollback_tokens: the newest tokens that may be taken back, to be computed again with other tokens: with
+            speculative decoding one more than the drafts of a step.
 
     Raises:
-        ValueError: if a group of tokens could outgrow the recent window, from which it is quantized.
+        ValueError: if a group of tokens could outgrow the recent window, from which it is quantized, or more tokens
+            could be taken back than one compaction of the window takes in.
     """
 
     fmt: PageFormat
     window_length: int = 64
     prefix_replay_tokens: int = 0
+    rollback_tokens: int = 1
 
     def __post_init__(self) -> None:
         if self.window_length < self.fmt.key_group_size:
@@ -47,11 +51,24 @@ class CacheLayout:
                 f"window_length {self.window_length} is smaller than key_group_size {self.fmt.key_group_size}: a group "
                 "is quantized from the recent window, so use a window_length of at least key_group_size"
             )
+        if not 1 <= self.rollback_tokens <= self.window_length:
+            raise ValueError(
+                f"rollback_tokens must lie between 1 and window_length {self.window_length}, got {self.rollback_tokens}"
+            )
+
+    @property
+    def ring_slots(self) -> int:
+        """Slots of the recent window: ``2 * window_length``, and the tokens for which compaction waits."""
+        return 2 * self.window_length + self.rollback_tokens - 1
 
     @property
     def num_slots(self) -> int:
-        """Full-precision token slots of a request, header not counted: ``3 * window_length``."""
-        return 3 * self.window_length
+        """Full-precision token slots of a request, header not counted."""
+        return self.window_length + self.ring_slots
+
+    def num_window_blocks(self, seq_len: int, num_kv_heads: int, dtype: torch.dtype) -> int:
+        """Window blocks that a request of ``seq_len`` tokens holds, for copies in ``dtype``."""
+        return num_window_blocks(seq_len, self.num_slots, self.fmt.slots_per_block(num_kv_heads, dtype))
 
     @property
     def may_store_last(self) -> bool:
@@ -89,36 +106,63 @@ def window_slots_view(window: Tensor, num_kv_heads: int, head_size: int, dtype: 
     return window[:, : slots * slot_bytes].view(dtype).unflatten(1, (slots, num_kv_heads, 2, head_size))
 
 
-def read_window_start(cache: PagedCache, num_computed: Tensor) -> Tensor:
-    """First position with a full-precision copy, per request (int32 ``[num_reqs]``).
+class Header(NamedTuple):
+    """What a request's first window block says; int32 ``[num_reqs]`` each."""
+
+    window_start: Tensor  # first position with a full-precision copy
+    compactions: Tensor  # of the log-selected slots so far: at most one behind ``num_compactions(num_computed)``
+
+
+def read_header(cache: PagedCache, num_computed: Tensor, layout: CacheLayout) -> Header:
+    """The headers of a batch whose requests have ``num_computed`` tokens (int32 ``[num_reqs]``).
 
     A fresh block's header is 0: then it is the request's first step, and nothing before it was ever copied.
     """
-    header = cache.window[cache.window_block_table[:, 0].long(), :4].contiguous().view(torch.int32)[:, 0]
-    return torch.where(header > 0, header - 1, num_computed)
+    words = cache.window[cache.window_block_table[:, 0].long(), :8].contiguous().view(torch.int32)
+    begun = words[:, 0] > 0
+    fresh = num_compactions_tensor(num_computed, layout.window_length)
+    return Header(torch.where(begun, words[:, 0] - 1, num_computed), torch.where(begun, words[:, 1], fresh))
 
 
-def slot_of_position(position: Tensor, compactions: Tensor, window_length: int) -> Tensor:
+def write_header(cache: PagedCache, header: Header, live: Tensor) -> None:
+    """Write the headers of the requests where ``live`` (bool ``[num_reqs]``)."""
+    words = torch.stack([header.window_start + 1, header.compactions], 1)[live].int().contiguous()
+    cache.window[cache.window_block_table[live, 0].long(), :8] = words.view(torch.uint8)
+
+
+def compactions_after(seq_lens: Tensor, before: Tensor, layout: CacheLayout) -> Tensor:
+    """Compactions of the stored slots at the end of a step: what those tokens ask for that cannot be taken back.
+
+    Args:
+        seq_lens: int32 ``[num_reqs]``, tokens at the end of the step.
+        before: int32 ``[num_reqs]``, compactions before it; they stay, also where tokens were taken back since.
+    """
+    return torch.maximum(before, num_compactions_tensor(seq_lens - layout.rollback_tokens, layout.window_length))
+
+
+def slot_of_position(position: Tensor, compactions: Tensor, layout: CacheLayout) -> Tensor:
     """Slot (header not counted) of a position in the recent window, or among the first ``W`` before any compaction."""
-    ring = window_length + (position - window_length) % (2 * window_length)
-    return torch.where((position < window_length) & (compactions == 0), position, ring)
+    ring = layout.window_length + (position - layout.window_length) % layout.ring_slots
+    return torch.where((position < layout.window_length) & (compactions == 0), position, ring)
 
 
-def slot_positions(num_computed: Tensor, window_length: int) -> tuple[Tensor, Tensor]:
-    """What every slot holds after ``num_computed`` tokens.
+def slot_positions(num_computed: Tensor, header: Header, layout: CacheLayout) -> tuple[Tensor, Tensor]:
+    """What every slot holds.
 
     Returns:
-        positions: int32 ``[num_reqs, 3W]``.
-        held: bool ``[num_reqs, 3W]``, whether the slot holds a token of the sequence at all.
+        positions: int32 ``[num_reqs, num_slots]``.
+        valid: bool ``[num_reqs, num_slots]``, whether attention reads the slot: its token is log-selected or recent
+            after ``num_computed`` tokens. Slots may be a compaction behind and hold others, or tokens taken back.
     """
-    compactions = num_compactions_tensor(num_computed, window_length)[:, None]
-    recent = (compactions + 1) * window_length
-    slots = torch.arange(window_length, device=num_computed.device, dtype=num_computed.dtype)
-    log_position = log_slot_position(slots[None], compactions, window_length)
-    ring = torch.arange(2 * window_length, device=num_computed.device, dtype=num_computed.dtype)
-    ring_position = recent + (ring[None] - (recent - window_length)) % (2 * window_length)
+    w, device, dtype = layout.window_length, num_computed.device, num_computed.dtype
+    computed, start, stored = num_computed[:, None], header.window_start[:, None], header.compactions[:, None]
+    log_position = log_slot_position(torch.arange(w, device=device, dtype=dtype)[None], stored, w)
+    ring = torch.arange(layout.ring_slots, device=device, dtype=dtype)[None]
+    ring_position = (stored + 1) * w + (ring - stored * w) % layout.ring_slots
     positions = torch.cat([log_position, ring_position], 1)
-    return positions, positions < num_computed[:, None]
+    compactions = num_compactions_tensor(computed, w)
+    seen = (positions >= (compactions + 1) * w) | is_log_selected(positions, compactions, w)
+    return positions, seen & (positions >= start) & (positions < computed)
 
 
 def slot_address(slot: Tensor, request: Tensor, cache: PagedCache, slots_per_block: int) -> tuple[Tensor, Tensor]:
@@ -146,8 +190,7 @@ def gather_tokens(
     row = torch.where(fresh, batch.query_start_loc[request] + position - computed, 0).long()
     row = row.clamp(max=len(key) - 1)  # a caller may ask for more than it keeps
     slots = window_slots_view(cache.window, key.shape[1], key.shape[2], key.dtype)
-    compactions = num_compactions_tensor(computed, layout.window_length)
-    slot = slot_of_position(position, compactions, layout.window_length)
+    slot = slot_of_position(position, read_header(cache, batch.num_computed, layout).compactions[request], layout)
     block, offset = slot_address(slot, request, cache, slots.shape[1])
     stacked = torch.stack([key[row], value[row]], -2)
     return torch.where(fresh[..., None, None, None], stacked, slots[block, offset])

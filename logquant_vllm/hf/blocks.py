@@ -33,9 +33,8 @@ class BlockColumns:
 
     def reserve(self, seq_len: int) -> None:
         """Make room for sequences of ``seq_len`` tokens; fresh blocks are zeroed."""
-        fmt = self.layout.fmt
-        pages = -(-seq_len // fmt.page_size)
-        windows = fmt.num_window_blocks(seq_len, self.layout.window_length, self.num_kv_heads, self.dtype)
+        pages = -(-seq_len // self.layout.fmt.page_size)
+        windows = self.layout.num_window_blocks(seq_len, self.num_kv_heads, self.dtype)
         before = after = len(self.page_columns) + len(self.window_columns)
         for columns, count in ((self.page_columns, pages), (self.window_columns, windows)):
             fresh = range(after, after + max(count - len(columns), 0))

@@ -32,7 +32,7 @@ def warm_up(
     length = 3 * layout.window_length + fmt.page_size
     pages = -(-length // fmt.page_size)
     columns = max(pages, -(-max_model_len // fmt.page_size))
-    window = fmt.num_window_blocks(length, layout.window_length, num_kv_heads, dtype)
+    window = layout.num_window_blocks(length, num_kv_heads, dtype)
     blocks = 1 + torch.arange(2 * (pages + window), dtype=torch.int32, device=device).view(2, pages + window)
     memory = torch.zeros(1 + blocks.numel(), fmt.page_bytes(num_kv_heads), dtype=torch.uint8, device=device)
 

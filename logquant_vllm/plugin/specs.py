@@ -27,13 +27,14 @@ PUBLISH_SECONDS = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class WindowSpec(CircularBufferSpec):
-    """Full-precision blocks of a request: they grow with it until they hold ``3 * window_length`` tokens.
+    """Full-precision blocks of a request: they grow with it until they hold ``num_slots`` tokens.
 
     ``dtype`` is the model's. It differs from the pages' uint8, which is what makes vLLM zero the blocks that it hands
     out: a zeroed header is how a kernel knows a request's first step.
     """
 
     window_length: int
+    num_slots: int
     slots_per_block: int
     replay_tokens: int
     instance_id: str = ""
@@ -41,7 +42,7 @@ class WindowSpec(CircularBufferSpec):
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that a request of ``num_tokens`` tokens holds."""
-        return num_window_blocks(num_tokens, self.window_length, self.slots_per_block)
+        return num_window_blocks(num_tokens, self.num_slots, self.slots_per_block)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         return self.num_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
@@ -64,7 +65,7 @@ class WindowManager(CircularBufferManager):
             raise RuntimeError("logquant-vllm needs vLLM to zero new window blocks, and this vLLM does not")
         # vLLM's ring buffers do without zeroing, our headers do not
         self._record_new_block_ids = True
-        self._most_blocks = kv_cache_spec.num_blocks(3 * kv_cache_spec.window_length)
+        self._most_blocks = kv_cache_spec.num_blocks(kv_cache_spec.num_slots)
         self._tally = Tally(kv_cache_spec.window_length)
         self._publish_at = 0.0
         self._publisher = Publisher(shared_file(kv_cache_spec.instance_id, kv_cache_spec.engine))

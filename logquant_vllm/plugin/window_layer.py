@@ -95,6 +95,7 @@ class WindowLayer(nn.Module, AttentionLayerBase):
             tokens_per_state=block_size,
             state_content_bytes=fmt.page_bytes(heads),
             window_length=self.layout.window_length,
+            num_slots=self.layout.num_slots,
             slots_per_block=fmt.slots_per_block(heads, layer.dtype),
             replay_tokens=self.layout.prefix_replay_tokens if caching else 0,
             instance_id=vllm_config.instance_id,

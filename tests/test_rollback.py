@@ -1,0 +1,126 @@
+"""Steps that are taken back: the newest tokens are computed again with other ones, as if the first had never been."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from logquant_vllm.core import operations as reference
+from logquant_vllm.core.operations import read_cached_tokens
+from logquant_vllm.core.page_format import PageFormat
+from logquant_vllm.core.paged import CacheLayout, dequantize_pages
+from logquant_vllm.cpu import operations as cpp
+from tests.oracle import LogWindow
+from tests.paging import PagedBatch, assert_close, random_qkv
+
+IMPLEMENTATIONS = [pytest.param(reference, id="reference"), pytest.param(cpp, id="cpp")]
+
+HEADS, KV_HEADS, SIZE, TOTAL = 2, 1, 16, 520
+REPLAY = 70  # leaves the pages' and the groups' bounds
+
+pytestmark = pytest.mark.usefixtures("few_threads")
+
+
+class Round(NamedTuple):
+    """Of every request: tokens that stay, and tokens behind them that are taken back."""
+
+    right: list[int]
+    wrong: list[int]
+    apart: bool  # the wrong tokens come in steps of their own, one at a time
+
+
+def rounds(num_reqs: int, rollback_tokens: int) -> st.SearchStrategy[list[Round]]:
+    def each(numbers: st.SearchStrategy[int]) -> st.SearchStrategy[list[int]]:
+        return st.lists(numbers, min_size=num_reqs, max_size=num_reqs)
+
+    right, wrong = st.sampled_from([0, 1, 1, 1, 2, 3, 31, 40]), st.integers(0, rollback_tokens)
+    return st.lists(st.builds(Round, each(right), each(wrong), st.booleans()), min_size=1, max_size=12)
+
+
+class Requests:
+    """A batch whose last request begins on pages of the first, and the tokens that its requests will have."""
+
+    def __init__(self, layout: CacheLayout, ops: ModuleType, starts: list[int], hit: int) -> None:
+        self.paged = PagedBatch(layout, KV_HEADS, len(starts) + 1, TOTAL, torch.float32)
+        self.tokens = [random_qkv(TOTAL, HEADS, KV_HEADS, SIZE, torch.float32, seed=r) for r in range(len(starts) + 1)]
+        self.layout, self.ops = layout, ops
+        self.step([*starts, 0])
+        pages = hit // layout.fmt.page_size
+        self.paged.cache.block_table[-1, :pages] = self.paged.cache.block_table[0, :pages]
+        self.paged.seq_lens[-1] = self.window_start = hit - layout.prefix_replay_tokens
+        self.tokens[-1] = tuple(
+            torch.cat([shared[:hit], own[hit:]]) for shared, own in zip(self.tokens[0], self.tokens[-1], strict=True)
+        )
+
+    def step(self, right: list[int], wrong: list[int] | None = None) -> list[Tensor]:
+        """Compute the next ``right`` tokens of every request and others behind them; outputs of the former."""
+        wrong = wrong or [0] * len(right)
+        parts = []
+        for tokens, n, r, w in zip(self.tokens, self.paged.seq_lens, right, wrong, strict=True):
+            others = random_qkv(w, HEADS, KV_HEADS, SIZE, torch.float32, seed=n)
+            parts.append([torch.cat([x[n : n + r], 5 * y]) for x, y in zip(tokens, others, strict=True)])
+        new = [r + w for r, w in zip(right, wrong, strict=True)]
+        if not any(new):
+            return []
+        qkv = (torch.cat(x) for x in zip(*parts, strict=True))
+        output, _ = self.paged.step(*qkv, new, SIZE**-0.5, self.ops)
+        return [out[:r] for out, r in zip(output.split(new), right, strict=True)]
+
+    def take_back(self, tokens: list[int]) -> None:
+        self.paged.seq_lens = [n - w for n, w in zip(self.paged.seq_lens, tokens, strict=True)]
+
+    def live(self, request: int) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """What is stored of a request: bytes of whole pages, tokens of whole groups, copies by position."""
+        n, fmt, cache = self.paged.seq_lens[request], self.layout.fmt, self.paged.cache
+        blocks = cache.pages[cache.block_table[request].long()]
+        groups = torch.stack(dequantize_pages(blocks, KV_HEADS, fmt)).flatten(1, 2)
+        computed = torch.tensor(self.paged.seq_lens, dtype=torch.int32)
+        cached = read_cached_tokens(cache, computed, self.layout, KV_HEADS, torch.float32)
+        valid = cached.copy_valid[request]
+        positions = cached.copy_position[request, valid].tolist()
+        copies = dict(zip(positions, cached.copies[request, valid], strict=True))
+        assert len(copies) == len(positions), "a position has two copies"
+        return blocks[: n // fmt.page_size], groups[:, : n - n % fmt.key_group_size], copies
+
+
+def expected_copies(seq_len: int, window_length: int, window_start: int) -> set[int]:
+    window = LogWindow(window_length)
+    for position in range(seq_len):
+        window.append(position)
+    return {p for p in window.selected + window.recent if p >= window_start}
+
+
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+@pytest.mark.parametrize("window", [32, 42])
+@given(data=st.data())
+def test_what_was_taken_back_leaves_no_trace(ops: ModuleType, window: int, data: st.DataObject) -> None:
+    """Requests of any length, also behind a prefix hit; some of a batch are taken back and others not."""
+    rollback_tokens = data.draw(st.sampled_from([1, 2, 4, 8]))
+    fmt = PageFormat(SIZE, page_size=64, key_group_size=32, value_group_size=32)
+    layout = CacheLayout(fmt, window, REPLAY, rollback_tokens)
+    edge = st.builds(lambda m, d: m + d, st.sampled_from([64, 96, 4 * window, 5 * window]), st.integers(-2, 1))
+    starts = [data.draw(edge.map(lambda n: max(n, 128))), data.draw(st.just(0) | edge)]
+    taken_back, never_run = (Requests(layout, ops, starts, 128) for _ in range(2))
+    for number, (right, wrong, apart) in enumerate(data.draw(rounds(3, rollback_tokens))):
+        expected = never_run.step(right)
+        outputs = taken_back.step(right, None if apart else wrong)
+        for i in range(max(wrong) if apart else 0):
+            taken_back.step([0, 0, 0], [int(w > i) for w in wrong])
+        taken_back.take_back(wrong)
+        for request in range(3):
+            what = f"request {request} in round {number}"
+            if right[request]:  # slots may lie in another order
+                assert_close(outputs[request], expected[request], 1e-5, what)
+            actual_live, expected_live = taken_back.live(request), never_run.live(request)
+            assert torch.equal(actual_live[0], expected_live[0]), f"pages of {what}"
+            assert torch.equal(actual_live[1], expected_live[1]), f"groups of {what}"
+            begin = never_run.window_start if request == 2 else 0
+            assert actual_live[2].keys() == expected_copies(never_run.paged.seq_lens[request], window, begin), what
+            for position, copy in expected_live[2].items():
+                assert torch.equal(actual_live[2][position], copy), f"copy of {position} of {what}"
