@@ -243,8 +243,7 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
     row_position = torch.maximum(computed, torch.where(after > 0, (after + 1) * window_length, 0))
     owner, position = _ranges(row_position, torch.where(live, batch.seq_lens, 0))
     row = (batch.query_start_loc[owner] + position - computed[owner]).long()
-    slot = slot_of_position(position, after[owner], layout)
-    block, offset = slot_address(slot, owner, cache, slots.shape[1])
+    block, offset = slot_address(slot_of_position(position, layout), owner, cache, slots.shape[1])
     slots[block, offset] = torch.stack([key[row], value[row]], -2)
 
     write_header(cache, header._replace(compactions=after), live)

@@ -140,10 +140,10 @@ def compactions_after(seq_lens: Tensor, before: Tensor, layout: CacheLayout) -> 
     return torch.maximum(before, num_compactions_tensor(seq_lens - layout.rollback_tokens, layout.window_length))
 
 
-def slot_of_position(position: Tensor, compactions: Tensor, layout: CacheLayout) -> Tensor:
-    """Slot (header not counted) of a position in the recent window, or among the first ``W`` before any compaction."""
+def slot_of_position(position: Tensor, layout: CacheLayout) -> Tensor:
+    """Slot (header not counted) of a position in the recent window, or of any before the first compaction."""
     ring = layout.window_length + (position - layout.window_length) % layout.ring_slots
-    return torch.where((position < layout.window_length) & (compactions == 0), position, ring)
+    return torch.where(position < layout.window_length, position, ring)
 
 
 def slot_positions(num_computed: Tensor, header: Header, layout: CacheLayout) -> tuple[Tensor, Tensor]:
@@ -190,8 +190,7 @@ def gather_tokens(
     row = torch.where(fresh, batch.query_start_loc[request] + position - computed, 0).long()
     row = row.clamp(max=len(key) - 1)  # a caller may ask for more than it keeps
     slots = window_slots_view(cache.window, key.shape[1], key.shape[2], key.dtype)
-    slot = slot_of_position(position, read_header(cache, batch.num_computed, layout).compactions[request], layout)
-    block, offset = slot_address(slot, request, cache, slots.shape[1])
+    block, offset = slot_address(slot_of_position(position, layout), request, cache, slots.shape[1])
     stacked = torch.stack([key[row], value[row]], -2)
     return torch.where(fresh[..., None, None, None], stacked, slots[block, offset])
 

@@ -155,7 +155,7 @@ class Attention {
                 for (int64_t first = 0; first < rows; first += kTileRows) {
                     Tile t{i, head, first, std::min(kTileRows, rows - first), 0, 0, 0, 1, 0};
                     t.page_units = ceil_div(pages_end(r), kBlock);
-                    t.slot_units = r.computed > 0 ? ceil_div(3 * f_.window_length, kBlock) : 0;
+                    t.slot_units = r.computed > 0 ? ceil_div(f_.num_slots(), kBlock) : 0;
                     t.new_units = ceil_div((t.first_row + t.rows - 1) / group_heads_ + 1, kBlock);
                     total += t.units();
                     tiles_.push_back(t);
@@ -306,16 +306,17 @@ class Attention {
 
     int64_t read_slots(const Tile& t, int64_t unit, Buffers& b) const {
         const Request& r = cache_.requests[t.request];
-        const int64_t w = f_.window_length, recent = (r.compactions + 1) * w;
-        const int64_t begin = slot_of_position(recent, 1, w);  // the slot of position recent
-        const int64_t last = std::min((unit + 1) * kBlock, 3 * w);
+        const int64_t w = f_.window_length, recent = (r.compactions + 1) * w, ring = (r.stored_compactions + 1) * w;
+        const int64_t begin = slot_of_position(ring, f_);
+        const int64_t last = std::min((unit + 1) * kBlock, f_.num_slots());
         Token<T> tokens[kBlock];
         int64_t count = 0;
         for (int64_t slot = unit * kBlock; slot < last; ++slot) {
-            // the ring holds the positions recent .. recent + 2W - 1
-            const int64_t position = slot < w ? log_slot_position(slot, r.compactions, w)
-                                              : recent + slot - begin + (slot < begin ? 2 * w : 0);
+            // the ring's positions begin at ring; those behind the last computed one may have been taken back
+            const int64_t position = slot < w ? log_slot_position(slot, r.stored_compactions, w)
+                                              : ring + slot - begin + (slot < begin ? f_.ring_slots() : 0);
             if (position >= r.computed || position < r.window_start) continue;
+            if (position < recent && !is_log_selected(position, r.compactions, w)) continue;
             const T* copy = cache_.slot<T>(t.request, slot, t.head, f_);
             tokens[count++] = {copy, copy + f_.head_size};
         }

@@ -65,9 +65,11 @@ Args read_args(const Tensor& key, const Tensor& value, const Tensor& pages, cons
         r.seq_len = lens[i];
         r.computed = r.seq_len - r.query_len;
         r.live = c.window_table[i * c.window_table_stride] > 0 && r.query_len > 0;
-        const int32_t header = r.live ? *c.header(i) : 0;
-        r.window_start = header > 0 ? header - 1 : r.computed;  // 0: the request's first step, nothing was copied yet
+        const Header header = r.live ? *c.header(i) : Header{};
+        const bool fresh = header.window_begin == 0;  // the request's first step: nothing was copied yet
         r.compactions = num_compactions(r.computed, a.layout.window_length);
+        r.window_start = fresh ? r.computed : header.window_begin - 1;
+        r.stored_compactions = fresh ? r.compactions : header.compactions;
         TORCH_CHECK(r.first_row + r.query_len <= key.size(0), "logquant: request ", i, " has rows past the ",
                     key.size(0), " tokens of this step");
     }

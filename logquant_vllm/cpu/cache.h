@@ -13,7 +13,10 @@ struct Layout {
     int64_t head_size, page_size, group_size, value_group_size, key_bits, value_bits, scale_bits;
     int64_t key_words, value_words, value_words_per_group, groups_per_page, value_groups, head_bytes;
     int64_t key_codes, value_codes, key_scale, key_zero, value_scale, value_zero;  // byte offsets in a slab
-    int64_t header_slots, window_length, replay_tokens;
+    int64_t header_slots, window_length, replay_tokens, rollback_tokens;
+
+    int64_t ring_slots() const { return 2 * window_length + rollback_tokens - 1; }
+    int64_t num_slots() const { return window_length + ring_slots(); }
 };
 constexpr int64_t kNumConstants = sizeof(Layout) / sizeof(int64_t);
 
@@ -33,11 +36,18 @@ struct Rows {
     const T* at(int64_t token, int64_t head) const { return data + token * token_stride + head * head_stride; }
 };
 
+// First bytes of a request's window; all 0 in a fresh block.
+struct Header {
+    int32_t window_begin;  // window_start + 1
+    int32_t compactions;
+};
+
 struct Request {
     int64_t first_row, query_len, computed, seq_len;
-    int64_t window_start;  // first position with a full-precision copy
-    int64_t compactions;   // before this step
-    bool live;             // owns window blocks and has tokens in this step
+    int64_t window_start;        // first position with a full-precision copy
+    int64_t compactions;         // of the computed tokens: what attention sees
+    int64_t stored_compactions;  // of the log-selected slots: at most one behind
+    bool live;                   // owns window blocks and has tokens in this step
 };
 
 struct Cache {
@@ -70,9 +80,9 @@ struct Cache {
         return reinterpret_cast<T*>(window + block * window_stride) + row * 2 * f.head_size;
     }
 
-    int32_t* header(int64_t request) const {
+    Header* header(int64_t request) const {
         const int64_t block = window_table[request * window_table_stride];
-        return reinterpret_cast<int32_t*>(window + block * window_stride);
+        return reinterpret_cast<Header*>(window + block * window_stride);
     }
 };
 
@@ -96,10 +106,11 @@ inline bool is_log_selected(int64_t position, int64_t compactions, int64_t w) {
     return (index & ((int64_t{1} << halvings) - 1)) == 0;
 }
 
-inline int64_t slot_of_position(int64_t position, int64_t compactions, int64_t w) {
-    if (position < w && compactions == 0) return position;
-    // the ring's first slot is position w's, and w and -w are the same modulo 2w
-    return w + static_cast<uint32_t>(position + w) % static_cast<uint32_t>(2 * w);
+// slot of a position in the recent window, or of any before the first compaction
+inline int64_t slot_of_position(int64_t position, const Layout& f) {
+    const int64_t w = f.window_length;
+    if (position < w) return position;
+    return w + static_cast<uint32_t>(position - w) % static_cast<uint32_t>(f.ring_slots());
 }
 
 // Key of a position that is new in this step or lies in the window, and its value.
@@ -116,8 +127,7 @@ Token<T> find_token(int64_t position, int64_t request, int64_t head, const Rows<
         const int64_t row = r.first_row + position - r.computed;
         return {key.at(row, head), value.at(row, head)};
     }
-    const int64_t slot = slot_of_position(position, r.compactions, f.window_length);
-    const T* copy = cache.slot<T>(request, slot, head, f);
+    const T* copy = cache.slot<T>(request, slot_of_position(position, f), head, f);
     return {copy, copy + f.head_size};
 }
 

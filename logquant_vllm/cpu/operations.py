@@ -25,7 +25,7 @@ def _constants(layout: CacheLayout) -> tuple[Tensor, Tensor]:
         *(f.key_words, f.value_words, f.value_words_per_group, f.groups_per_page, f.value_groups, f.head_bytes),
         *(f.key_codes_offset, f.value_codes_offset, f.key_scale_offset, f.key_zero_offset),
         *(f.value_scale_offset, f.value_zero_offset),
-        *(HEADER_SLOTS, layout.window_length, layout.prefix_replay_tokens),
+        *(HEADER_SLOTS, layout.window_length, layout.prefix_replay_tokens, layout.rollback_tokens),
     ]
     spread = [f.range_shrink / ((1 << bits) - 1) for bits in (f.key_bits, f.value_bits)]
     floor = [1.0 / scale_floor_divisor(bits) for bits in (f.key_bits, f.value_bits)]

@@ -158,12 +158,16 @@ void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>&
                  slab + f.value_codes + (c * f.value_words + in_page * f.value_words_per_group) * 2);
 }
 
+// Stored compactions after this step; they cannot be undone, so none is for a token that may be taken back.
+int64_t compactions_after(const Request& r, const Layout& f) {
+    return std::max(r.stored_compactions, num_compactions(r.seq_len - f.rollback_tokens, f.window_length));
+}
+
 template <typename T>
 void update_head(int64_t request, int64_t head, const Rows<T>& key, const Rows<T>& value, const Cache& cache,
                  const Layout& f, std::vector<T>& kept) {
     const Request& r = cache.requests[request];
-    const int64_t w = f.window_length, size = f.head_size, before = r.compactions;
-    const int64_t after = num_compactions(r.seq_len, w);
+    const int64_t w = f.window_length, size = f.head_size, before = r.stored_compactions, after = compactions_after(r, f);
     if (after > before) {
         // a slot that survives all compactions of this step moves down, others are filled from the recent window and
         // from new tokens; all are read before any is written
@@ -189,7 +193,7 @@ void update_head(int64_t request, int64_t head, const Rows<T>& key, const Rows<T
     const int64_t begin = std::max(r.computed, after > 0 ? (after + 1) * w : 0);
     for (int64_t position = begin; position < r.seq_len; ++position) {
         const int64_t row = r.first_row + position - r.computed;
-        T* slot = cache.slot<T>(request, slot_of_position(position, after, w), head, f);
+        T* slot = cache.slot<T>(request, slot_of_position(position, f), head, f);
         std::memcpy(slot, key.at(row, head), size * sizeof(T));
         std::memcpy(slot + size, value.at(row, head), size * sizeof(T));
     }
@@ -231,8 +235,11 @@ void update_window(const Rows<T>& key, const Rows<T>& value, const Cache& cache,
             if (cache.requests[task / heads].live)
                 update_head(task / heads, task % heads, key, value, cache, f, kept);
     });
-    for (int64_t i = 0; i < num_reqs; ++i)
-        if (cache.requests[i].live) *cache.header(i) = static_cast<int32_t>(cache.requests[i].window_start + 1);
+    for (int64_t i = 0; i < num_reqs; ++i) {
+        const Request& r = cache.requests[i];
+        if (r.live)
+            *cache.header(i) = {static_cast<int32_t>(r.window_start + 1), static_cast<int32_t>(compactions_after(r, f))};
+    }
 }
 
 #define LOGQUANT_INSTANTIATE(T)                                                                                    \
