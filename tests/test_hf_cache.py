@@ -150,7 +150,7 @@ def test_batch_selection() -> None:
     assert torch.equal(seen(cache)[1], expected[1][:1])
 
 
-@pytest.mark.parametrize(("total", "keep"), [(150, 20), (191, 129), (310, 260), (319, 257)])
+@pytest.mark.parametrize(("total", "keep"), [(150, 20), (192, 191), (256, 255), (310, 260), (320, 257)])
 def test_a_crop_that_undoes_no_compaction_is_exact(total: int, keep: int) -> None:
     key, value = random_kv(1, total)
     cropped = filled(LogQuantConfig(), key, value, [total])

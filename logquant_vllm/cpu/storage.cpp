@@ -167,7 +167,8 @@ template <typename T>
 void update_head(int64_t request, int64_t head, const Rows<T>& key, const Rows<T>& value, const Cache& cache,
                  const Layout& f, std::vector<T>& kept) {
     const Request& r = cache.requests[request];
-    const int64_t w = f.window_length, size = f.head_size, before = r.stored_compactions, after = compactions_after(r, f);
+    const int64_t w = f.window_length, size = f.head_size;
+    const int64_t before = r.stored_compactions, after = compactions_after(r, f);
     if (after > before) {
         // a slot that survives all compactions of this step moves down, others are filled from the recent window and
         // from new tokens; all are read before any is written
@@ -237,8 +238,9 @@ void update_window(const Rows<T>& key, const Rows<T>& value, const Cache& cache,
     });
     for (int64_t i = 0; i < num_reqs; ++i) {
         const Request& r = cache.requests[i];
-        if (r.live)
-            *cache.header(i) = {static_cast<int32_t>(r.window_start + 1), static_cast<int32_t>(compactions_after(r, f))};
+        if (!r.live) continue;
+        const int64_t begin = r.window_start + 1, compactions = compactions_after(r, f);
+        *cache.header(i) = {static_cast<int32_t>(begin), static_cast<int32_t>(compactions)};
     }
 }
 

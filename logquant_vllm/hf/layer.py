@@ -12,7 +12,7 @@ from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core.calibration import Basis, Moments, calibrated_basis, change_basis, rotation_basis
 from logquant_vllm.core.log_selection import num_compactions
 from logquant_vllm.core.operations import quantize_pages, read_cached_tokens, update_window
-from logquant_vllm.core.paged import Batch
+from logquant_vllm.core.paged import Batch, read_header, write_header
 from logquant_vllm.hf.blocks import BlockColumns
 
 
@@ -137,8 +137,8 @@ class LogQuantLayer(CacheLayerMixin):
         """Forget the newest tokens: ``-n`` removes ``n``; a positive number is the length to keep (transformers' old
         way).
 
-        As long as no compaction of the window is undone (``seq_len // W`` stays as it is, or was below 3), the result
-        is exactly the cache of the shorter sequence. Otherwise tokens whose copies are gone are read in 2 bits, and if
+        As long as no compaction of the window is undone, the result is exactly the cache of the shorter sequence: where
+        one token is removed, and where ``(seq_len - 1) // W`` is at most ``keep // W`` or 2. Otherwise tokens whose copies are gone are read in 2 bits, and if
         their group is open again, it is later quantized from that image. Removing at most ``W`` tokens (``W -
         key_group_size`` if groups do not divide the window) opens no such group, and the next compaction drops just the
         copies that are missing: from there on all is exact again.
@@ -149,11 +149,13 @@ class LogQuantLayer(CacheLayerMixin):
         if keep <= 0:
             self.reset()
             return
-        window_length = self.layout.window_length
-        if num_compactions(keep, window_length) < num_compactions(self.seq_len, window_length):
+        cache, batch = self.blocks.paged(), self._batch(0, keep)
+        header = read_header(cache, batch.seq_lens, self.layout)
+        if num_compactions(keep, self.layout.window_length) < int(header.compactions[0]):
             # the window of the shorter sequence, written anew from what attention would have seen
             keys, values = (x[:, :keep].flatten(0, 1).to(self.dtype) for x in self._read())
-            update_window(keys, values, self.blocks.paged(), self._batch(0, keep), self.layout)
+            write_header(cache, header._replace(compactions=torch.zeros_like(header.compactions)), batch.seq_lens > 0)
+            update_window(keys, values, cache, batch, self.layout)
         self.seq_len = keep
 
     def reset(self) -> None:
