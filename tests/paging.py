@@ -46,7 +46,8 @@ class PagedBatch:
         memory = memory.to(self.device)
         ids = ids.to(self.device)
         # the window's table is wider than the window, as vLLM's is
-        padded = torch.nn.functional.pad(ids[:, pages:], (0, 3)).contiguous()
+        width = 3 + self.layout.num_window_blocks(self.layout.num_slots, self.num_kv_heads, self.dtype)
+        padded = torch.nn.functional.pad(ids[:, pages:], (0, width - window)).contiguous()
         self.cache = PagedCache(memory, memory, ids[:, :pages].contiguous(), padded)
         self.seq_lens = self.seq_lens or [0] * self.num_reqs
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from logquant_vllm.core import operations as reference
+from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.log_selection import num_compactions
 from logquant_vllm.core.operations import merge_states
 from logquant_vllm.core.page_format import PageFormat
@@ -100,7 +101,8 @@ def test_cpp_equals_the_reference(name: str, gqa: int, dtype: torch.dtype) -> No
         assert torch.equal(actual.cache.pages, expected.cache.pages), f"bytes after step {step}, {new}"
         assert_close(cpp_output, output, what=f"output of step {step}, {new}")
         assert (cpp_lse - lse).abs().max() < 1e-3
-        fused_output = cpp.step(q, k, v, fused.cache, fused.batch(new), layout, size**-0.5)
+        fused_output = torch.full_like(q, torch.nan)
+        cpp.step(Layer(layout, size**-0.5), q, k, v, fused.cache, fused.batch(new), fused_output)
         assert torch.equal(fused_output, cpp_output)
         assert torch.equal(fused.cache.pages, actual.cache.pages)
 

@@ -7,6 +7,7 @@ import torch
 
 from logquant_vllm.core import operations as reference
 from logquant_vllm.core import quantizer
+from logquant_vllm.core.page_format import PageFormat
 from tests.calibrations import feedback_of
 from tests.test_triton import DEVICE, RUNS_HERE, SMALL, Pair, needs_gpu, small_layout
 
@@ -14,13 +15,14 @@ if RUNS_HERE:
     from logquant_vllm.bench.decode import Inputs, Shape
     from logquant_vllm.bench.store import inputs_of, store
     from logquant_vllm.config import LogQuantConfig
-    from logquant_vllm.kernels import feedback_launch
     from logquant_vllm.kernels import operations as kernels
-    from logquant_vllm.kernels.rounding import round_with_feedback
+    from logquant_vllm.kernels.architecture import Architecture, architecture
+    from logquant_vllm.kernels.store.feedback import launch
+    from logquant_vllm.kernels.store.feedback.rounding import round_with_feedback
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_triton.test_in_interpreter's process")
-# formats whose keys a kernel laid out by hand quantizes with feedback
-BY_HAND = [
+# formats whose keys the Gluon kernel quantizes with feedback
+GLUON = [
     (128, 128, 2, 2, 64, 64, 8, 64, 4, torch.bfloat16),
     (128, 128, 4, 2, 32, 64, 16, 64, 4, torch.float16),
     (128, 128, 2, 2, 128, 64, 8, 128, 4, torch.float16),
@@ -59,7 +61,7 @@ def test_no_groups() -> None:
     [
         SMALL[0],
         *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:]),
-        *(pytest.param(c, marks=[pytest.mark.gpu, needs_gpu]) for c in BY_HAND),
+        *(pytest.param(c, marks=[pytest.mark.gpu, needs_gpu]) for c in GLUON),
     ],
     ids=str,
 )
@@ -94,20 +96,37 @@ def test_feedback(case, new: list[int]) -> None:
 @needs_gpu
 @pytest.mark.parametrize("requests", [40, 300])
 @pytest.mark.parametrize("new", [1, 200])
-def test_feedback_by_hand(monkeypatch: pytest.MonkeyPatch, requests: int, new: int) -> None:
-    """Of many requests, the pages that the plain kernel writes; the second one adds no token."""
-    if not feedback_launch.feedback_by_hand(torch.device(DEVICE), torch.bfloat16, LogQuantConfig().page_format(128)):
-        pytest.skip("the kernel is not for this GPU")
+def test_gluon_kernel(monkeypatch: pytest.MonkeyPatch, requests: int, new: int) -> None:
+    """Of many requests, the pages that the Triton kernel writes; the second one adds no token."""
     layout, feedback = LogQuantConfig().layout(128), feedback_of(128, 2, dense=True)[0].to(DEVICE)
+    if launch.why_not_gluon(architecture(torch.device(DEVICE)), torch.bfloat16, layout.fmt):
+        pytest.skip("the kernel is not for this GPU")
     _, key, value, cache, batch = inputs_of(requests, new, requests // 2, Shape(2, 2, 128), layout, 0)
     batch.query_start_loc[2:] -= new
     written = []
-    for by_hand in (True, False):
-        if not by_hand:
-            monkeypatch.setattr(feedback_launch, "feedback_by_hand", lambda *_: None)
+    for gluon in (True, False):
+        if not gluon:
+            monkeypatch.setattr(launch, "_choose", lambda *_: None)
         memory = cache.pages.clone()
         store(Inputs(key, key, value, cache._replace(pages=memory, window=memory), batch), layout, feedback)
         written.append(memory)
     assert (written[0] != cache.pages).any(1).sum() >= requests // 2 - 1
     different = (written[0] != written[1]).float().mean(1)
     assert different.max() < 0.1 and different.mean() < 0.001
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_size", "why"),
+    [
+        ((9, 0), torch.bfloat16, 128, None),
+        ((10, 0), torch.float16, 64, None),
+        ((8, 9), torch.bfloat16, 128, "sm_89"),
+        ((12, 0), torch.bfloat16, 128, "sm_120"),
+        ((9, 0), torch.float32, 128, "float32"),
+        ((9, 0), torch.bfloat16, 96, "96 channels"),
+        ((0, 0), torch.bfloat16, 128, "interpreter"),
+    ],
+)
+def test_why_not_gluon(capability: tuple[int, int], dtype: torch.dtype, head_size: int, why: str | None) -> None:
+    reason = launch.why_not_gluon(Architecture(capability), dtype, PageFormat(head_size))
+    assert reason is None if why is None else why in (reason or "")

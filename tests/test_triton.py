@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,7 @@ RUNS_HERE = ON_GPU or INTERPRETED
 
 if RUNS_HERE:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from logquant_vllm.kernels import decoding
     from logquant_vllm.kernels import operations as kernels
-    from logquant_vllm.kernels import past as past_kernels
-
-    if not ON_GPU:
-        decoding.DECODE_PROGRAMS = 8  # the interpreter runs programs one after another: a few splits are enough
 
 here = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_in_interpreter's process")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
@@ -57,7 +53,8 @@ def test_in_interpreter(selection: str) -> None:
         "-m",
         selection,
         str(Path(__file__)),
-        str(Path(__file__).with_name("test_work.py")),
+        str(Path(__file__).with_name("test_tile_scheduler.py")),
+        str(Path(__file__).with_name("test_prefill.py")),
         str(Path(__file__).with_name("test_rounding.py")),
         str(Path(__file__).with_name("test_bench_store.py")),
     ]
@@ -112,6 +109,11 @@ class Pair:
             kernels.update_window(*on_device[1:], self.actual.cache, b, self.layout)
         self.same_bytes(f"window after {new}")
         return expected, actual
+
+    def take_back(self, tokens: list[int]) -> None:
+        """Forget the newest ``tokens[r]`` of request ``r``, as if they had never been computed."""
+        for side in (self.expected, self.actual):
+            side.seq_lens = [n - back for n, back in zip(side.seq_lens, tokens, strict=True)]
 
     def same_bytes(self, what: str) -> None:
         expected, actual = self.expected.cache.pages, self.actual.cache.pages.cpu()
@@ -232,6 +234,19 @@ def test_decode_step(case) -> None:
 
 
 @here
+@pytest.mark.parametrize("at_once", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rollback_tokens", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_steps_are_taken_back(rollback_tokens: int, at_once: bool) -> None:
+    """Tokens that ask for a compaction, or complete a group, are computed again with other ones."""
+    layout = replace(small_layout(SMALL[2]), rollback_tokens=rollback_tokens)
+    pair, w = Pair(layout, 1, 1, 2, 400, torch.float16), layout.window_length
+    pair.step([4 * w - 1, 3 * w + 1])
+    for i, (new, back) in enumerate([([1, 1], [1, 0]), ([1, 1], [0, 1]), ([3, 1], [3, 0]), ([1, 1], [0, 0])]):
+        pair.step(new, seed=i, at_once=at_once)
+        pair.take_back([min(n, rollback_tokens) for n in back])
+
+
+@here
 @pytest.mark.parametrize(("head_size", "dtype"), [(16, torch.float16), (96, torch.bfloat16), (128, torch.float32)])
 @pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (5, 3), (150, 1), (150, 3)])
 def test_rotate_heads(head_size: int, dtype: torch.dtype, tokens: int, groups: int) -> None:
@@ -250,6 +265,8 @@ def past_of_both(pair: Pair, new: list[int], room: int, whole: bool) -> None:
     """The past of a step, slice by slice, or with its new tokens in one: equal to the reference's but for the rounding
     of dequantized tokens."""
     a, b = pair.expected.batch(new), pair.actual.batch(new)
+    for side in (pair.expected, pair.actual):  # nothing is stored of these
+        side.seq_lens = [n - m for n, m in zip(side.seq_lens, new, strict=True)]
     lengths = [x.seq_lens if whole else x.num_computed for x in (a, b)]
     bounds = [n + 3 for n in lengths[0].tolist()]  # the host knows upper bounds
     _, key, value = pair.qkv(sum(new), 5)
@@ -260,7 +277,7 @@ def past_of_both(pair: Pair, new: list[int], room: int, whole: bool) -> None:
         actual = [x.to(DEVICE) for x in expected]
         past_reference.gather_past(*expected, piece, key, value, pair.expected.cache, a, pair.layout)
         new_tokens = key.to(DEVICE), value.to(DEVICE)
-        past_kernels.gather_past(*actual, on_device, *new_tokens, pair.actual.cache, b, pair.layout)
+        kernels.gather_past(*actual, on_device, *new_tokens, pair.actual.cache, b, pair.layout)
         for x, y in zip(actual, expected, strict=True):
             assert_close(x, y, tolerance=1e-3, what=f"past from {piece.first}")
             assert (x[int(piece.start_loc[-1]) : piece.rows] == 0).all()
@@ -362,18 +379,3 @@ def test_cuda_graph() -> None:
         graph.replay()
         assert_close(out, expected, what=f"replay {i}")
         pair.same_bytes(f"replay {i}")
-
-
-@here
-def test_warm_up() -> None:
-    """It runs every kernel on a cache of its own."""
-    from logquant_vllm.kernels.warm_up import warm_up
-
-    warm_up(
-        CacheLayout(PageFormat(16, 64, key_group_size=32, value_group_size=32), 32),
-        2,
-        1,
-        torch.float16,
-        torch.device(DEVICE),
-        max_num_seqs=5,
-    )

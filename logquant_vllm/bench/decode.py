@@ -21,6 +21,7 @@ from logquant_vllm.core.paged import (
     PagedCache,
     compactions_after,
     page_views,
+    window_slots_view,
     write_header,
 )
 
@@ -68,11 +69,14 @@ def random_inputs(
     memory[copies] = (
         torch.randn(len(copies), memory.shape[1] // 2, device=device, generator=g).to(dtype).view(torch.uint8)
     )
-    cache = PagedCache(memory, memory, blocks[:, :pages].contiguous(), blocks[:, pages:].contiguous())
+    columns = layout.num_window_blocks(layout.num_slots, shape.num_kv_heads, dtype)
+    window_table = torch.nn.functional.pad(blocks[:, pages:], (0, columns - window)).contiguous()
+    cache = PagedCache(memory, memory, blocks[:, :pages].contiguous(), window_table)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
     lens = torch.full((batch,), context, dtype=torch.int32, device=device)
     begin = torch.zeros_like(lens)  # copies from position 0 on
-    write_header(cache, Header(begin, compactions_after(lens - 1, begin, layout)), lens > 0)
+    slots = window_slots_view(memory, shape.num_kv_heads, shape.head_dim, dtype)
+    write_header(cache, Header(begin, compactions_after(lens - 1, begin, layout)), lens > 0, slots)
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
     q, k, v = (torch.randn(batch, n, shape.head_dim, device=device, generator=g).to(dtype) for n in heads)
     return Inputs(q, k, v, cache, Batch(starts, lens, 1, context))

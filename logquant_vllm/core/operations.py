@@ -1,4 +1,4 @@
-"""The three operations of one layer in one step, in plain torch: the reference of every kernel.
+"""The three operations of one layer in one step, and :func:`step`, which is all of them: the reference of every kernel.
 
 The order within a step is fixed (a request may hit a prefix that another request completes in the same step):
 
@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from logquant_vllm.core.calibration import rotate_heads
+from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.log_selection import is_log_selected, log_slot_position, num_compactions_tensor
 from logquant_vllm.core.paged import (
     Batch,
@@ -246,7 +248,7 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
     block, offset = slot_address(slot_of_position(position, layout), owner, cache, slots.shape[1])
     slots[block, offset] = torch.stack([key[row], value[row]], -2)
 
-    write_header(cache, header._replace(compactions=after), live)
+    write_header(cache, header._replace(compactions=after), live, slots)
 
 
 def store_tokens(
@@ -276,6 +278,32 @@ def decode_step(
     results = attention(query, key, value, cache, batch, layout, scale, output)
     store_tokens(key, value, cache, batch, layout, feedback)
     return results
+
+
+def step(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    output: Tensor,
+    parts: object = None,
+) -> None:
+    """A whole step of an attention layer: into its basis, then the three operations in their order.
+
+    Args:
+        query, key, value: this step's ``[num_tokens, heads, head_size]`` each, as the model has them.
+        output: written, like ``query``.
+        parts: ``core.parts.Parts`` of the step, for implementations that treat its requests differently.
+    """
+    feedback = None
+    if layer.basis is not None:
+        query, key = rotate_heads(query, key, layer.basis)
+        feedback = layer.basis.feedback
+    quantize_pages(key, value, cache, batch, layer.layout, feedback)
+    attention(query, key, value, cache, batch, layer.layout, layer.scale, output)
+    update_window(key, value, cache, batch, layer.layout)
 
 
 def merge_states(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,8 @@ for 16-bit ones (``scale_bits=16``, 2 bytes each in the same places).
 **A window block** stores full-precision tokens, ``slots_per_block`` to a block; a slot is ``[num_kv_heads][key, value]
 [head_size]`` in the model's dtype. A request's slots run through its window blocks in order::
 
-    slot 0              header: int32 window_start + 1 (0 in a fresh, zeroed block), int32 compactions so far
+    slot 0              header: int32 window_start + 1 (0 in a fresh, zeroed block), int32 compactions so far. Both
+                        begin every 32 channels of every head's key: whoever moves channels owns their words
     slots 1 .. W        log-selected tokens; slot 1 + i as in core.log_selection
     slots W+1 .. W+R    recent window: position p >= W at slot 1 + W + (p - W) % R
 
@@ -48,6 +49,8 @@ from dataclasses import dataclass
 import torch
 
 HEADER_SLOTS = 1
+HEADER_CHANNELS = 32
+"""Channels of a KV head that move together when slots do: they have a copy of the header of their own."""
 
 
 def num_window_blocks(seq_len: int, num_slots: int, slots_per_block: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from logquant_vllm.core.log_selection import is_log_selected, log_slot_position, num_compactions_tensor
-from logquant_vllm.core.page_format import HEADER_SLOTS, PageFormat, num_window_blocks
+from logquant_vllm.core.page_format import HEADER_CHANNELS, HEADER_SLOTS, PageFormat, num_window_blocks
 from logquant_vllm.core.quantizer import (
     Quantized,
     dequantize,
@@ -82,7 +82,7 @@ class PagedCache(NamedTuple):
     pages: Tensor  # uint8 [num_blocks, page_bytes], last dimension contiguous
     window: Tensor  # uint8 [num_blocks, page_bytes], likewise; may alias ``pages``
     block_table: Tensor  # int32 [num_reqs, max_pages]
-    window_block_table: Tensor  # int32 [num_reqs, max_window_blocks or more]
+    window_block_table: Tensor  # int32 [num_reqs, blocks of num_slots tokens or more]
 
 
 class Batch(NamedTuple):
@@ -124,10 +124,17 @@ def read_header(cache: PagedCache, num_computed: Tensor, layout: CacheLayout) ->
     return Header(torch.where(begun, words[:, 0] - 1, num_computed), torch.where(begun, words[:, 1], fresh))
 
 
-def write_header(cache: PagedCache, header: Header, live: Tensor) -> None:
-    """Write the headers of the requests where ``live`` (bool ``[num_reqs]``)."""
-    words = torch.stack([header.window_start + 1, header.compactions], 1)[live].int().contiguous()
-    cache.window[cache.window_block_table[live, 0].long(), :8] = words.view(torch.uint8)
+def write_header(cache: PagedCache, header: Header, live: Tensor, slots: Tensor) -> None:
+    """Write the headers of the requests where ``live`` (bool ``[num_reqs]``).
+
+    Args:
+        slots: :func:`window_slots_view` of the cache.
+    """
+    words = torch.stack([header.window_start + 1, header.compactions], 1)[live].int().contiguous().view(slots.dtype)
+    keys = slots[:, 0, :, 0]
+    blocks = cache.window_block_table[live, 0].long()
+    for channel in range(0, keys.shape[-1], HEADER_CHANNELS):
+        keys[blocks, :, channel : channel + words.shape[1]] = words[:, None]
 
 
 def compactions_after(seq_lens: Tensor, before: Tensor, layout: CacheLayout) -> Tensor:

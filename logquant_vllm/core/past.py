@@ -3,18 +3,19 @@
 Long queries are compute-bound: reading the cache once into the model's dtype and handing it to a dense attention kernel
 costs little and keeps that kernel's speed. If cached and new tokens of the requests fit a workspace, attention is one
 call. Otherwise the cached ones are cut into slices that fit it; attention over the slices and over the new tokens is
-joined by :func:`logquant_vllm.core.operations.merge_states`.
+merged by their LSEs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.operations import read_cached_tokens
+from logquant_vllm.core.operations import merge_states, read_cached_tokens
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
 
 SLICE_STEP = 32
@@ -117,3 +118,44 @@ def gather_past(
             every[position] = cached.copies[request, copied, :, half]
             every = torch.cat([every[:n], x[new]])
             out[start : start + count] = every[piece.first : piece.first + count]
+
+
+def dense_attention(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention's ``flash_attn_varlen_func`` in plain torch, of packed requests; without keys 0 and ``-inf``.
+
+    Returns:
+        out: written, ``[num_tokens, num_heads, head_size]``.
+        lse: float32 ``[num_heads, num_tokens]``.
+    """
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    lse = torch.full((q.shape[1], len(q)), -torch.inf, device=q.device)
+    for (first, end), (first_k, end_k) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
+        n, m = end - first, end_k - first_k
+        assert n <= max_seqlen_q and m <= max_seqlen_k
+        x, y, z = (t.float().transpose(0, 1) for t in (q[first:end], k[first_k:end_k], v[first_k:end_k]))
+        y, z = (t.repeat_interleave(q.shape[1] // k.shape[1], 0) for t in (y, z))
+        scores = x @ y.mT * softmax_scale
+        if causal:
+            scores += torch.full((n, m), -torch.inf, device=q.device).triu(1 + m - n)
+        lse[:, first:end] = scores.logsumexp(-1)
+        out[first:end] = (scores.softmax(-1).nan_to_num(0.0) @ z).transpose(0, 1).to(out.dtype)
+    return out, lse
+
+
+def merge_into(output: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> Tensor:
+    """Bring ``output`` to the keys of both sides, and return its LSEs ``[num_heads, num_tokens]``, in plain torch."""
+    merged, merged_lse = merge_states(output, lse.T, partial, partial_lse.T)
+    output.copy_(merged)
+    return merged_lse.T.contiguous()

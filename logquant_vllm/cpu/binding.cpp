@@ -65,7 +65,7 @@ Args read_args(const Tensor& key, const Tensor& value, const Tensor& pages, cons
         r.seq_len = lens[i];
         r.computed = r.seq_len - r.query_len;
         r.live = c.window_table[i * c.window_table_stride] > 0 && r.query_len > 0;
-        const Header header = r.live ? *c.header(i) : Header{};
+        const Header header = r.live ? c.header(i) : Header{};
         const bool fresh = header.window_begin == 0;  // the request's first step: nothing was copied yet
         r.compactions = num_compactions(r.computed, a.layout.window_length);
         r.window_start = fresh ? r.computed : header.window_begin - 1;

@@ -13,7 +13,7 @@ struct Layout {
     int64_t head_size, page_size, group_size, value_group_size, key_bits, value_bits, scale_bits;
     int64_t key_words, value_words, value_words_per_group, groups_per_page, value_groups, head_bytes;
     int64_t key_codes, value_codes, key_scale, key_zero, value_scale, value_zero;  // byte offsets in a slab
-    int64_t header_slots, window_length, replay_tokens, rollback_tokens;
+    int64_t header_slots, header_channels, window_length, replay_tokens, rollback_tokens;
 
     int64_t ring_slots() const { return 2 * window_length + rollback_tokens - 1; }
     int64_t num_slots() const { return window_length + ring_slots(); }
@@ -80,9 +80,14 @@ struct Cache {
         return reinterpret_cast<T*>(window + block * window_stride) + row * 2 * f.head_size;
     }
 
-    Header* header(int64_t request) const {
+    // One of the copies that lie every header_channels channels of the keys in slot 0; all are the same between steps.
+    template <typename T>
+    Header* header(int64_t request, int64_t head, int64_t channel, const Layout& f) const {
+        return reinterpret_cast<Header*>(slot<T>(request, -f.header_slots, head, f) + channel);
+    }
+    Header header(int64_t request) const {
         const int64_t block = window_table[request * window_table_stride];
-        return reinterpret_cast<Header*>(window + block * window_stride);
+        return *reinterpret_cast<const Header*>(window + block * window_stride);
     }
 };
 

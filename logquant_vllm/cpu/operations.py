@@ -10,7 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.page_format import HEADER_SLOTS
+from logquant_vllm.core.calibration import rotate_heads
+from logquant_vllm.core.layer import Layer
+from logquant_vllm.core.page_format import HEADER_CHANNELS, HEADER_SLOTS
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
 from logquant_vllm.core.quantizer import E4M3_MAX, E4M3_TINY, FP16_MAX, FP16_TINY, scale_floor_divisor
 from logquant_vllm.cpu.build import load
@@ -25,7 +27,7 @@ def _constants(layout: CacheLayout) -> tuple[Tensor, Tensor]:
         *(f.key_words, f.value_words, f.value_words_per_group, f.groups_per_page, f.value_groups, f.head_bytes),
         *(f.key_codes_offset, f.value_codes_offset, f.key_scale_offset, f.key_zero_offset),
         *(f.value_scale_offset, f.value_zero_offset),
-        *(HEADER_SLOTS, layout.window_length, layout.prefix_replay_tokens, layout.rollback_tokens),
+        *(HEADER_SLOTS, HEADER_CHANNELS, layout.window_length, layout.prefix_replay_tokens, layout.rollback_tokens),
     ]
     spread = [f.range_shrink / ((1 << bits) - 1) for bits in (f.key_bits, f.value_bits)]
     floor = [1.0 / scale_floor_divisor(bits) for bits in (f.key_bits, f.value_bits)]
@@ -63,16 +65,20 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
 
 
 def step(
+    layer: Layer,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     cache: PagedCache,
     batch: Batch,
-    layout: CacheLayout,
-    scale: float,
-    feedback: Tensor | None = None,
-) -> Tensor:
-    """:func:`quantize_pages`, :func:`attention` and :func:`update_window` in this order; the output of the second."""
-    return load().step(
-        query, key, value, *cache, batch.query_start_loc, batch.seq_lens, *_constants(layout), scale, feedback
-    )
+    output: Tensor,
+    parts: object = None,
+) -> None:
+    """See :func:`logquant_vllm.core.operations.step`. One call: a decode step is short enough for Python to show."""
+    feedback = None
+    if layer.basis is not None:
+        query, key = rotate_heads(query, key, layer.basis)
+        feedback = layer.basis.feedback
+    constants = _constants(layer.layout)
+    lengths = batch.query_start_loc, batch.seq_lens
+    output.copy_(load().step(query, key, value, *cache, *lengths, *constants, layer.scale, feedback))

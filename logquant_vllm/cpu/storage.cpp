@@ -239,8 +239,9 @@ void update_window(const Rows<T>& key, const Rows<T>& value, const Cache& cache,
     for (int64_t i = 0; i < num_reqs; ++i) {
         const Request& r = cache.requests[i];
         if (!r.live) continue;
-        const int64_t begin = r.window_start + 1, compactions = compactions_after(r, f);
-        *cache.header(i) = {static_cast<int32_t>(begin), static_cast<int32_t>(compactions)};
+        const Header header{static_cast<int32_t>(r.window_start + 1), static_cast<int32_t>(compactions_after(r, f))};
+        for (int64_t head = 0; head < heads; ++head)
+            for (int64_t c = 0; c < f.head_size; c += f.header_channels) *cache.header<T>(i, head, c, f) = header;
     }
 }
 

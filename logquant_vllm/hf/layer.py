@@ -12,7 +12,7 @@ from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core.calibration import Basis, Moments, calibrated_basis, change_basis, rotation_basis
 from logquant_vllm.core.log_selection import num_compactions
 from logquant_vllm.core.operations import quantize_pages, read_cached_tokens, update_window
-from logquant_vllm.core.paged import Batch, read_header, write_header
+from logquant_vllm.core.paged import Batch, read_header, window_slots_view, write_header
 from logquant_vllm.hf.blocks import BlockColumns
 
 
@@ -138,10 +138,10 @@ class LogQuantLayer(CacheLayerMixin):
         way).
 
         As long as no compaction of the window is undone, the result is exactly the cache of the shorter sequence: where
-        one token is removed, and where ``(seq_len - 1) // W`` is at most ``keep // W`` or 2. Otherwise tokens whose copies are gone are read in 2 bits, and if
-        their group is open again, it is later quantized from that image. Removing at most ``W`` tokens (``W -
-        key_group_size`` if groups do not divide the window) opens no such group, and the next compaction drops just the
-        copies that are missing: from there on all is exact again.
+        one token is removed, and where ``(seq_len - 1) // W`` is at most ``keep // W`` or 2. Otherwise tokens whose
+        copies are gone are read in 2 bits, and if their group is open again, it is later quantized from that image.
+        Removing at most ``W`` tokens (``W - key_group_size`` if groups do not divide the window) opens no such group,
+        and the next compaction drops just the copies that are missing: from there on all is exact again.
         """
         keep = min(tokens_to_remove, self.seq_len) if tokens_to_remove > 0 else self.seq_len + tokens_to_remove
         if keep == self.seq_len:
@@ -154,7 +154,9 @@ class LogQuantLayer(CacheLayerMixin):
         if num_compactions(keep, self.layout.window_length) < int(header.compactions[0]):
             # the window of the shorter sequence, written anew from what attention would have seen
             keys, values = (x[:, :keep].flatten(0, 1).to(self.dtype) for x in self._read())
-            write_header(cache, header._replace(compactions=torch.zeros_like(header.compactions)), batch.seq_lens > 0)
+            slots = window_slots_view(cache.window, keys.shape[1], keys.shape[2], keys.dtype)
+            none = header._replace(compactions=torch.zeros_like(header.compactions))
+            write_header(cache, none, batch.seq_lens > 0, slots)
             update_window(keys, values, cache, batch, self.layout)
         self.seq_len = keep
 

@@ -1,4 +1,4 @@
-"""The operations of ``core`` as Triton kernels: same names, same arguments, same results.
+"""The operations of ``core`` on a GPU: same names, same arguments, same results.
 
 Safe to capture in a CUDA graph: grids and constants depend on shapes and host integers alone (``max_query_len`` and
 ``max_seq_len`` are upper bounds), lengths are read on the device, and programs with nothing to do return at once.
@@ -7,21 +7,66 @@ Safe to capture in a CUDA graph: grids and constants depend on shapes and host i
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
-from logquant_vllm.kernels.attention import attention_kernel
-from logquant_vllm.kernels.common import check_tokens, copy_operand, next_power_of_2, num_chunks, padded
-from logquant_vllm.kernels.decoding import decode
-from logquant_vllm.kernels.past import gather_past
-from logquant_vllm.kernels.rotation import rotate_heads
-from logquant_vllm.kernels.store import quantize_pages, store_tokens, update_window
-from logquant_vllm.kernels.store_step import store_step
+from logquant_vllm.core.calibration import change_basis
+from logquant_vllm.core.layer import Layer
+from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
+from logquant_vllm.core.parts import Part, Parts
+from logquant_vllm.core.past import PastSlice, past_of
+from logquant_vllm.kernels.arguments import Step
+from logquant_vllm.kernels.decode.launch import decode
+from logquant_vllm.kernels.prefill.attention import DenseAttention
+from logquant_vllm.kernels.prefill.gather import gather
+from logquant_vllm.kernels.rotate import rotate_heads
+from logquant_vllm.kernels.store import prompt
+from logquant_vllm.kernels.store.step import store_step
 
-__all__ = ["attention", "decode_step", "gather_past", "quantize_pages", "rotate_heads", "store_tokens", "update_window"]
+__all__ = [
+    "attention",
+    "decode_step",
+    "gather_past",
+    "quantize_pages",
+    "rotate_heads",
+    "step",
+    "store_tokens",
+    "update_window",
+]
 
 LOG2E = 1.4426950408889634
+
+
+def quantize_pages(
+    key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor | None = None
+) -> None:
+    """See ``core.operations.quantize_pages``; the bytes are the same."""
+    prompt.quantize_pages(Step.of(key, value, cache, batch, layout), feedback)
+
+
+def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
+    """See ``core.operations.update_window``; the bytes are the same."""
+    prompt.update_window(Step.of(key, value, cache, batch, layout))
+
+
+def store_tokens(
+    key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor | None = None
+) -> None:
+    """Both of one new token for each request with one launch; see ``core.operations.store_tokens``."""
+    store_step(Step.of(key, value, cache, batch, layout), feedback, quantize=True, update=True)
+
+
+def gather_past(
+    keys: Tensor,
+    values: Tensor,
+    piece: PastSlice,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    layout: CacheLayout,
+) -> None:
+    """See ``core.past.gather_past``."""
+    gather(Step.of(key, value, cache, batch, layout), keys, values, piece)
 
 
 def attention(
@@ -40,20 +85,35 @@ def attention(
         output: ``[num_tokens, num_heads, head_size]`` in the dtype of ``query``; zero for tokens of no request.
         lse: float32 ``[num_tokens, num_heads]``; ``-inf`` for tokens of no request.
     """
-    check_tokens(key, value, cache)
-    if query.dtype != key.dtype or query.stride(-1) != 1:
-        raise ValueError(f"query must have the dtype of key and a contiguous last dimension, got {query.dtype}")
+    args = Step.of(key, value, cache, batch, layout)
     if output is None:
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if batch.seq_lens.shape[0] and query.shape[0] and batch.max_query_len == 1:
-        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-        decode(output, lse, query, key, value, cache, batch, layout, scale * LOG2E)
-    else:
-        output.zero_()
-        lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
-        if batch.seq_lens.shape[0] and query.shape[0]:
-            _prefill(output, lse, query, key, value, cache, batch, layout, scale * LOG2E)
+    if not args.is_empty and batch.max_query_len == 1:
+        return output, _decode(args, query, output, scale)
+    output.zero_()
+    lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
+    if not args.is_empty:  # torch's dense attention in float32, which reads lengths on the host
+        new = batch.query_start_loc.diff().tolist()
+        cached = batch.num_computed.tolist()
+        room = max(sum(new) + sum(cached), 32 * len(new))
+        part = Part(slice(sum(new)), 0, batch, past_of(batch, new, cached, room))
+        out, q, k, v = (x[part.tokens] for x in (output, query, key, value))
+        dense = DenseAttention(room, memory=_float32)
+        lse[part.tokens] = dense.attend_with_past(out, q, k, v, args, part, scale).T
     return output, lse
+
+
+def _float32(device: torch.device, *buffers: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+    return [torch.empty(shape, dtype=torch.float32, device=device) for shape, _ in buffers]
+
+
+def _decode(args: Step, query: Tensor, output: Tensor, scale: float) -> Tensor:
+    """Attention of one token per request, into ``output``; the LSEs."""
+    if query.dtype != args.dtype or query.stride(-1) != 1:
+        raise ValueError(f"query must have the dtype of key and a contiguous last dimension, got {query.dtype}")
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    decode(args, query, output, lse, scale * LOG2E)
+    return lse
 
 
 def decode_step(
@@ -69,73 +129,74 @@ def decode_step(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token per request, which is then stored; see ``core.operations.decode_step``.
 
-    The last kernel of attention joins its parts and touches nothing that storing does: both run side by side.
+    The last kernel of attention combines its partials and touches nothing that storing does: both run side by side.
     """
-    results = attention(query, key, value, cache, batch, layout, scale, output)
-    store_step(key, value, cache, batch, layout, feedback, quantize=True, update=True, beside=True)
-    return results
+    args = Step.of(key, value, cache, batch, layout)
+    if output is None:
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if args.is_empty:
+        return output, torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    lse = _decode(args, query, output, scale)
+    store_step(args, feedback, quantize=True, update=True, beside=True)
+    return output, lse
 
 
-def _prefill(
-    output: Tensor,
-    lse: Tensor,
+def step(
+    layer: Layer,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     cache: PagedCache,
     batch: Batch,
-    layout: CacheLayout,
-    qk_scale: float,
+    output: Tensor,
+    parts: Parts | None = None,
 ) -> None:
-    fmt, num_kv_heads, num_reqs = layout.fmt, key.shape[1], batch.seq_lens.shape[0]
-    slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, key.dtype)
-    gqa = query.shape[1] // num_kv_heads
-    gqa_pad = next_power_of_2(gqa)
-    rows = max(gqa_pad, 64 if batch.max_query_len * gqa_pad > 16 else 16)
-    query_tokens = rows // gqa_pad
-    attention_kernel[(num_chunks(query.shape[0], num_reqs, query_tokens), num_kv_heads)](
-        output,
-        lse,
-        query,
-        key,
-        value,
-        cache.pages,
-        cache.window,
-        slots,
-        cache.block_table,
-        cache.window_block_table,
-        batch.query_start_loc,
-        batch.seq_lens,
-        num_reqs,
-        qk_scale,
-        output.stride(0),
-        output.stride(1),
-        lse.stride(0),
-        query.stride(0),
-        query.stride(1),
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        cache.pages.stride(0),
-        cache.window.stride(0),
-        slots.stride(0),
-        slots.stride(1),
-        slots.stride(2),
-        cache.block_table.stride(0),
-        cache.window_block_table.stride(0),
-        cache.window_block_table.shape[1],
-        FMT=fmt,
-        LAYOUT=layout,
-        SLOTS_PER_BLOCK=slots.shape[1],
-        GQA=gqa,
-        GQA_PAD=gqa_pad,
-        QUERY_TOKENS=query_tokens,
-        HEAD_PAD=padded(fmt.head_size),
-        TOKENS=32,
-        # dequantized tokens keep more of their precision in float16 than in bfloat16
-        PAGE_OPERAND=tl.float32 if query.dtype == torch.float32 else tl.float16,
-        COPY_OPERAND=copy_operand(query.dtype),
-        num_warps=4,
-        num_stages=2,
-    )
+    """A whole step of a layer, into ``output``; see ``core.operations.step``.
+
+    Args:
+        parts: of the batch, unless every request has one new token.
+    """
+    layout, basis = layer.layout, layer.basis
+    feedback = None if basis is None else basis.feedback
+    if batch.max_query_len == 1 and layout.may_store_last:  # as few launches as can be
+        if basis is not None:
+            query, key = rotate_heads(query, key, basis)
+        decode_step(query, key, value, cache, batch, layout, layer.scale, output, feedback)
+        return
+    stored_key = key if basis is None else change_basis(key, basis.key)
+    args = Step.of(stored_key, value, cache, batch, layout)
+    prompt.quantize_pages(args, feedback)
+    _attend_parts(layer, args, (query, key, stored_key, value), cache, output, parts or Parts())
+    prompt.update_window(args)
+
+
+def _attend_parts(
+    layer: Layer,
+    args: Step,
+    new: tuple[Tensor, Tensor, Tensor, Tensor],
+    cache: PagedCache,
+    output: Tensor,
+    parts: Parts,
+) -> None:
+    """Attention of the parts of a step, into ``output``.
+
+    Args:
+        new: the step's queries and keys as they come, keys as they are stored, and values.
+    """
+    query, key, stored_key, value = new
+    decoding, continued, begun = parts
+    if decoding is None and continued is None and begun is None:
+        decoding = Part(slice(args.num_tokens), 0, Batch(args.batch.query_start_loc, args.batch.seq_lens, 1, 0))
+    if begun is not None:  # the scores of a prompt that begins are the same in either basis
+        t = begun.tokens
+        layer.dense.attend_new(output[t], query[t], key[t], value[t], begun.batch, layer.scale)
+        query = query[: t.start]
+    rotated = query if layer.basis is None else change_basis(query, layer.basis.query)
+    if continued is not None:
+        t = continued.tokens
+        layer.dense.attend_with_past(output[t], rotated[t], stored_key[t], value[t], args, continued, layer.scale)
+    if decoding is not None:
+        t, n = decoding.tokens, len(decoding.batch.seq_lens)
+        tables = cache._replace(block_table=cache.block_table[:n], window_block_table=cache.window_block_table[:n])
+        few = Step.of(stored_key[t], value[t], tables, decoding.batch, layer.layout)
+        _decode(few, rotated[t], output[t], layer.scale)

@@ -104,7 +104,7 @@ class Quantizer:
 def _rounding(device: torch.device) -> Callable[[Tensor, Quantized, int, Tensor], Quantized]:
     """On a GPU a kernel: the reference launches a dozen for each channel, layer and step."""
     if device.type == "cuda":
-        from logquant_vllm.kernels import rounding  # needs Triton
+        from logquant_vllm.kernels.store.feedback import rounding  # needs Triton
 
         return rounding.round_with_feedback
     return round_with_feedback

@@ -27,12 +27,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig
-from logquant_vllm.core.calibration import Basis, change_basis
-from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
+from logquant_vllm.core.layer import Layer
+from logquant_vllm.core.paged import Batch, PagedCache
+from logquant_vllm.core.parts import Parts
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.basis import layer_basis
-from logquant_vllm.plugin.parts import Parts, parts_of
-from logquant_vllm.plugin.prefill import Prefill, flash_attention, past_room
+from logquant_vllm.plugin.parts import parts_of
 from logquant_vllm.plugin.window_layer import WindowLayer
 
 WINDOW_SUFFIX = ".logquant_window"
@@ -108,7 +108,7 @@ class LogQuantMetadata:
     num_actual_tokens: int
     batch: Batch
     block_table: Tensor
-    parts: Parts
+    parts: Parts | None
 
 
 class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
@@ -125,8 +125,10 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
     ) -> LogQuantMetadata:
         common = common_attn_metadata
         batch = Batch(common.query_start_loc, common.seq_lens, common.max_query_len, common.max_seq_len)
-        parts = Parts()
+        parts = None
         if current_platform.is_cuda():
+            from logquant_vllm.plugin.prefill import past_room
+
             parts = parts_of(common, batch, past_room(self.vllm_config.scheduler_config.max_num_seqs))
         return LogQuantMetadata(common.num_actual_tokens, batch, common.block_table_tensor, parts)
 
@@ -134,22 +136,15 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
 _warmed_up = set[Any]()
 
 
-def _warm_up(
-    layout: CacheLayout,
-    num_heads: int,
-    num_kv_heads: int,
-    dtype: torch.dtype,
-    basis: Basis | None,
-    max_num_seqs: int,
-    max_model_len: int,
-) -> None:
+def _warm_up(layer: Layer, num_heads: int, num_kv_heads: int, dtype: torch.dtype, vllm_config: Any) -> None:
     """Compile the kernels, once for all layers of a shape; C++ is compiled when it is loaded."""
     from logquant_vllm.kernels.warm_up import warm_up
 
-    shape = (layout, num_heads, num_kv_heads, dtype)
+    shape = (layer.layout, num_heads, num_kv_heads, dtype)
     if shape not in _warmed_up:
         _warmed_up.add(shape)
-        warm_up(*shape, torch.device("cuda", torch.cuda.current_device()), basis, max_num_seqs, max_model_len)
+        largest = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
+        warm_up(layer, num_heads, num_kv_heads, dtype, torch.device("cuda", torch.cuda.current_device()), *largest)
 
 
 def _operations() -> ModuleType:
@@ -197,16 +192,11 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         vllm_config = get_current_vllm_config()
         self.config = LogQuantConfig.from_additional_config(vllm_config.additional_config)
-        self.layout = self.config.layout(head_size)
         self.operations = _operations()
         self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._window_layer: WindowLayer | None = None
         self._model = str(vllm_config.model_config.model)
-        self._basis: Basis | None = None
-        self._feedback: Tensor | None = None
-        self._prefill: Prefill | None = None
-        self._largest = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
-        self._past_room = past_room(self._largest[0])
+        self._layer = Layer(self.config.layout(head_size), self.scale)
 
     @property
     def window_layer(self) -> WindowLayer:
@@ -217,27 +207,21 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Configure the layer and create its companion: the first call that comes when vLLM has named the layer."""
         name, layer = next((n, m) for n, m in self._layers.items() if getattr(m, "impl", None) is self)
+        vllm_config = get_current_vllm_config()
         if self.config.rotation:
             shape = (self.num_kv_heads, self.head_size)
-            self._basis = layer_basis(self.config, self._model, name, *shape, act_dtype, current_platform.device_type)
-            self._feedback = self._basis.feedback
+            basis = layer_basis(self.config, self._model, name, *shape, act_dtype, current_platform.device_type)
+            self._layer = self._layer._replace(basis=basis)
         if self._window_layer is None:
             layer.attn_backend = configured_backend(self.config)
-            self._window_layer = WindowLayer(name + WINDOW_SUFFIX, layer, self.layout)
+            self._window_layer = WindowLayer(name + WINDOW_SUFFIX, layer, self._layer.layout)
             self._layers[name + WINDOW_SUFFIX] = self._window_layer
         if current_platform.is_cuda():
-            if flash := flash_attention(self.head_size, act_dtype):
-                self._prefill = Prefill(
-                    flash, self.layout, self.num_heads, self.num_kv_heads, self.scale, self._past_room
-                )
-            heads = self.num_heads, self.num_kv_heads
-            _warm_up(self.layout, *heads, act_dtype, self._basis, *self._largest)
+            from logquant_vllm.plugin.prefill import flash_attention
 
-    def _queries(self, x: Tensor) -> Tensor:
-        return x if self._basis is None else change_basis(x, self._basis.query)
-
-    def _keys(self, x: Tensor) -> Tensor:
-        return x if self._basis is None else change_basis(x, self._basis.key)
+            dense = flash_attention(self.head_size, vllm_config.scheduler_config.max_num_seqs)
+            self._layer = self._layer._replace(dense=dense)
+            _warm_up(self._layer, self.num_heads, self.num_kv_heads, act_dtype, vllm_config)
 
     def forward(
         self,
@@ -255,53 +239,14 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused output quantization is not supported")
         if attn_metadata is None:  # memory profiling: no cache yet
-            if self._prefill is not None:
-                self._prefill.workspace(len(query), query.dtype)
+            if self._layer.dense is not None:
+                self._layer.dense.workspace(query, self.num_kv_heads)
             return output.fill_(0)
-        tokens = attn_metadata.num_actual_tokens
-        query, key, value = query[:tokens], key[:tokens], value[:tokens]
+        tokens = slice(attn_metadata.num_actual_tokens)
         window_metadata = get_forward_context().attn_metadata[self.window_layer.layer_name]  # type: ignore[index, call-overload]
         cache = PagedCache(
             kv_cache[:, 0, 0], self.window_layer.window_bytes(), attn_metadata.block_table, window_metadata.block_table
         )
-        ops, layout, batch = self.operations, self.layout, attn_metadata.batch
-        if current_platform.is_cpu():  # one call: a decode step is short enough for Python to show
-            rotated = self._queries(query), self._keys(key)
-            output[:tokens] = ops.step(*rotated, value, cache, batch, layout, self.scale, self._feedback)
-            return output
-        if batch.max_query_len == 1 and layout.may_store_last:  # as few launches as can be
-            if self._basis is not None:
-                query, key = ops.rotate_heads(query, key, self._basis)
-            ops.decode_step(query, key, value, cache, batch, layout, self.scale, output[:tokens], self._feedback)
-            return output
-        stored_key = self._keys(key)
-        ops.quantize_pages(stored_key, value, cache, batch, layout, self._feedback)
-        self._attend_parts(output, query, key, value, stored_key, cache, attn_metadata.parts)
-        ops.update_window(stored_key, value, cache, batch, layout)
+        new = query[tokens], key[tokens], value[tokens]
+        self.operations.step(self._layer, *new, cache, attn_metadata.batch, output[tokens], attn_metadata.parts)
         return output
-
-    def _attend_parts(
-        self,
-        output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        stored_key: Tensor,
-        cache: PagedCache,
-        parts: Parts,
-    ) -> None:
-        """Attention of the parts of a step with long queries, into ``output``."""
-        prefill, begun = self._prefill, parts.begun
-        # the scores of a prompt that begins are the same in either basis
-        queries = self._queries(query if prefill is None or begun is None else query[: begun.tokens.start])
-        for part in parts:
-            if part is None:
-                continue
-            t, view = part.tokens, part.view(cache)
-            new = queries[t], stored_key[t], value[t]
-            if prefill is None or part is parts.decoding:
-                self.operations.attention(*new, view, part.batch, self.layout, self.scale, output[t])
-            elif part.past is not None:
-                prefill.attend_with_past(output[t], *new, view, part.batch, part.past)
-            else:
-                prefill.attend(output[t], query[t], key[t], value[t], part.batch)

@@ -48,8 +48,9 @@ class WindowSpec(CircularBufferSpec):
         return self.num_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
-        # runner V1 computes a slot mapping for every group and reads the table at position // block_size
-        return max(self.num_blocks(max_len), -(-max_len // self.block_size))
+        # runner V1 computes a slot mapping for every group and reads the table at position // block_size, and kernels
+        # read the blocks of all slots
+        return max(self.num_blocks(self.num_slots), -(-max_len // self.block_size))
 
     @property
     def prefix_replay_tokens(self) -> int:

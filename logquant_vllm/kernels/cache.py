@@ -1,0 +1,288 @@
+"""Device helpers: a step's requests, where their tokens lie, and which of them have full-precision copies.
+
+``cache`` and ``batch`` are :class:`CacheArgument` and :class:`BatchArgument`; ``LAYOUT`` is the ``CacheLayout`` itself,
+a constant: no byte offset and no constant of the algorithm is written down a second time. The log selection follows
+``core.log_selection``, the slots ``core.paged``, line by line. Gluon calls these functions too: they make no tensors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from logquant_vllm.core import log_selection, page_format
+from logquant_vllm.kernels.arguments import Member
+
+HEADER_SLOTS = tl.constexpr(page_format.HEADER_SLOTS)
+HEADER_CHANNELS = tl.constexpr(page_format.HEADER_CHANNELS)
+MAX_SHIFT = tl.constexpr(log_selection._MAX_SHIFT)
+
+
+class Request(NamedTuple):
+    """What a request brings into the step."""
+
+    start: Member  # row of its first new token
+    query_len: Member  # new tokens
+    computed: Member  # tokens computed before this step
+    window_start: Member  # first position with a full-precision copy
+    compactions: Member  # of its stored log-selected slots
+    live: Member  # whether it has a window at all: a row of padding has the null block
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+@triton.jit
+def num_reqs(batch):
+    return batch.num_reqs_x16 // 16
+
+
+@triton.jit
+def page_row(cache, request):
+    """Pointer to the blocks of a request's pages."""
+    return cache.block_table + request.to(tl.int64) * (cache.table_stride_x16 // 16)
+
+
+@triton.jit
+def window_row(cache, request):
+    """Pointer to the blocks of a request's window."""
+    return cache.window_table + request.to(tl.int64) * (cache.window_table_stride_x16 // 16)
+
+
+@triton.jit
+def page_slab(cache, block, head, LAYOUT: tl.constexpr):
+    """Pointer to a KV head's bytes of a page."""
+    return cache.pages + block.to(tl.int64) * cache.page_stride + head.to(tl.int64) * LAYOUT.fmt.head_bytes
+
+
+@triton.jit
+def find_request(query_start_loc, index, count, BLOCK: tl.constexpr):
+    """The request that owns chunk ``index`` when request ``r`` owns chunks from ``query_start_loc[r] // BLOCK + r`` on.
+
+    Every request so has at least ``ceil(query_len / BLOCK)`` chunks, and all of them together at most
+    ``num_tokens // BLOCK + num_reqs``: a grid that the host knows without reading any length.
+
+    Args:
+        count: of requests.
+
+    Returns:
+        The request and the chunk's index within it.
+    """
+    low, high = index * 0, index * 0 + count  # tensors from the start, for the interpreter too
+    while high - low > 1:
+        middle = (low + high) // 2
+        first = tl.load(query_start_loc + middle) // BLOCK + middle
+        if first <= index:
+            low = middle
+        else:
+            high = middle
+    return low, index - (tl.load(query_start_loc + low) // BLOCK + low)
+
+
+@triton.jit
+def read_lengths(batch, request):
+    """The first three members of :class:`Request`."""
+    start = tl.load(batch.query_start_loc + request)
+    query_len = tl.load(batch.query_start_loc + request + 1) - start
+    return start, query_len, tl.load(batch.seq_lens + request) - query_len
+
+
+@triton.jit
+def load_lengths(batch, index):
+    """New tokens of the requests ``index``, and all their tokens; both 0 from ``num_reqs`` on."""
+    exists = index < num_reqs(batch)
+    start = tl.load(batch.query_start_loc + index, mask=exists, other=0)
+    query_len = tl.load(batch.query_start_loc + index + 1, mask=exists, other=0) - start
+    return query_len, tl.load(batch.seq_lens + index, mask=exists, other=0)
+
+
+@triton.jit
+def find_task(ends, index, count, task):
+    """The request of a task, and which of that request's tasks it is.
+
+    Args:
+        ends: of the requests ``index``: tasks of all up to this one.
+        count: of requests.
+    """
+    passed = (ends <= task) & (index < count)
+    return tl.sum(passed.to(tl.int32), 0), task - tl.max(tl.where(passed, ends, 0), 0)
+
+
+@triton.jit
+def read_request(cache, batch, request, head, LAYOUT: tl.constexpr):
+    """All of :class:`Request`, for one KV head."""
+    start, query_len, computed = read_lengths(batch, request)
+    block = tl.load(window_row(cache, request))
+    begun, compactions = load_header(cache, block, head, 0, LAYOUT)
+    return open_request(start, query_len, computed, begun, compactions, block > 0, LAYOUT)
+
+
+@triton.jit
+def open_request(start, query_len, computed, begun, compactions, live, LAYOUT: tl.constexpr):
+    """:class:`Request` from lengths and from the words of a header."""
+    fresh = count_compactions(computed, LAYOUT)  # nothing is stored yet that would lag behind
+    compactions = tl.where(begun > 0, compactions, fresh)
+    return Request(start, query_len, computed, tl.where(begun > 0, begun - 1, computed), compactions, live)
+
+
+# -- headers ----------------------------------------------------------------------------------------------------------
+@triton.jit
+def header_address(cache, block, head, chunk, LAYOUT: tl.constexpr):
+    """Pointer to the two words of a KV head and chunk of channels in a request's first window block."""
+    channel = head * (2 * LAYOUT.fmt.head_size) + chunk * HEADER_CHANNELS
+    return (cache.window + block.to(tl.int64) * cache.window_stride + channel).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def load_header(cache, block, head, chunk, LAYOUT: tl.constexpr):
+    """``window_start + 1`` and the stored compactions; 0 in a fresh block and in a row of padding."""
+    address = header_address(cache, block, head, chunk, LAYOUT)
+    return tl.load(address, mask=block > 0, other=0), tl.load(address + 1, mask=block > 0, other=0)
+
+
+# -- the log selection ------------------------------------------------------------------------------------------------
+@triton.jit
+def count_compactions(length, LAYOUT: tl.constexpr):
+    """``core.log_selection.num_compactions`` of a length on the device."""
+    return tl.maximum(length // LAYOUT.window_length - 2, 0)
+
+
+@triton.jit
+def log_slot_position(slot, compactions, LAYOUT: tl.constexpr):
+    """``core.log_selection.log_slot_position``: position held by a log-selected slot."""
+    WINDOW: tl.constexpr = LAYOUT.window_length
+    steps = slot * 0  # and not zeros_like: Gluon calls this function too
+    for _ in tl.static_range(WINDOW.bit_length()):
+        steps += ((slot << steps) < WINDOW).to(tl.int32)
+    shift = tl.minimum(tl.minimum(steps, compactions), MAX_SHIFT)
+    from_chunk = (slot > 0) & (steps <= compactions)
+    return tl.where(from_chunk, (compactions - steps) * WINDOW + (slot << shift), slot << shift)
+
+
+@triton.jit
+def locate(position, compactions, LAYOUT: tl.constexpr):
+    """The chunk of a position, its index among the two chunks that were halved together, and how often."""
+    WINDOW: tl.constexpr = LAYOUT.window_length
+    chunk = position // WINDOW
+    index = tl.where(chunk == 0, position, position - (chunk - 1) * WINDOW)
+    halvings = tl.where(chunk == 0, compactions, compactions - chunk + 1)
+    return chunk, index, tl.minimum(tl.maximum(halvings, 0), MAX_SHIFT)
+
+
+@triton.jit
+def is_log_selected(position, compactions, LAYOUT: tl.constexpr):
+    """``core.log_selection.is_log_selected`` for positions ``>= 0``."""
+    chunk, index, halvings = locate(position, compactions, LAYOUT)
+    return (chunk <= compactions) & ((index & ((1 << halvings) - 1)) == 0)
+
+
+@triton.jit
+def recent_start(compactions, LAYOUT: tl.constexpr):
+    """The first position of the recent window."""
+    return (compactions + 1) * LAYOUT.window_length
+
+
+# -- slots ------------------------------------------------------------------------------------------------------------
+@triton.jit
+def slot_of_position(position, compactions, LAYOUT: tl.constexpr):
+    """``core.paged.slot_of_position``: the slot of a recent position, or of the first ``W`` before any compaction."""
+    WINDOW: tl.constexpr = LAYOUT.window_length
+    RING: tl.constexpr = LAYOUT.ring_slots
+    # the sum keeps the dividend positive: the remainder of a negative one differs between languages
+    ring = WINDOW + (position + (RING - WINDOW)) % RING
+    return tl.where((position < WINDOW) & (compactions == 0), position, ring)
+
+
+@triton.jit
+def slot_of_copy(position, compactions, LAYOUT: tl.constexpr):
+    """The slot of any position that has a copy while the slots are at ``compactions``."""
+    _, index, halvings = locate(position, compactions, LAYOUT)
+    recent = position >= recent_start(compactions, LAYOUT)
+    return tl.where(recent, slot_of_position(position, compactions, LAYOUT), index >> halvings)
+
+
+@triton.jit
+def slot_position(slot, compactions, LAYOUT: tl.constexpr):
+    """Position that a slot can hold while the slots are at ``compactions`` (``core.paged.slot_positions``)."""
+    WINDOW: tl.constexpr = LAYOUT.window_length
+    RING: tl.constexpr = LAYOUT.ring_slots
+    recent = recent_start(compactions, LAYOUT)
+    ring = recent + (slot + RING - (recent - WINDOW) % RING - WINDOW) % RING
+    return tl.where(slot < WINDOW, log_slot_position(tl.minimum(slot, WINDOW - 1), compactions, LAYOUT), ring)
+
+
+@triton.jit
+def holds_copy(position, request, LAYOUT: tl.constexpr):
+    """Whether attention reads a stored position as a copy: what is selected follows from the computed tokens alone,
+    however far the slots have been brought."""
+    selected = count_compactions(request.computed, LAYOUT)
+    seen = (position >= recent_start(selected, LAYOUT)) | is_log_selected(position, selected, LAYOUT)
+    return seen & (position < request.computed) & (position >= request.window_start)
+
+
+@triton.jit
+def free_slot(request, LAYOUT: tl.constexpr):
+    """A slot whose token attention does not read: where the new token can stand for it.
+
+    That is where the token will go, unless its slot is still taken because a compaction is due. Then the second
+    log-selected slot is about to be dropped.
+    """
+    due = count_compactions(request.computed, LAYOUT) > request.compactions
+    return tl.where(due, 1, slot_of_position(request.computed, request.compactions, LAYOUT))
+
+
+@triton.jit
+def find_hole(request, TILE: tl.constexpr, LAYOUT: tl.constexpr):
+    """Tiles of slots that attention needs none of, from the first to below the second: those behind the newest token,
+    up to the oldest of the ring or to its end. Tiles begin at multiples of ``TILE``."""
+    WINDOW: tl.constexpr = LAYOUT.window_length
+    RING: tl.constexpr = LAYOUT.ring_slots
+    compactions = request.compactions
+    due = count_compactions(request.computed, LAYOUT) > compactions
+    oldest = WINDOW + (compactions * WINDOW) % RING
+    # the new token's slot is the first behind; where the ring has not begun, this is in front of it
+    begin = oldest + request.computed - recent_start(compactions, LAYOUT) + 1
+    wrapped = begin > WINDOW + RING
+    begin = tl.where(wrapped, begin - RING, begin)
+    begin = (begin + TILE - 1) // TILE * TILE
+    end = tl.where(wrapped, oldest, WINDOW + RING + TILE) // TILE * TILE
+    return tl.where(due, end, begin), end
+
+
+@triton.jit
+def skip_hole(slot, hole):
+    """The next slot, from ``slot`` on, outside the tiles of :func:`find_hole`."""
+    begin, end = hole
+    return tl.where((slot >= begin) & (slot < end), end, slot)
+
+
+@triton.jit
+def slot_offset(slot, cache, table_row, LAYOUT: tl.constexpr):
+    """Offset of a window slot of KV head 0 from ``cache.window``, in its elements (int64, shape of ``slot``); slots
+    from ``num_slots`` on share the last one's."""
+    SLOT_BYTES: tl.constexpr = 2 * LAYOUT.fmt.head_size * cache.window.dtype.element_ty.primitive_bitwidth // 8
+    SLOTS_PER_BLOCK: tl.constexpr = LAYOUT.fmt.head_bytes // SLOT_BYTES
+    index = tl.minimum(slot, LAYOUT.num_slots - 1) + HEADER_SLOTS
+    block = tl.load(table_row + index // SLOTS_PER_BLOCK)
+    place = index % SLOTS_PER_BLOCK * (cache.num_kv_heads * (2 * LAYOUT.fmt.head_size))
+    return block.to(tl.int64) * cache.window_stride + place.to(tl.int64)
+
+
+# -- pages ------------------------------------------------------------------------------------------------------------
+@triton.jit
+def pages_end(request, LAYOUT: tl.constexpr):
+    """Positions below this are read from pages, but for those with a copy (``core.operations.attention``)."""
+    recent = recent_start(count_compactions(request.computed, LAYOUT), LAYOUT)
+    return tl.minimum(tl.maximum(recent, request.window_start), request.computed)
+
+
+@triton.jit
+def read_from_page(position, end, request, LAYOUT: tl.constexpr):
+    """Whether a cached position is attended to in its 2-bit form.
+
+    Args:
+        end: from :func:`pages_end`.
+    """
+    selected = count_compactions(request.computed, LAYOUT)
+    copied = is_log_selected(position, selected, LAYOUT) & (position >= request.window_start)
+    return (position < end) & ~copied

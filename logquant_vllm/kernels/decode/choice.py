@@ -1,0 +1,41 @@
+"""Which decode kernel serves which GPU, heads and format. Needs no Triton: ``logquant-vllm doctor`` asks, too."""
+
+from __future__ import annotations
+
+import torch
+
+from logquant_vllm.core.paged import CacheLayout
+from logquant_vllm.kernels.architecture import Architecture
+
+
+def why_not_gluon(architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int) -> str | None:
+    """Why the Gluon kernel cannot serve, and the slower Triton kernel has to; None if it can.
+
+    Args:
+        dtype: of the queries.
+        gqa: query heads of a KV head.
+    """
+    fmt = layout.fmt
+    if not architecture.is_gpu:
+        return "Triton's interpreter runs no Gluon"
+    if architecture.capability < (8, 9):
+        return f"{architecture.name} has no instruction that converts 8-bit scales"
+    if dtype == torch.float32:
+        return "queries are float32"
+    if fmt.head_size not in (64, 128):
+        return f"heads have {fmt.head_size} channels, not 64 or 128"
+    if gqa > 8:
+        return f"a KV head has {gqa} query heads, more than 8"
+    if fmt.scale_bits != 8:
+        return f"scale_bits is {fmt.scale_bits}, not 8"
+    if fmt.key_group_size < 64:
+        return f"key_group_size is {fmt.key_group_size}, less than 64"
+    if fmt.value_group_size < 64:
+        return f"value_group_size is {fmt.value_group_size}, less than 64"
+    if fmt.head_size % fmt.value_group_size:
+        return f"value_group_size {fmt.value_group_size} does not divide heads of {fmt.head_size} channels"
+    if fmt.value_words_per_group not in (8, 16):
+        return (
+            f"{fmt.key_group_size} tokens of {fmt.value_bits} bits are {fmt.value_words_per_group} words, not 8 or 16"
+        )
+    return None

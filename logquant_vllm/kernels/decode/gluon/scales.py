@@ -1,0 +1,171 @@
+"""A page's scales and zeros in the Gluon decode kernel: from the bytes of the cache to factors of matrix operands.
+
+Zeros are stored times scale. The keys' zeros and the values' scales also take the weights of their codes' slots; the
+keys' scales need none, for the queries have them.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from logquant_vllm.kernels.decode.gluon.tiles import LOG_WEIGHT_UNIT, code_shift
+
+LARGE_SCALE = gl.constexpr(0x4B80)  # 15, as float16's bits
+LOG_PRODUCT_UNIT = gl.constexpr(7)
+PRODUCT_UNIT = gl.constexpr(2.0**7)
+
+
+@gluon.constexpr_function
+def paired(fmt):
+    """Whether a step of values takes eight tokens of either group of a page."""
+    return fmt.value_words_per_group == 8
+
+
+@gluon.constexpr_function
+def words_of_lanes(words):
+    """Words in the order of the lanes, each with as many as there are."""
+    return gl.BlockedLayout([max(words // 32, 1)], [32], [1], [0])
+
+
+@gluon.jit
+def decode_scales(words):
+    """Four e4m3 scales in each int32 word to two words of two float16."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        mov.b32 {low, high}, $2;
+        cvt.rn.f16x2.e4m3x2 $0, low;
+        cvt.rn.f16x2.e4m3x2 $1, high;
+        }""",
+        "=r,=r,r",
+        [words],
+        dtype=(gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def decode_zeros(words):
+    """Four int8 zeros in each int32 word to two words of two float16: the byte, plus 128, is a mantissa of 1024."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 bytes, magic, offset;
+        xor.b32 bytes, $2, 0x80808080;
+        mov.b32 magic, 0x64646464;
+        mov.b32 offset, 0x64806480;
+        prmt.b32 $0, bytes, magic, 0x4140;
+        prmt.b32 $1, bytes, magic, 0x4342;
+        sub.f16x2 $0, $0, offset;
+        sub.f16x2 $1, $1, offset;
+        }""",
+        "=&r,=&r,r",
+        [words],
+        dtype=(gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def multiply_words(a, b):
+    """Two float16 products in each int32 word."""
+    return gl.inline_asm_elementwise("mul.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def larger_words(a, b):
+    """The larger of two float16 in each int32 word."""
+    return gl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def power_word(exponent):
+    """int32 whose halves are both float16 ``2**exponent``, for an int32 exponent between -14 and 15."""
+    return ((exponent + 15) << 10) * 0x10001
+
+
+@gluon.jit
+def store_key_factors(raw, scales, zeros, complete, FMT: gl.constexpr):
+    """Bring a page's key scales and zeros to ``scales`` and ``zeros`` of :func:`state.allocate`.
+
+    Args:
+        raw: the scales, then the zeros: int32 words of four.
+        complete: tokens of the page whose groups are complete; what lies behind is stale and may be NaN.
+    """
+    GROUPS: gl.constexpr = FMT.groups_per_page
+    COLUMNS: gl.constexpr = scales.shape[1]
+    NUMBER: gl.constexpr = scales.shape[0]
+    STEPS: gl.constexpr = FMT.head_size // 16
+    WORDS: gl.constexpr = raw.shape[0] // 2
+    LAYOUT: gl.constexpr = words_of_lanes(WORDS)
+    number = 4 * gl.arange(0, WORDS, layout=LAYOUT)
+    exists = number // FMT.head_size * FMT.key_group_size < complete
+    low, high = decode_scales(gl.where(exists, raw.slice(0, WORDS).load(LAYOUT), 0))
+    # channels lie as (group, two steps, step, half, t, element); a quad holds (step, half)
+    ordered = gl.reshape(gl.join(low, high), (COLUMNS, NUMBER, 2, 2, 2, 2))
+    scales.store(gl.reshape(gl.permute(ordered, (1, 0, 4, 5, 2, 3)), (NUMBER, COLUMNS, 4, 4)))
+
+    weight = power_word(code_shift(number % FMT.head_size, FMT.key_words, FMT.key_bits) - 8)
+    zero_low, zero_high = decode_zeros(raw.slice(WORDS, WORDS).load(LAYOUT))
+    low, high = multiply_words(low, weight), multiply_words(high, weight)
+    both = gl.join(multiply_words(low, zero_low), multiply_words(high, zero_high))
+    ordered = gl.permute(gl.reshape(both, (GROUPS, STEPS, 2, 2, 2)), (1, 3, 4, 2, 0))
+    store_halves(zeros, ordered, GROUPS)
+
+
+@gluon.jit
+def store_halves(memory, ordered, GROUPS: gl.constexpr):
+    """Store ``[..., half, group]`` as quads; one group takes the place of two."""
+    SHAPE: gl.constexpr = memory.shape
+    if GROUPS == 1:
+        both = gl.reshape(ordered, (SHAPE[0], SHAPE[1], 4, 2))
+        ordered = gl.join(both, both)
+    memory.store(gl.reshape(ordered, (SHAPE[0], SHAPE[1], 4, 4)))
+
+
+@gluon.jit
+def store_value_factors(raw, scales, zeros, complete, FMT: gl.constexpr):
+    """As :func:`store_key_factors`, for the values; whether a scale is above LARGE_SCALE.
+
+    With two columns to a head, each takes the tokens of one group alone: to it, the other group's scales are 0.
+    """
+    GROUPS: gl.constexpr = FMT.value_groups
+    COLUMNS: gl.constexpr = scales.shape[1]
+    STEPS: gl.constexpr = zeros.shape[0]
+    NUMBER: gl.constexpr = FMT.page_size // 32
+    WORDS: gl.constexpr = raw.shape[0] // 2
+    LAYOUT: gl.constexpr = words_of_lanes(WORDS)
+    token = 4 * gl.arange(0, WORDS, layout=LAYOUT) % FMT.page_size
+    low, high = decode_scales(gl.where(token < complete, raw.slice(0, WORDS).load(LAYOUT), 0))
+    zero_low, zero_high = decode_zeros(raw.slice(WORDS, WORDS).load(LAYOUT))
+    both = gl.join(multiply_words(low, zero_low), multiply_words(high, zero_high))
+    if COLUMNS == 2:
+        # tokens lie as (column, step, half, t, element)
+        ordered = gl.permute(gl.reshape(both, (GROUPS, 2, STEPS, 2, 2, 2)), (2, 1, 4, 5, 3, 0))
+    elif paired(FMT):
+        ordered = gl.permute(gl.reshape(both, (GROUPS, 2, STEPS, 2, 2)), (2, 3, 4, 1, 0))
+    else:
+        ordered = gl.permute(gl.reshape(both, (GROUPS, STEPS, 2, 2, 2)), (1, 3, 4, 2, 0))
+    store_halves(zeros.slice(0, COLUMNS, 1), ordered, GROUPS)
+
+    largest = larger_words(low, high)
+    shift = code_shift(token % FMT.key_group_size, FMT.value_words_per_group, FMT.value_bits)
+    weight = power_word(LOG_PRODUCT_UNIT - LOG_WEIGHT_UNIT - shift)
+    both = gl.join(multiply_words(low, weight), multiply_words(high, weight))
+    if paired(FMT):
+        # tokens lie as (half, two steps, step, t, element)
+        ordered = gl.permute(gl.reshape(both, (GROUPS, 2, NUMBER, 2, 2, 2)), (0, 2, 4, 5, 3, 1))
+    else:
+        ordered = gl.permute(gl.reshape(both, (GROUPS, NUMBER, 2, 2, 2, 2)), (0, 1, 4, 5, 2, 3))
+    quads = gl.reshape(ordered, (GROUPS * NUMBER, 4, 4))
+    if COLUMNS == 2:
+        # a half of a step is a group
+        half = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, quads.type.layout))) % 2
+        first, last = gl.where(half[None, None, :] == 0, quads, 0), gl.where(half[None, None, :] == 0, 0, quads)
+        scales.slice(0, 1, 1).store(gl.reshape(first, (GROUPS * NUMBER, 1, 4, 4)))
+        scales.slice(1, 1, 1).store(gl.reshape(last, (GROUPS * NUMBER, 1, 4, 4)))
+    else:
+        scales.store(gl.reshape(quads, (GROUPS * NUMBER, 1, 4, 4)))
+    return gl.max(gl.maximum(largest & 0xFFFF, largest >> 16), 0) > LARGE_SCALE

@@ -1,0 +1,178 @@
+"""The tile scheduler of decoding: every program takes the same number of KV blocks, whatever the lengths (stream-K).
+
+A *tile* of the output is one request and KV head. Its *KV blocks* are ``WINDOW_BLOCK`` slots of the window each, then
+a page each: things that take about as long. The tiles' blocks lie one after another, request by request, head by head,
+and are cut into consecutive shares that differ by one block at most (arXiv 2301.03598 cuts matrix products so). So one
+long request among short ones is spread over the GPU. Where shares are small, every tile begins a share of its own if
+the programs suffice. Lengths are read on the device, so a captured graph stays right.
+
+A program that takes a whole tile writes its output. The others write *partials* for ``combine``: each program has room
+for two, one of the tile in whose middle it begins and one of a tile that it begins and does not finish.
+
+``index`` in these functions is a tensor of request numbers, and Gluon calls them too: they create no tensors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from logquant_vllm.kernels.arguments import Member, next_power_of_2
+from logquant_vllm.kernels.cache import find_task, load_lengths, num_reqs, read_lengths
+
+WINDOW_BLOCK = 32  # slots
+REQUESTS = (32, 256)  # requests that are looked at together: few, or many
+PARTIALS = 2  # of a program
+SMALL_SHARE = tl.constexpr(8)  # blocks: beginning in a second tile costs about one
+
+
+class Schedule(NamedTuple):
+    """How all KV blocks are shared out."""
+
+    share: Member  # blocks of a program
+    larger: Member  # so many programs, the first, take one more
+    grain: Member  # the blocks of a tile are padded to a multiple of this; 1: not padded
+    busy: Member  # programs that take anything
+
+
+def requests_bound(count: int) -> int:
+    """A number that ``count`` fits: one of few, as kernels are compiled for each."""
+    return next((n for n in REQUESTS if count <= n), next_power_of_2(count))
+
+
+def window_blocks(num_slots: int) -> int:
+    """KV blocks of a request's window."""
+    return -(-num_slots // WINDOW_BLOCK)
+
+
+def tile_blocks_bound(max_seq_len: int, num_slots: int, page_size: int) -> int:
+    """No tile of a request of up to ``max_seq_len`` tokens has more KV blocks."""
+    return window_blocks(num_slots) + -(-max_seq_len // page_size)
+
+
+@triton.constexpr_function
+def count_window_blocks(layout):
+    """:func:`window_blocks` of a layout, a constant."""
+    return (layout.num_slots + WINDOW_BLOCK - 1) // WINDOW_BLOCK
+
+
+@triton.jit
+def tile_blocks(query_len, computed, LAYOUT: tl.constexpr):
+    """KV blocks of a request's tiles; the last pages may turn out to hold nothing that is read from them."""
+    GROUP: tl.constexpr = LAYOUT.fmt.key_group_size
+    PER_PAGE: tl.constexpr = LAYOUT.fmt.groups_per_page
+    pages = (computed // GROUP + (PER_PAGE - 1)) // PER_PAGE
+    return tl.where(query_len > 0, count_window_blocks(LAYOUT) + pages, 0)
+
+
+@triton.jit
+def load_blocks_of(batch, index, LAYOUT: tl.constexpr):
+    """:func:`tile_blocks` of the requests ``index``, 0 from ``num_reqs`` on."""
+    query_len, seq_len = load_lengths(batch, index)
+    return tile_blocks(query_len, seq_len - query_len, LAYOUT)
+
+
+@triton.jit
+def pad_blocks(blocks, grain):
+    """The next multiple of ``grain``."""
+    return tl.cdiv(blocks, grain) * grain
+
+
+@triton.jit
+def load_padded(batch, index, num_kv_heads, grain, LAYOUT: tl.constexpr):
+    """KV blocks of all tiles of the requests ``index``, each tile padded to a multiple of ``grain``."""
+    return pad_blocks(load_blocks_of(batch, index, LAYOUT), grain) * num_kv_heads
+
+
+@triton.jit
+def program_of(block, share, larger):
+    """The program that takes ``block``."""
+    of_larger = larger * (share + 1)
+    return tl.where(block < of_larger, block // (share + 1), larger + (block - of_larger) // tl.maximum(share, 1))
+
+
+@triton.jit
+def count_grains(batch, blocks, grain, index, num_kv_heads, LAYOUT: tl.constexpr, ONE_LOOK: tl.constexpr):
+    """How many times ``grain`` blocks all tiles take, none of them two tiles; ``blocks`` are those of ``index``."""
+    count = tl.sum(tl.cdiv(blocks, grain), 0)
+    if not ONE_LOOK:
+        for first in range(index.shape[0], num_reqs(batch), index.shape[0]):
+            count += tl.sum(tl.cdiv(load_blocks_of(batch, first + index, LAYOUT), grain), 0)
+    return count * num_kv_heads
+
+
+@triton.jit
+def make_schedule(batch, num_kv_heads, num_programs, index, LAYOUT: tl.constexpr, ONE_LOOK: tl.constexpr):
+    """The :class:`Schedule` of a step.
+
+    A program whose share goes on in another tile starts twice, which costs about a block. So tiles are padded to
+    multiples of the share, if it is small and the programs suffice.
+
+    Args:
+        index: ``0 .. n``, requests that are looked at together.
+        ONE_LOOK: whether these are all there are.
+    """
+    blocks = load_blocks_of(batch, index, LAYOUT)
+    total = count_grains(batch, blocks, 1, index, num_kv_heads, LAYOUT, ONE_LOOK)
+    share, larger = total // num_programs, total % num_programs
+    grain = tl.maximum(share + (larger > 0).to(tl.int32), 1)
+    shares = count_grains(batch, blocks, grain, index, num_kv_heads, LAYOUT, ONE_LOOK)
+    whole = (shares <= num_programs) & (grain <= SMALL_SHARE)
+    share, larger = tl.where(whole, grain, share), tl.where(whole, 0, larger)
+    return Schedule(share, larger, tl.where(whole, grain, 1), tl.where(whole, shares, num_programs))
+
+
+@triton.jit
+def find_share(batch, num_kv_heads, program, schedule, index, LAYOUT: tl.constexpr, ONE_LOOK: tl.constexpr):
+    """What a program takes.
+
+    Args:
+        index, ONE_LOOK: as in :func:`make_schedule`.
+
+    Returns:
+        request, kv_head, block: where it begins.
+        count: how many KV blocks it takes.
+    """
+    share, larger, grain, busy = schedule
+    count = num_reqs(batch)
+    begin = program * share + tl.minimum(program, larger)
+    # the request, and how far behind its first block
+    if ONE_LOOK:
+        blocks = load_padded(batch, index, num_kv_heads, grain, LAYOUT)
+        request, offset = find_task(tl.cumsum(blocks, 0), index, count, begin)
+    else:
+        request, offset, seen = program * 0, begin, program * 0
+        for first in range(0, count, index.shape[0]):
+            blocks = load_padded(batch, first + index, num_kv_heads, grain, LAYOUT)
+            passed, left = find_task(seen + tl.cumsum(blocks, 0), first + index, count, begin)
+            request, offset = request + passed, tl.minimum(offset, left)
+            seen += tl.sum(blocks, 0)
+    request = tl.minimum(request, count - 1)
+    _, query_len, computed = read_lengths(batch, request)
+    of_tile = tile_blocks(query_len, computed, LAYOUT)
+    padded = tl.maximum(pad_blocks(of_tile, grain), 1)
+    kv_head, block = offset // padded, offset % padded
+    taken = tl.where(program < busy, share + (program < larger).to(tl.int32), 0)
+    return request, kv_head, block, tl.where(grain > 1, tl.minimum(taken, of_tile - block), taken)
+
+
+@triton.jit
+def write_schedule(row_starts, batch, num_kv_heads, schedule, index, LAYOUT: tl.constexpr):
+    """Write down for ``combine`` how the blocks are shared out.
+
+    Args:
+        row_starts: int32 ``[num_reqs + 3]``: the first block of each request, then ``share``, ``larger`` and ``grain``.
+        index: as in :func:`make_schedule`.
+    """
+    share, larger, grain, _ = schedule
+    count = num_reqs(batch)
+    tl.store(row_starts + count, share)
+    tl.store(row_starts + count + 1, larger)
+    tl.store(row_starts + count + 2, grain)
+    seen = share * 0
+    for first in range(0, count, index.shape[0]):
+        blocks = load_padded(batch, first + index, num_kv_heads, grain, LAYOUT)
+        tl.store(row_starts + first + index, seen + tl.cumsum(blocks, 0) - blocks, mask=first + index < count)
+        seen += tl.sum(blocks, 0)

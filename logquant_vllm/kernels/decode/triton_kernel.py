@@ -1,0 +1,359 @@
+"""Attention of one new token per request: split over the cache, then combined.
+
+Tokens are on the rows of every product and the query heads of one KV head on its few columns: codes so become the large
+operand straight from their words, and scales never touch them. In a group of tokens
+
+- keys have one scale per channel: ``q * scale`` takes the place of ``q``, and ``sum(q * zero)`` is one number per head;
+- values have one scale per token: ``p * scale`` takes the place of ``p``, and ``sum(p * zero)`` is one number per head
+  and group of channels.
+
+A code is not even converted: masked in place within its word and read as float16 it is a subnormal,
+``code * 2**(shift - 24)``, which the matrix units take exactly; the power of two goes into the other operand and into
+the float32 result.
+
+A program takes its share of ``decode.tile_scheduler``. The token of this step needs no place of its own: it stands in a
+free slot of the window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from logquant_vllm.core.page_format import PageFormat
+from logquant_vllm.core.paged import CacheLayout
+from logquant_vllm.kernels.architecture import Architecture
+from logquant_vllm.kernels.arguments import Rows, Step, copy_operand, next_power_of_2, padded
+from logquant_vllm.kernels.cache import (
+    free_slot,
+    holds_copy,
+    page_row,
+    page_slab,
+    pages_end,
+    read_from_page,
+    read_request,
+    slot_offset,
+    slot_position,
+    window_row,
+)
+from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS, DecodeOutput
+from logquant_vllm.kernels.decode.tile_scheduler import (
+    WINDOW_BLOCK,
+    count_window_blocks,
+    find_share,
+    make_schedule,
+    tile_blocks,
+    write_schedule,
+)
+from logquant_vllm.kernels.scales import load_scale_zero
+
+# Of a multiprocessor, more than run at a time. On an H100 (16 requests of 32k tokens) attention took 621, 502 and 452
+# us with 8, 16 and 31, and more with 2 or 3 stages, whose shared memory lets fewer be resident.
+PROGRAMS = 31
+STAGES = 1
+SLOTS = tl.constexpr(WINDOW_BLOCK)
+WINDOW_TOKENS = tl.constexpr(16)  # slots of a product
+CODE_UNIT = tl.constexpr(2.0**24)  # one over the smallest float16
+
+
+@triton.jit
+def _shift(slot, BITS: tl.constexpr):
+    """Where the masked code of a slot lies in the mantissa (int32): the ten lowest bits hold ``10 // BITS`` codes."""
+    return slot % (10 // BITS) * BITS
+
+
+@triton.jit
+def code_operand(words, slot, BITS: tl.constexpr):
+    """float16 ``code * 2**(shift - 24)`` of the codes in ``slot`` of uint16 ``words`` (the two broadcast)."""
+    PER_MANTISSA: tl.constexpr = 10 // BITS
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    moved = words >> (slot // PER_MANTISSA * (PER_MANTISSA * BITS)).to(tl.uint16)
+    masked = moved & (LEVELS << _shift(slot, BITS)).to(tl.uint16)
+    return masked.to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def code_weight(slot, BITS: tl.constexpr):
+    """float32 ``2**-shift``: what the other operand is multiplied by, so that all slots have the unit ``2**-24``."""
+    return ((127 - _shift(slot, BITS)) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def group_scores(slab, group, query_row, head_offset, head_mask, qk_scale, FMT: tl.constexpr, PLAN: tl.constexpr):
+    """Scores ``[key_group_size, heads]`` of one group of a page in units of log2.
+
+    Args:
+        query_row: pointer to the query's first channel of head 0; ``head_offset`` ``[heads]`` leads to the heads.
+    """
+    GROUP: tl.constexpr = FMT.key_group_size
+    WORDS_PAD: tl.constexpr = PLAN.key_words
+    token, word = tl.arange(0, GROUP)[:, None], tl.arange(0, WORDS_PAD)
+    exists = word < FMT.key_words
+    address = (slab + FMT.key_codes_offset).to(tl.pointer_type(tl.uint16)) + (group * GROUP + token) * FMT.key_words
+    words = tl.load(address + word[None, :], mask=exists[None, :], other=0)
+    scores = tl.zeros((GROUP, head_offset.shape[0]), tl.float32)
+    offset = tl.zeros((WORDS_PAD, head_offset.shape[0]), tl.float32)
+    for s in tl.static_range(16 // FMT.key_bits):
+        slot = tl.full((WORDS_PAD,), s, tl.int32)
+        channel = s * FMT.key_words + word
+        scale, zero = load_scale_zero(
+            slab, FMT.key_scale_offset, FMT.key_zero_offset, group * FMT.head_size + channel, exists, FMT
+        )
+        mask = exists[:, None] & head_mask[None, :]
+        q = tl.load(query_row + channel[:, None] + head_offset[None, :], mask=mask, other=0.0).to(tl.float32) * qk_scale
+        offset += q * zero[:, None]
+        scaled = q * (scale * code_weight(slot, FMT.key_bits))[:, None]
+        scores = tl.dot(code_operand(words, slot[None, :], FMT.key_bits), scaled.to(tl.float16), scores)
+    return scores * CODE_UNIT + tl.sum(offset, 0)[None, :]
+
+
+@triton.jit
+def group_output(slab, group, weights, valid, FMT: tl.constexpr, PLAN: tl.constexpr):
+    """Weighted sum of one group's values, ``[channels, heads]``.
+
+    Args:
+        weights: float32 ``[key_group_size, heads]``, at most 1, and 0 where a token is not ``valid``.
+        valid: ``[key_group_size]``.
+    """
+    VALUE_GROUPS: tl.constexpr = PLAN.value_groups
+    VALUE_ROWS: tl.constexpr = PLAN.head_size // PLAN.value_groups
+    STEP: tl.constexpr = PLAN.value_step
+    GROUP: tl.constexpr = FMT.key_group_size
+    WORDS: tl.constexpr = FMT.value_words_per_group
+    PIECES: tl.constexpr = GROUP // STEP
+    HEADS: tl.constexpr = weights.shape[1]
+    value_group = tl.arange(0, VALUE_GROUPS)
+    token = tl.arange(0, GROUP)
+    in_head = value_group < FMT.value_groups
+    index = value_group[:, None] * FMT.page_size + group * GROUP + token[None, :]
+    mask = in_head[:, None] & valid[None, :]
+    scale, zero = load_scale_zero(slab, FMT.value_scale_offset, FMT.value_zero_offset, index, mask, FMT)
+    offset = tl.sum(weights[None, :, :] * zero[:, :, None], 1)
+
+    # float16 has few small numbers: divide the scales by a power of two near the largest, and use the range up to 2**15
+    largest = tl.maximum(tl.max(scale, 1), 2.0**-30)
+    unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    scaled = weights[None, :, :] * (scale * (16384.0 / unit)[:, None])[:, :, None]
+    pieces = tl.reshape(scaled, (VALUE_GROUPS, PIECES, STEP, HEADS))
+
+    row, step = tl.arange(0, VALUE_ROWS), tl.arange(0, STEP)
+    channel = value_group[:, None] * FMT.value_group_size + row[None, :]
+    exists = (row < FMT.value_group_size)[None, :] & (channel < FMT.head_size)
+    address = (slab + FMT.value_codes_offset).to(tl.pointer_type(tl.uint16)) + channel[:, :, None] * FMT.value_words
+    words = tl.load(address + (group * WORDS + step % WORDS)[None, None, :], mask=exists[:, :, None], other=0)
+    out = tl.zeros((VALUE_GROUPS, VALUE_ROWS, HEADS), tl.float32)
+    index = tl.arange(0, PIECES)[None, :, None, None]
+    for i in tl.static_range(PIECES):
+        slot = i * (STEP // WORDS) + step // WORDS
+        piece = tl.sum(tl.where(index == i, pieces, 0.0), 1) * code_weight(slot, FMT.value_bits)[None, :, None]
+        out = tl.dot(code_operand(words, slot[None, None, :], FMT.value_bits), piece.to(tl.float16), out)
+    out = out * (unit * (CODE_UNIT / 16384.0))[:, None, None] + offset[:, None, :]
+    return tl.reshape(out, (VALUE_GROUPS * VALUE_ROWS, HEADS))
+
+
+@triton.jit
+def softmax_step(scores, maximum, total):
+    """Online softmax over rows: new maximum, new total, the weights and the decay of what was summed before."""
+    new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+    reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    weights = tl.exp2(scores - reference[None, :])
+    decay = tl.exp2(maximum - reference)
+    return new_maximum, total * decay + tl.sum(weights, 0), weights, decay
+
+
+@triton.jit
+def load_copies(copies, offset, held, new_row, is_new, channel, in_head):
+    """Full-precision keys or values of window slots, the new token's where ``is_new``; the arguments broadcast."""
+    cached = tl.load(copies + offset + channel, mask=held & in_head, other=0.0)
+    new = tl.load(new_row + offset * 0 + channel, mask=is_new & in_head, other=0.0)
+    return tl.where(is_new, new, cached)
+
+
+@triton.jit
+def attend_slots(
+    sums, q, rows, cache, first_slot, end_slot, this, table_row, qk_scale, LAYOUT: tl.constexpr, OPERAND: tl.constexpr
+):
+    """``sums`` (maximum, total, and ``[channels, heads]``) with the window's slots from ``first_slot`` to ``end_slot``.
+
+    Args:
+        rows: the window's copies of this KV head, its new key and its new value (pointers).
+    """
+    copies, new_key, new_value = rows
+    maximum, total, acc = sums
+    HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
+    channel = tl.arange(0, q.shape[0])
+    in_head = channel < HEAD_SIZE
+    # a row of padding attends to nothing, not even to itself
+    new_slot, num_slots = tl.where(this.live, free_slot(this, LAYOUT), -1), tl.where(this.live, LAYOUT.num_slots, 0)
+    for first in range(first_slot, end_slot, WINDOW_TOKENS):
+        slot = first + tl.arange(0, WINDOW_TOKENS)
+        position = slot_position(slot, this.compactions, LAYOUT)
+        new = slot == new_slot
+        held = (slot < num_slots) & (slot != new_slot) & holds_copy(position, this, LAYOUT)
+        offset = slot_offset(slot, cache, table_row, LAYOUT)
+        k = load_copies(
+            copies, offset[:, None], held[:, None], new_key, new[:, None], channel[None, :], in_head[None, :]
+        )
+        scores = tl.dot(k.to(OPERAND), q, input_precision="ieee") * qk_scale
+        scores = tl.where((held | new)[:, None], scores, float("-inf"))
+        maximum, total, weights, decay = softmax_step(scores, maximum, total)
+        v = load_copies(
+            copies + HEAD_SIZE,
+            offset[None, :],
+            held[None, :],
+            new_value,
+            new[None, :],
+            channel[:, None],
+            in_head[:, None],
+        )
+        acc = tl.dot(v.to(OPERAND), weights.to(OPERAND), acc * decay[None, :], input_precision="ieee")
+    return maximum, total, acc
+
+
+@triton.jit
+def attend_groups(
+    sums, query_row, heads, cache, kv_head, groups, this, table_row, qk_scale, LAYOUT: tl.constexpr, PLAN: tl.constexpr
+):
+    """``sums`` with the groups of tokens from ``groups[0]`` to ``groups[1]`` added, as their pages store them.
+
+    Args:
+        heads: offsets of the query heads from ``query_row``, and which there are.
+    """
+    FMT: tl.constexpr = LAYOUT.fmt
+    GROUP: tl.constexpr = FMT.key_group_size
+    maximum, total, acc = sums
+    head_offset, head_mask = heads
+    end = tl.where(this.live, pages_end(this, LAYOUT), 0)
+    for group in range(groups[0], tl.minimum(groups[1], tl.cdiv(tl.maximum(end, 0), GROUP))):
+        block = tl.load(table_row + group // FMT.groups_per_page)
+        slab, in_page = page_slab(cache, block, kv_head, LAYOUT), group % FMT.groups_per_page
+        valid = read_from_page(group * GROUP + tl.arange(0, GROUP), end, this, LAYOUT)
+        scores = group_scores(slab, in_page, query_row, head_offset, head_mask, qk_scale, FMT, PLAN)
+        scores = tl.where(valid[:, None], scores, float("-inf"))
+        maximum, total, weights, decay = softmax_step(scores, maximum, total)
+        acc = acc * decay[None, :] + group_output(slab, in_page, weights, valid, FMT, PLAN)
+    return maximum, total, acc
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Padded sizes, powers of two."""
+
+    heads: int  # query heads of a KV head, at least 8
+    head_size: int
+    key_words: int  # of a token, at least 16
+    value_groups: int
+    value_step: int  # tokens of a product: value words of a group, but at least 16
+    operand: tl.dtype  # of the products with full-precision tokens
+    requests: int  # as ``index`` in tile_scheduler.find_share
+    one_look: bool
+
+
+@triton.jit
+def decode_kernel(
+    out,  # DecodeOutput
+    query,  # Rows
+    key,
+    value,
+    cache,
+    batch,
+    qk_scale,
+    LAYOUT: tl.constexpr,
+    GQA: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    """One program for each share of all requests' KV blocks."""
+    FMT: tl.constexpr = LAYOUT.fmt
+    WINDOW_BLOCKS: tl.constexpr = count_window_blocks(LAYOUT)
+    HEADS: tl.constexpr = PLAN.heads
+    HEAD_PAD: tl.constexpr = PLAN.head_size
+    program, num_kv_heads = tl.program_id(0), cache.num_kv_heads
+    index = tl.arange(0, PLAN.requests)
+    schedule = make_schedule(batch, num_kv_heads, tl.num_programs(0), index, LAYOUT, PLAN.one_look)
+    request, kv_head, block, count = find_share(batch, num_kv_heads, program, schedule, index, LAYOUT, PLAN.one_look)
+    if program == tl.num_programs(0) - 1:  # no program takes fewer blocks
+        write_schedule(out.row_starts, batch, num_kv_heads, schedule, index, LAYOUT)
+    column = tl.arange(0, HEADS)
+    head_mask = column < GQA
+    channel = tl.arange(0, HEAD_PAD)
+    mask = (channel < FMT.head_size)[:, None] & head_mask[None, :]
+    while count > 0:
+        this = read_request(cache, batch, request, kv_head, LAYOUT)
+        blocks = tile_blocks(this.query_len, this.computed, LAYOUT)
+        stop = tl.minimum(block + count, blocks)
+        if stop > block:
+            start, head = this.start.to(tl.int64), kv_head * GQA + column
+            query_row, head_offset = query.data + start * query.stride, head * query.head_stride
+            q = tl.load(query_row + channel[:, None] + head_offset[None, :], mask=mask, other=0.0).to(PLAN.operand)
+            maximum = tl.full((HEADS,), float("-inf"), tl.float32)
+            sums = maximum, tl.zeros((HEADS,), tl.float32), tl.zeros((HEAD_PAD, HEADS), tl.float32)
+            rows = (
+                cache.window + kv_head.to(tl.int64) * (2 * FMT.head_size),
+                key.data + start * key.stride + kv_head * key.head_stride,
+                value.data + start * value.stride + kv_head * value.head_stride,
+            )
+            first_slot, end_slot = block * SLOTS, tl.minimum(stop * SLOTS, LAYOUT.num_slots)
+            window_blocks = window_row(cache, request)
+            sums = attend_slots(
+                sums, q, rows, cache, first_slot, end_slot, this, window_blocks, qk_scale, LAYOUT, PLAN.operand
+            )
+            first_page, end_page = tl.maximum(block - WINDOW_BLOCKS, 0), stop - WINDOW_BLOCKS
+            groups = first_page * FMT.groups_per_page, end_page * FMT.groups_per_page
+            heads, page_blocks = (head_offset, head_mask), page_row(cache, request)
+            maximum, total, acc = attend_groups(
+                sums, query_row, heads, cache, kv_head, groups, this, page_blocks, qk_scale, LAYOUT, PLAN
+            )
+            total = tl.where(total == 0.0, 1.0, total)
+            acc, lse = acc / total[None, :], maximum + tl.log2(total)
+            if (block == 0) & (stop == blocks):
+                address = out.output.data + start * out.output.stride + (head * out.output.head_stride)[None, :]
+                tl.store(address + channel[:, None], acc.to(out.output.data.dtype.element_ty), mask=mask)
+                tl.store(out.lse + start * out.lse_stride + head, lse * LN2, mask=head_mask)
+            else:
+                partial = (program * NUM_PARTIALS + (block == 0).to(tl.int32)) * GQA + column
+                tl.store(out.partial + partial[None, :] * FMT.head_size + channel[:, None], acc, mask=mask)
+                tl.store(out.partial_lse + partial, lse, mask=head_mask)
+        count -= stop - block
+        last = (kv_head + 1 == num_kv_heads) | (blocks == 0)
+        request += last.to(tl.int32)
+        kv_head = tl.where(last, 0, kv_head + 1)
+        block = block * 0
+
+
+def resident_programs(architecture: Architecture, fmt: PageFormat) -> int:
+    """Programs of a multiprocessor."""
+    return PROGRAMS
+
+
+def plan(layout: CacheLayout, gqa: int, operand: tl.dtype, requests: int, one_look: bool) -> Plan:
+    fmt = layout.fmt
+    return Plan(
+        padded(gqa, 8),
+        padded(fmt.head_size),
+        padded(fmt.key_words),
+        next_power_of_2(fmt.value_groups),
+        max(fmt.value_words_per_group, 16),
+        operand,
+        requests,
+        one_look,
+    )
+
+
+def launch(step: Step, out: DecodeOutput, query: Rows, gqa: int, qk_scale: float, programs: int, requests: int) -> None:
+    """Launch :func:`decode_kernel`; ``requests`` is how many are looked at together."""
+    decode_kernel[(programs,)](
+        out,
+        query,
+        step.key,
+        step.value,
+        step.cache,
+        step.batch,
+        qk_scale,
+        LAYOUT=step.layout,
+        GQA=gqa,
+        PLAN=plan(step.layout, gqa, copy_operand(step.dtype), requests, step.num_reqs <= requests),
+        num_warps=1 if step.layout.fmt.head_size <= 128 else 2,
+        num_stages=STAGES,
+    )

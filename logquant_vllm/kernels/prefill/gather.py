@@ -1,0 +1,150 @@
+"""``core.past.gather_past`` as a Triton kernel: a slice of the past, with the new tokens behind where both fit."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from logquant_vllm.core.past import SLICE_STEP, PastSlice
+from logquant_vllm.kernels.arguments import Rows, Step
+from logquant_vllm.kernels.cache import (
+    find_request,
+    page_row,
+    page_slab,
+    pages_end,
+    read_from_page,
+    read_request,
+    slot_of_copy,
+    slot_offset,
+    window_row,
+)
+from logquant_vllm.kernels.scales import load_scale_zero
+
+
+@triton.jit
+def page_keys(slab, first, token, channel, in_head, FMT: tl.constexpr):
+    """float32 keys of tokens ``first + token`` of a page, all of one group; ``token`` and ``channel`` broadcast."""
+    LEVELS: tl.constexpr = (1 << FMT.key_bits) - 1
+    words = (slab + FMT.key_codes_offset).to(tl.pointer_type(tl.uint16))
+    word = tl.load(words + (first + token) * FMT.key_words + channel % FMT.key_words, mask=in_head, other=0)
+    codes = (word.to(tl.int32) >> (channel // FMT.key_words * FMT.key_bits)) & LEVELS
+    group = first // FMT.key_group_size
+    scale, zero = load_scale_zero(
+        slab, FMT.key_scale_offset, FMT.key_zero_offset, group * FMT.head_size + channel, in_head, FMT
+    )
+    return codes.to(tl.float32) * scale + zero
+
+
+@triton.jit
+def page_values(slab, first, token, channel, group, valid, in_head, FMT: tl.constexpr):
+    """float32 values of tokens ``first + token`` of a page, all of one group; 0 where not ``valid`` (of tokens) and
+    ``in_head`` (of channels). The arguments broadcast.
+
+    Args:
+        group: the groups of the channels, or the one that they all belong to.
+    """
+    LEVELS: tl.constexpr = (1 << FMT.value_bits) - 1
+    in_group = first % FMT.key_group_size + token
+    word = first // FMT.key_group_size * FMT.value_words_per_group + in_group % FMT.value_words_per_group
+    words = (slab + FMT.value_codes_offset).to(tl.pointer_type(tl.uint16))
+    word = tl.load(words + channel * FMT.value_words + word, mask=valid & in_head, other=0)
+    codes = (word.to(tl.int32) >> (in_group // FMT.value_words_per_group * FMT.value_bits)) & LEVELS
+    index = group * FMT.page_size + first + token
+    mask = valid & (index < FMT.value_groups * FMT.page_size)
+    scale, zero = load_scale_zero(slab, FMT.value_scale_offset, FMT.value_zero_offset, index, mask, FMT)
+    return codes.to(tl.float32) * scale + zero
+
+
+@triton.jit(do_not_specialize=["first_request", "count", "first", "rows"])
+def gather_kernel(
+    keys,  # Rows [rows, num_kv_heads, head_size], written
+    values,
+    key,  # Rows: new tokens
+    value,
+    cache,
+    batch,
+    start_loc,  # int32 [count + 1]: rows of each request
+    first_request,
+    count,  # requests from first_request on
+    first,  # first position of the slice
+    rows,  # rows to write
+    LAYOUT: tl.constexpr,
+    TOKENS: tl.constexpr,  # tokens of a program; divides key_group_size and ``first``
+):
+    FMT: tl.constexpr = LAYOUT.fmt
+    index, chunk = find_request(start_loc, tl.program_id(0), count, TOKENS)
+    kv_head = tl.program_id(1)
+    begin = tl.load(start_loc + index)
+    length = tl.load(start_loc + index + 1) - begin
+    request = first_request + index
+    this = read_request(cache, batch, request, kv_head, LAYOUT)
+    # the last request also clears the rows behind its own
+    owned = tl.where(index == count - 1, rows - begin, length)
+    if chunk * TOKENS < owned:
+        base = first + chunk * TOKENS
+        token = tl.arange(0, TOKENS)
+        position = base + token
+        exists = chunk * TOKENS + token < tl.where(this.live, length, 0)
+        from_page = exists & read_from_page(position, pages_end(this, LAYOUT), this, LAYOUT)
+        is_new = exists & (position >= this.computed)
+        from_slot = exists & ~is_new & ~from_page
+
+        block = tl.load(page_row(cache, request) + base // FMT.page_size, mask=base < this.computed, other=0)
+        slab, in_page = page_slab(cache, block, kv_head, LAYOUT), base % FMT.page_size
+        slot = tl.where(from_slot, slot_of_copy(position, this.compactions, LAYOUT), 0)
+        offset = slot_offset(slot, cache, window_row(cache, request), LAYOUT)
+        copies = cache.window + kv_head.to(tl.int64) * (2 * FMT.head_size)
+        new = (this.start + position - this.computed).to(tl.int64)[:, None]
+        row = (begin + chunk * TOKENS + token).to(tl.int64)[:, None]
+        dtype: tl.constexpr = keys.data.dtype.element_ty
+        for group in tl.static_range(FMT.value_groups):  # of channels: a token has one scale in each
+            in_group = tl.arange(0, triton.next_power_of_2(FMT.value_group_size))[None, :]
+            channel = group * FMT.value_group_size + in_group
+            in_head = (in_group < FMT.value_group_size) & (channel < FMT.head_size)
+            paged = from_page[:, None]
+            k = page_keys(slab, in_page, token[:, None], channel, in_head, FMT).to(dtype)
+            v = page_values(slab, in_page, token[:, None], channel, group, paged, in_head, FMT).to(dtype)
+            address, mask = copies + offset[:, None] + channel, from_slot[:, None] & in_head
+            k = tl.where(paged, k, tl.load(address, mask=mask, other=0.0).to(dtype))
+            v = tl.where(paged, v, tl.load(address + FMT.head_size, mask=mask, other=0.0).to(dtype))
+            mask = is_new[:, None] & in_head
+            of_key = key.data + new * key.stride + kv_head * key.head_stride + channel
+            of_value = value.data + new * value.stride + kv_head * value.head_stride + channel
+            k = tl.where(is_new[:, None], tl.load(of_key, mask=mask, other=0.0).to(dtype), k)
+            v = tl.where(is_new[:, None], tl.load(of_value, mask=mask, other=0.0).to(dtype), v)
+            mask = (chunk * TOKENS + token < owned)[:, None] & in_head
+            tl.store(keys.data + row * keys.stride + kv_head * keys.head_stride + channel, k, mask=mask)
+            tl.store(values.data + row * values.stride + kv_head * values.head_stride + channel, v, mask=mask)
+
+
+def gather(step: Step, keys: Tensor, values: Tensor, piece: PastSlice, first_request: int = 0) -> None:
+    """Write a slice as keys and values of the dtype of ``keys``; see ``core.past.gather_past``.
+
+    Args:
+        piece: of the requests from ``first_request`` on.
+
+    Raises:
+        ValueError: for a strided last dimension.
+    """
+    if keys.stride(-1) != 1 or values.stride(-1) != 1:
+        raise ValueError(
+            f"keys and values must have a contiguous last dimension, got {keys.stride()}, {values.stride()}"
+        )
+    count = piece.start_loc.shape[0] - 1
+    gather_kernel[(piece.rows // SLICE_STEP + count, step.num_kv_heads)](
+        Rows.of(keys),
+        Rows.of(values),
+        step.key,
+        step.value,
+        step.cache,
+        step.batch,
+        piece.start_loc,
+        first_request,
+        count,
+        piece.first,
+        piece.rows,
+        LAYOUT=step.layout,
+        TOKENS=SLICE_STEP,
+        num_warps=4,
+    )

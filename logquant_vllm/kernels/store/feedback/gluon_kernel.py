@@ -1,0 +1,278 @@
+"""Quantizing keys with error feedback on Hopper and Blackwell, its registers laid out in Gluon.
+
+A kernel of its own for the keys of all groups that a step completes, in place of
+``store.quantize.quantize_keys_with_feedback``. It reads nothing that storing writes, so both can run at a time. A
+program takes a group of tokens of one KV head, a warp 16 tokens. Channels go block by block:
+
+1. What all blocks before have lost reaches the tokens of a block in products with the feedback matrix. Both operands
+   are cut into two bfloat16 each; what their three products leave out is below 2**-14 of a share.
+2. One lane holds a token's channels of the block (``BY_TOKEN``), so nothing passes between lanes while channels follow
+   one another.
+
+The feedback of a head and all keys of a group lie in shared memory; a block's keys give way to its errors.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_wait
+
+from logquant_vllm.kernels.cache import find_task, load_lengths, num_reqs, read_lengths
+from logquant_vllm.kernels.decode.gluon.tiles import distance, plain, products
+from logquant_vllm.kernels.store.feedback.codes import choose_code, pick
+from logquant_vllm.kernels.store.group import copied_keys, copy_offset, open_group
+from logquant_vllm.kernels.store.quantize import (
+    is_finite,
+    key_code_words,
+    read_scale,
+    scale_and_zero,
+    store_key_scales,
+)
+
+BLOCK = gl.constexpr(16)  # channels
+
+
+@gluon.constexpr_function
+def by_token(warps):
+    """``[16 * warps, 16]`` with a row to a lane; the upper lanes hold what the lower do."""
+    warp_bases = [[16 * w, 0] for w in (1, 2, 4, 8) if w < warps]
+    lane_bases = [[1, 0], [2, 0], [4, 0], [8, 0], [0, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4], [0, 8]], lane_bases, warp_bases, [], [16 * warps, 16])
+
+
+@gluon.jit
+def count_groups(batch, index, GROUP: gl.constexpr):
+    """How many groups a step completes of the requests ``index``; 0 from ``num_reqs`` on."""
+    query_len, seq_len = load_lengths(batch, index)
+    return gl.where(query_len > 0, seq_len // GROUP - (seq_len - query_len) // GROUP, 0)
+
+
+@gluon.jit
+def copy_keys(memory, group, key, cache, LAYOUT: gl.constexpr):
+    """Start to copy the keys of a group (``group.load_tokens``) to ``[blocks, tokens, 16]``."""
+    BLOCKS: gl.constexpr = memory.shape[0]
+    TOKENS: gl.constexpr = memory.shape[1]
+    WARPS: gl.constexpr = gl.num_warps()
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
+    position = group.index * TOKENS + gl.arange(0, TOKENS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    copies = copied_keys(cache, group, LAYOUT)
+    # new keys as offsets from the copies, which they need not be near to
+    new = distance(key.data + group.head * key.head_stride, copies)
+    new += (group.start + position - group.computed).to(gl.int64) * key.stride
+    offset = gl.where(position >= group.computed, new, copy_offset(group, position, cache, LAYOUT))
+    offset = gl.multiple_of(gl.convert_layout(offset, gl.SliceLayout(1, COPY)), 8)
+    channel = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, COPY))
+    for b in gl.static_range(BLOCKS):
+        async_copy.async_copy_global_to_shared(
+            memory.index(b), copies + offset[:, None] + (b * BLOCK + channel)[None, :]
+        )
+
+
+@gluon.jit
+def copy_feedback(memory, shares, CHANNELS: gl.constexpr):
+    """Start to copy the shares of a head to ``[blocks * blocks, 16, 16]``.
+
+    Tile ``blocks * k + c`` holds what channels of block ``c`` (rows) take up of those of block ``k`` (columns), where
+    ``c > k``; the tiles ``c == k`` are transposed, the others are left out.
+
+    Args:
+        shares: pointer to float32 ``[channels, channels]``.
+    """
+    BLOCKS: gl.constexpr = CHANNELS // BLOCK
+    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [gl.num_warps(), 1], [1, 0])
+    COPY_ONE: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [gl.num_warps(), 1], [1, 0])
+    row = gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, COPY))[:, None]
+    column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, COPY))[None, :]
+    later = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, COPY_ONE))[None, :]
+    earlier = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, COPY_ONE))[:, None]
+    columns = memory._reinterpret(gl.float32, [BLOCKS, CHANNELS, BLOCK], plain(2))
+    for b in gl.static_range(BLOCKS):
+        async_copy.async_copy_global_to_shared(
+            columns.index(b),
+            shares + (row * CHANNELS + b * BLOCK + column),
+            mask=row >= (b + 1) * BLOCK,
+        )
+        async_copy.async_copy_global_to_shared(
+            memory.index(b * BLOCKS + b), shares + ((b * BLOCK + later) * CHANNELS + b * BLOCK + earlier)
+        )
+
+
+@gluon.jit
+def smaller(a, b):
+    return gl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@gluon.jit
+def larger(a, b):
+    return gl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@gluon.jit
+def ranges(keys):
+    """Least and largest key of the channels of ``[blocks, tokens, 16]`` in shared memory, both ``[channels]``; NaN
+    where a key is."""
+    TOKENS: gl.constexpr = keys.shape[1]
+    SCAN: gl.constexpr = gl.BlockedLayout([1, TOKENS // 2, 2], [2, 2, 8], [gl.num_warps(), 1, 1], [2, 1, 0])
+    x = keys._reinterpret(keys.dtype, keys.shape, plain(3)).load(SCAN).to(gl.float32)
+    channels: gl.constexpr = (keys.shape[0] * keys.shape[2],)
+    return gl.reshape(gl.reduce(x, 1, smaller), channels), gl.reshape(gl.reduce(x, 1, larger), channels)
+
+
+@gluon.jit
+def cut(x):
+    """float32 as a sum of two bfloat16, but for what is below 2**-15 of it."""
+    high = (x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)  # the upper half is a bfloat16
+    return high.to(gl.bfloat16), (x - high).to(gl.bfloat16)
+
+
+@gluon.jit
+def choose_block(tile, scales, zeros, inverses, shares, BITS: gl.constexpr):
+    """Codes (float32) of a block of channels, and their errors, by token.
+
+    Args:
+        tile: float32 ``[tokens, 16]`` by token.
+        scales, zeros, inverses: ``[16]``.
+        shares: shared memory ``[16, 16]``: what later channels take up of each.
+    """
+    LAYOUT: gl.constexpr = tile.type.layout
+    BY_CHANNEL: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    index = gl.arange(0, BLOCK, layout=BY_CHANNEL)
+    codes, errors = gl.zeros_like(tile), gl.zeros_like(tile)
+    for k in gl.static_range(BLOCK):
+        one = index == k
+        mine = one[None, :]
+        code, error = choose_code(
+            pick(tile, mine, 1), pick(scales, one, 0), pick(zeros, one, 0), pick(inverses, one, 0), BITS
+        )
+        codes, errors = gl.where(mine, code[:, None], codes), gl.where(mine, error[:, None], errors)
+        if k + 1 < BLOCK:
+            share = shares.index(k).load(BY_CHANNEL)
+            taken = tl.fma(error[:, None], share[None, :], tile)
+            tile = gl.where((index > k)[None, :], taken, tile)
+    return codes, errors
+
+
+@gluon.jit
+def store_words(group, codes, FMT: gl.constexpr):
+    """Pack codes, shared memory int8 ``[blocks, tokens, 16]``, and store the words of the group's tokens."""
+    BLOCKS: gl.constexpr = codes.shape[0]
+    TOKENS: gl.constexpr = codes.shape[1]
+    SLOTS: gl.constexpr = 16 // FMT.key_bits
+    PACK: gl.constexpr = gl.BlockedLayout([1, BLOCKS, 4], [8, 1, 4], [gl.num_warps(), 1, 1], [2, 1, 0])
+    wide = codes._reinterpret(gl.int8, codes.shape, plain(3)).permute((1, 0, 2)).load(PACK).to(gl.int32)
+    by_slot = gl.reshape(wide, (TOKENS, SLOTS, FMT.key_words))
+    slot = gl.arange(0, SLOTS, layout=gl.SliceLayout(0, gl.SliceLayout(2, by_slot.type.layout)))
+    words = gl.sum(by_slot << (slot * FMT.key_bits)[None, :, None], 1)
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, words.type.layout))
+    word = gl.arange(0, FMT.key_words, layout=gl.SliceLayout(0, words.type.layout))
+    gl.store(key_code_words(group, token[:, None], FMT) + word[None, :], words.to(gl.uint16))
+
+
+@gluon.jit
+def choose_scales(memory, keys, group, FMT: gl.constexpr):
+    """Scales and zeros of a group's keys, to its page, and to ``memory``, float32 ``[3, channels]``, with the inverse
+    scales behind."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    least, largest = ranges(keys)
+    least, largest = gl.convert_layout(least, LANES), gl.convert_layout(largest, LANES)
+    finite = is_finite(least) & is_finite(largest)
+    stored_scale, stored_zero, _, zero = scale_and_zero(least, largest, finite, FMT.key_bits, FMT)
+    scale = read_scale(stored_scale, FMT)
+    memory.index(0).store(scale)
+    memory.index(1).store(zero)
+    memory.index(2).store(tl.div_rn(1.0, scale))
+    channel = gl.arange(0, FMT.head_size, layout=LANES)
+    store_key_scales(group, channel, stored_scale, stored_zero, channel >= 0, FMT)
+
+
+@gluon.jit
+def take_up(block, keys, lost_high, lost_low, shares):
+    """Keys of a block of channels with what all blocks before have lost, float32 ``[tokens, 16]``.
+
+    Args:
+        keys: shared memory ``[blocks, tokens, 16]``.
+        lost_high, lost_low: likewise, the errors of blocks (:func:`cut`).
+        shares: as :func:`copy_feedback` lays them out.
+    """
+    BLOCKS: gl.constexpr = keys.shape[0]
+    MMA: gl.constexpr = products(gl.num_warps())
+    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=MMA, k_width=2)
+    acc = keys.index(block).load(MMA).to(gl.float32)
+    high_low, low_high = gl.zeros_like(acc), gl.zeros_like(acc)  # apart: products wait for each other
+    share = shares.index(block).permute((1, 0)).load(RIGHT)
+    high, low = lost_high.index(0).load(LEFT), lost_low.index(0).load(LEFT)
+    for other in range(block):
+        share_high, share_low = cut(share)
+        this_high, this_low = high, low
+        following = gl.minimum(other + 1, block - 1)  # is loaded while this one is multiplied
+        share = shares.index(following * BLOCKS + block).permute((1, 0)).load(RIGHT)
+        high, low = lost_high.index(following).load(LEFT), lost_low.index(following).load(LEFT)
+        low_high = mma_v2(this_low, share_high, low_high)
+        high_low = mma_v2(this_high, share_low, high_low)
+        acc = mma_v2(this_high, share_high, acc)
+    return acc + (high_low + low_high)
+
+
+@gluon.jit
+def feedback_kernel(
+    key,  # Rows: 16-bit, rows of whole 16 bytes
+    feedback,  # float32 [num_kv_heads, head_size, head_size], contiguous
+    cache,
+    batch,
+    LAYOUT: gl.constexpr,
+    REQUESTS: gl.constexpr,  # power of two, at least num_reqs; few of them, as each is compiled
+    PDL: gl.constexpr,  # waits at its end for the kernel before, which stores everything else
+):
+    """Programs share out the groups of all requests and heads."""
+    FMT: gl.constexpr = LAYOUT.fmt
+    GROUP: gl.constexpr = FMT.key_group_size
+    HEAD_SIZE: gl.constexpr = FMT.head_size
+    BLOCKS: gl.constexpr = HEAD_SIZE // BLOCK
+    BY_TOKEN: gl.constexpr = by_token(gl.num_warps())
+    BY_CHANNEL: gl.constexpr = gl.SliceLayout(0, BY_TOKEN)
+
+    index = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    counts = count_groups(batch, index, GROUP) * cache.num_kv_heads
+    ends = tl.cumsum(counts, 0)
+    keys = gl.allocate_shared_memory(key.data.dtype.element_ty, [BLOCKS, GROUP, BLOCK], plain(2))
+    lost_low = gl.allocate_shared_memory(gl.bfloat16, [BLOCKS, GROUP, BLOCK], plain(2))
+    codes = gl.allocate_shared_memory(gl.int8, [BLOCKS, GROUP, BLOCK], plain(2))
+    shares = gl.allocate_shared_memory(gl.float32, [BLOCKS * BLOCKS, BLOCK, BLOCK], plain(2))
+    metadata = gl.allocate_shared_memory(gl.float32, [3, HEAD_SIZE], plain(1))
+    lost_high = keys._reinterpret(gl.bfloat16, [BLOCKS, GROUP, BLOCK], plain(2))
+    of_blocks = metadata._reinterpret(gl.float32, [3 * BLOCKS, BLOCK], plain(1))
+    for task in range(gl.program_id(0), gl.sum(counts, 0), gl.num_programs(0)):
+        request, of_request = find_task(ends, index, num_reqs(batch), task)
+        head = of_request % cache.num_kv_heads
+        _, _, computed = read_lengths(batch, request)
+        first = computed // GROUP
+        group, writable = open_group(cache, batch, request, first + of_request // cache.num_kv_heads, head, LAYOUT)
+        if writable:
+            copy_keys(keys, group, key, cache, LAYOUT)
+            async_copy.commit_group()
+            copy_feedback(shares, feedback + head.to(gl.int64) * (HEAD_SIZE * HEAD_SIZE), HEAD_SIZE)
+            async_copy.commit_group()
+            async_copy.wait_group(1)
+            gl.thread_barrier()
+            choose_scales(metadata, keys, group, FMT)
+            async_copy.wait_group(0)
+            gl.thread_barrier()
+            for block in range(BLOCKS):
+                scales = of_blocks.index(block).load(BY_CHANNEL)
+                zeros = of_blocks.index(BLOCKS + block).load(BY_CHANNEL)
+                inverses = of_blocks.index(2 * BLOCKS + block).load(BY_CHANNEL)
+                tile = gl.convert_layout(take_up(block, keys, lost_high, lost_low, shares), BY_TOKEN)
+                within = shares.index(block * BLOCKS + block)._reinterpret(gl.float32, [BLOCK, BLOCK], plain(1))
+                chosen, errors = choose_block(tile, scales, zeros, inverses, within, FMT.key_bits)
+                high, low = cut(errors)
+                lost_high.index(block).store(high)
+                lost_low.index(block).store(low)
+                codes.index(block).store(chosen.to(gl.int8))
+            store_words(group, codes, FMT)
+            gl.thread_barrier()
+    if PDL:
+        gdc_wait()  # what waits for this kernel waits for the one before too

@@ -1,0 +1,76 @@
+"""``core.quantizer.round_with_feedback`` with one launch, on tensors that lie outside of any page."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from logquant_vllm.core.quantizer import Quantized, dequantized_zero
+from logquant_vllm.kernels.arguments import padded
+from logquant_vllm.kernels.store.feedback.codes import choose_codes, feedback_warps
+
+MAX_TOKENS = 64  # of a program
+
+
+@triton.jit
+def round_kernel(
+    codes,  # int32, as x: written
+    x,  # [groups, heads, GROUP, HEAD_SIZE], contiguous
+    scale,  # float32 [groups, heads, HEAD_SIZE], contiguous
+    zero,  # likewise
+    feedback,  # float32 [heads, HEAD_SIZE, HEAD_SIZE], contiguous
+    heads,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+):
+    """Some tokens of a group of one head."""
+    WORDS: tl.constexpr = HEAD_SIZE * BITS // 16
+    group = tl.program_id(0).to(tl.int64)
+    token, channel = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, HEAD_PAD)
+    exists, in_head = token < GROUP, channel < HEAD_SIZE
+    rows = (group * GROUP + token) * HEAD_SIZE
+    tile = tl.load(x + rows[:, None] + channel[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
+    s = tl.load(scale + group * HEAD_SIZE + channel, mask=in_head, other=1.0)
+    z = tl.load(zero + group * HEAD_SIZE + channel, mask=in_head, other=0.0)
+    shares = feedback + group % heads * HEAD_SIZE * HEAD_SIZE
+    packed = choose_codes(tile.to(tl.float32), s, z, shares, HEAD_SIZE, BITS)
+    word = tl.arange(0, packed.shape[1])
+    for slot in tl.static_range(16 // BITS):
+        code = packed >> (slot * BITS) & ((1 << BITS) - 1)
+        tl.store(
+            codes + rows[:, None] + (slot * WORDS + word)[None, :],
+            code,
+            mask=exists[:, None] & (word < WORDS)[None, :],
+        )
+
+
+def round_with_feedback(x: Tensor, q: Quantized, bits: int, feedback: Tensor) -> Quantized:
+    """Other codes for what ``quantize`` made of ``x``; see ``core.quantizer.round_with_feedback``.
+
+    Sums of shares are taken in another order: where a channel lies on the edge between two codes, the codes may differ.
+    """
+    *_, heads, group, head_size = x.shape
+    tokens = min(padded(group), MAX_TOKENS)
+    codes, scale = q.codes.contiguous().clone(), q.scale.float()
+    if x.numel():
+        round_kernel[(x.numel() // (group * head_size), -(-group // tokens))](
+            codes,
+            x.contiguous(),
+            scale.contiguous(),
+            dequantized_zero(q.scale, q.zero).contiguous(),
+            feedback.contiguous(),
+            heads,
+            BITS=bits,
+            GROUP=group,
+            TOKENS=tokens,
+            HEAD_SIZE=head_size,
+            HEAD_PAD=padded(head_size),
+            num_warps=feedback_warps(tokens),
+            # products and differences are rounded one by one, as the reference does
+            enable_fp_fusion=False,
+        )
+    return Quantized(codes, q.scale, q.zero)

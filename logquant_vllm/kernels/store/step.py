@@ -1,0 +1,197 @@
+"""Storing one token of every request: one launch, most of which finds nothing to do but to copy the tokens.
+
+Only now and then does a request complete a group, or the log-selected set of one grow thinner. That work is cut into
+small *tasks*, so that a step in which one request has it takes little longer than others: slices of a group, and chunks
+of channels of a window. The programs behind those that copy tokens share out all tasks of the step among themselves.
+
+No program reads what another one writes: a group lies in the ring, whole, when its last token comes; what moves then is
+written to log-selected slots, and the token of a request whose slots move is copied by those who move them, each with a
+header of its own. Quantizing needs only a header's ``window_start``: written for the first time, it is what an empty
+header means.
+
+Programmatic dependent launch: after attention this kernel runs beside its last one, which must let others run beside it
+only when all before it have ended, and touches nothing that storing does. This kernel waits for that one at its end, so
+that what waits for this one waits for both. ``feedback.gluon_kernel`` runs beside this kernel in the same way.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from logquant_vllm.kernels.arguments import Step, next_power_of_2
+from logquant_vllm.kernels.cache import (
+    HEADER_CHANNELS,
+    count_compactions,
+    find_task,
+    header_address,
+    load_header,
+    load_lengths,
+    num_reqs,
+    read_lengths,
+    slot_of_position,
+    slot_offset,
+    window_row,
+)
+from logquant_vllm.kernels.decode.tile_scheduler import requests_bound
+from logquant_vllm.kernels.store.feedback.codes import feedback_warps
+from logquant_vllm.kernels.store.feedback.launch import quantize_keys, takes_keys
+from logquant_vllm.kernels.store.group import open_group
+from logquant_vllm.kernels.store.slices import SlicePlan, quantize_slice
+from logquant_vllm.kernels.store.window import update_slots, window_chunks
+
+SLICE_ELEMENTS = 1024
+TASK_PROGRAMS = 4  # of a multiprocessor
+FEEDBACK_PROGRAMS = 2  # likewise, with error feedback in Triton: more do not fit, for their registers
+COPIED_HEADS = 8  # at a time
+
+
+@triton.jit
+def slots_may_move(seq_len, LAYOUT: tl.constexpr):
+    """Whether one more token, the last of ``seq_len``, asks for a compaction. Where slots are there already, after
+    tokens were taken back, those who would move them only copy the token."""
+    settled = seq_len - LAYOUT.rollback_tokens
+    return count_compactions(settled, LAYOUT) > count_compactions(settled - 1, LAYOUT)
+
+
+@triton.jit
+def begin_window(computed, head, cache, block, LAYOUT: tl.constexpr):
+    """Write the headers of the heads ``head``, ``[heads, 1]``, of a window that begins with this step."""
+    CHUNKS: tl.constexpr = (LAYOUT.fmt.head_size + HEADER_CHANNELS - 1) // HEADER_CHANNELS
+    chunk = tl.arange(0, triton.next_power_of_2(CHUNKS))[None, :]
+    address = header_address(cache, block, head, chunk, LAYOUT)
+    exists = (head < cache.num_kv_heads) & (chunk < CHUNKS)
+    tl.store(address, computed + 1, mask=exists)
+    tl.store(address + 1, count_compactions(computed, LAYOUT), mask=exists)
+
+
+@triton.jit
+def copy_token(index, key, value, cache, batch, LAYOUT: tl.constexpr, HEADS: tl.constexpr):
+    """Copy the new token of a request to its slot, all heads, unless the request's slots may move in this step."""
+    HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
+    start, query_len, computed = read_lengths(batch, index)
+    table_row = window_row(cache, index)
+    block = tl.load(table_row)
+    begun, _ = load_header(cache, block, 0, 0, LAYOUT)
+    tl.debug_barrier()  # every warp has to read the header before one writes it
+    if (block > 0) & (query_len > 0) & ~slots_may_move(computed + query_len, LAYOUT):
+        copies = cache.window + slot_offset(slot_of_position(computed, 0, LAYOUT), cache, table_row, LAYOUT)
+        channel = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))[None, :]
+        row = start.to(tl.int64)
+        for first in range(0, cache.num_kv_heads, HEADS):
+            head = first + tl.arange(0, HEADS)[:, None]
+            exists = (head < cache.num_kv_heads) & (channel < HEAD_SIZE)
+            new_keys, new_values = key.data + row * key.stride, value.data + row * value.stride
+            new_key = tl.load(new_keys + head * key.head_stride + channel, mask=exists, other=0.0)
+            new_value = tl.load(new_values + head * value.head_stride + channel, mask=exists, other=0.0)
+            copy = copies + head * (2 * HEAD_SIZE) + channel
+            tl.store(copy, new_key, mask=exists)
+            tl.store(copy + HEAD_SIZE, new_value, mask=exists)
+        if begun == 0:
+            for first in range(0, cache.num_kv_heads, HEADS):
+                begin_window(computed, first + tl.arange(0, HEADS)[:, None], cache, block, LAYOUT)
+
+
+@triton.jit
+def count_slices(seq_len, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+    """Tasks that quantize, of a request with a new token and one KV head."""
+    SLICES: tl.constexpr = 0 if PLAN is None else PLAN.slices
+    return tl.where(seq_len % LAYOUT.fmt.key_group_size == 0, SLICES, 0)
+
+
+@triton.jit
+def count_tasks(batch, index, LAYOUT: tl.constexpr, PLAN: tl.constexpr, CHUNKS: tl.constexpr):
+    """Tasks of the requests ``index`` for one KV head, those that quantize first; 0 from ``num_reqs`` on."""
+    query_len, seq_len = load_lengths(batch, index)
+    moving = tl.where(slots_may_move(seq_len, LAYOUT), CHUNKS, 0)
+    return tl.where(query_len > 0, count_slices(seq_len, LAYOUT, PLAN) + moving, 0)
+
+
+@triton.jit
+def store_step_kernel(
+    key,  # Rows
+    value,  # Rows
+    feedback,  # float32 [num_kv_heads, head_size, head_size], contiguous, or None
+    cache,
+    batch,
+    LAYOUT: tl.constexpr,
+    PLAN: tl.constexpr,  # SlicePlan; None: quantize nothing
+    REQUESTS: tl.constexpr,  # power of two, at least num_reqs; few of them, as each is compiled
+    CHUNKS: tl.constexpr,  # of a window and head; 0: do not update the window
+    HEADS: tl.constexpr,  # copied at a time
+    PDL: tl.constexpr,  # waits at its end for the kernel before
+    PDL_NEXT: tl.constexpr,  # launches its dependent, feedback.gluon_kernel, at once
+):
+    """First programs that copy tokens, one for each request if windows are updated, then those that share out tasks."""
+    if PDL_NEXT:
+        gdc_launch_dependents()
+    program = tl.program_id(0)
+    copying = num_reqs(batch) if CHUNKS else 0
+    if program < copying:
+        copy_token(program, key, value, cache, batch, LAYOUT, HEADS)
+    else:
+        index = tl.arange(0, REQUESTS)
+        counts = count_tasks(batch, index, LAYOUT, PLAN, CHUNKS) * cache.num_kv_heads
+        ends = tl.cumsum(counts, 0)
+        for task in range(program - copying, tl.sum(counts, 0), tl.num_programs(0) - copying):
+            request, of_request = find_task(ends, index, num_reqs(batch), task)
+            head, part = of_request % cache.num_kv_heads, of_request // cache.num_kv_heads
+            seq_len = tl.load(batch.seq_lens + request)
+            quantizing = count_slices(seq_len, LAYOUT, PLAN)
+            if part >= quantizing:
+                update_slots(request, head, part - quantizing, key, value, cache, batch, LAYOUT, 1)
+            elif PLAN is not None:
+                last = seq_len // LAYOUT.fmt.key_group_size - 1
+                group, writable = open_group(cache, batch, request, last, head, LAYOUT)
+                if writable:
+                    quantize_slice(group, part, key, value, feedback, cache, LAYOUT, PLAN)
+    if PDL:
+        gdc_wait()
+
+
+def store_step(
+    step: Step, feedback: Tensor | None = None, *, quantize: bool, update: bool, beside: bool = False
+) -> None:
+    """Quantize the groups that one new token per request completes, or update the windows, or both.
+
+    Args:
+        feedback: as in ``core.operations.quantize_pages``.
+        beside: run beside the kernel before, where the GPU can: the last one of the step's attention.
+
+    Raises:
+        ValueError: if a request has several new tokens, or for feedback of another shape.
+    """
+    if step.max_query_len != 1:
+        raise ValueError(f"storing a step is for one new token per request, got queries of {step.max_query_len}")
+    if step.is_empty:
+        return
+    fmt, gpu = step.layout.fmt, step.architecture
+    feedback = feedback if quantize else None
+    gluon = takes_keys(step, feedback)
+    shares = None if gluon else feedback
+    plan = SlicePlan.of(fmt, SLICE_ELEMENTS, keys=not gluon, feedback=shares is not None) if quantize else None
+    chunks = window_chunks(fmt.head_size) if update else 0
+    tasks = step.num_reqs * step.num_kv_heads * ((plan.slices if plan else 0) + chunks)
+    programs = (TASK_PROGRAMS if shares is None else FEEDBACK_PROGRAMS) * gpu.multiprocessors
+    pdl = beside and gpu.dependent_launch
+    store_step_kernel[((step.num_reqs if update else 0) + min(tasks, programs),)](
+        step.key,
+        step.value,
+        shares,
+        step.cache,
+        step.batch,
+        LAYOUT=step.layout,
+        PLAN=plan,
+        REQUESTS=requests_bound(step.num_reqs),
+        CHUNKS=chunks,
+        HEADS=min(COPIED_HEADS, next_power_of_2(step.num_kv_heads)),
+        PDL=pdl,
+        PDL_NEXT=gluon and gpu.dependent_launch,
+        num_warps=4 if shares is None else feedback_warps(fmt.key_group_size),
+        # the bytes are those of the reference, and a fused multiply-add rounds once where two operations round twice
+        enable_fp_fusion=False,
+        launch_pdl=pdl,
+    )
+    quantize_keys(step, feedback)
