@@ -109,11 +109,11 @@ def find_task(ends, index, count, task):
 
 
 @triton.jit
-def read_request(cache, batch, request, head, LAYOUT: tl.constexpr):
-    """All of :class:`Request`, for one KV head."""
+def read_request(cache, batch, request, head, LAYOUT: tl.constexpr, chunk=0):
+    """All of :class:`Request`, by the header of a KV head and chunk of channels."""
     start, query_len, computed = read_lengths(batch, request)
     block = tl.load(window_row(cache, request))
-    begun, compactions = load_header(cache, block, head, 0, LAYOUT)
+    begun, compactions = load_header(cache, block, head, chunk, LAYOUT)
     return open_request(start, query_len, computed, begun, compactions, block > 0, LAYOUT)
 
 
@@ -128,16 +128,22 @@ def open_request(start, query_len, computed, begun, compactions, live, LAYOUT: t
 # -- headers ----------------------------------------------------------------------------------------------------------
 @triton.jit
 def header_address(cache, block, head, chunk, LAYOUT: tl.constexpr):
-    """Pointer to the two words of a KV head and chunk of channels in a request's first window block."""
+    """Pointer to the header of a KV head and chunk of channels, both its words in one int64: nobody sees half of it."""
     channel = head * (2 * LAYOUT.fmt.head_size) + chunk * HEADER_CHANNELS
-    return (cache.window + block.to(tl.int64) * cache.window_stride + channel).to(tl.pointer_type(tl.int32))
+    return (cache.window + block.to(tl.int64) * cache.window_stride + channel).to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
 def load_header(cache, block, head, chunk, LAYOUT: tl.constexpr):
     """``window_start + 1`` and the stored compactions; 0 in a fresh block and in a row of padding."""
-    address = header_address(cache, block, head, chunk, LAYOUT)
-    return tl.load(address, mask=block > 0, other=0), tl.load(address + 1, mask=block > 0, other=0)
+    words = tl.load(header_address(cache, block, head, chunk, LAYOUT), mask=block > 0, other=0)
+    return words.to(tl.int32), (words >> 32).to(tl.int32)
+
+
+@triton.jit
+def header_words(window_start, compactions):
+    """What :func:`load_header` is to find."""
+    return (window_start + 1).to(tl.int64) | (compactions.to(tl.int64) << 32)
 
 
 # -- the log selection ------------------------------------------------------------------------------------------------
@@ -202,51 +208,59 @@ def slot_of_copy(position, compactions, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def slot_position(slot, compactions, LAYOUT: tl.constexpr):
-    """Position that a slot can hold while the slots are at ``compactions`` (``core.paged.slot_positions``)."""
+def compaction_due(request, LAYOUT: tl.constexpr):
+    """Compactions that the slots are behind what attention sees, 0 or 1: no step but the next can bring them there."""
+    return tl.minimum(count_compactions(request.computed, LAYOUT) - request.compactions, 1)
+
+
+@triton.jit
+def holds_copy(slot, request, due, LAYOUT: tl.constexpr):
+    """Whether attention reads a slot below ``num_slots`` (``core.paged.slot_positions``). What it sees follows from the
+    computed tokens alone: if a compaction is due, every second token of what it will halve is dropped already.
+
+    Args:
+        due: from :func:`compaction_due`.
+    """
     WINDOW: tl.constexpr = LAYOUT.window_length
     RING: tl.constexpr = LAYOUT.ring_slots
-    recent = recent_start(compactions, LAYOUT)
-    ring = recent + (slot + RING - (recent - WINDOW) % RING - WINDOW) % RING
-    return tl.where(slot < WINDOW, log_slot_position(tl.minimum(slot, WINDOW - 1), compactions, LAYOUT), ring)
+    recent = recent_start(request.compactions, LAYOUT)
+    in_ring = (slot + RING - (recent - WINDOW) % RING - WINDOW) % RING
+    selected = log_slot_position(tl.minimum(slot, WINDOW - 1), request.compactions, LAYOUT)
+    position = tl.where(slot < WINDOW, selected, recent + in_ring)
+    index = tl.where(slot < WINDOW, slot, WINDOW + in_ring)
+    dropped = ((index & due) != 0) & (index < 2 * WINDOW)
+    return (position < request.computed) & (position >= request.window_start) & ~dropped
 
 
 @triton.jit
-def holds_copy(position, request, LAYOUT: tl.constexpr):
-    """Whether attention reads a stored position as a copy: what is selected follows from the computed tokens alone,
-    however far the slots have been brought."""
-    selected = count_compactions(request.computed, LAYOUT)
-    seen = (position >= recent_start(selected, LAYOUT)) | is_log_selected(position, selected, LAYOUT)
-    return seen & (position < request.computed) & (position >= request.window_start)
-
-
-@triton.jit
-def free_slot(request, LAYOUT: tl.constexpr):
+def free_slot(request, due, LAYOUT: tl.constexpr):
     """A slot whose token attention does not read: where the new token can stand for it.
 
     That is where the token will go, unless its slot is still taken because a compaction is due. Then the second
-    log-selected slot is about to be dropped.
+    log-selected slot is dropped already.
     """
-    due = count_compactions(request.computed, LAYOUT) > request.compactions
-    return tl.where(due, 1, slot_of_position(request.computed, request.compactions, LAYOUT))
+    return tl.where(due > 0, 1, slot_of_position(request.computed, request.compactions, LAYOUT))
 
 
 @triton.jit
-def find_hole(request, TILE: tl.constexpr, LAYOUT: tl.constexpr):
+def find_hole(computed, TILE: tl.constexpr, LAYOUT: tl.constexpr):
     """Tiles of slots that attention needs none of, from the first to below the second: those behind the newest token,
-    up to the oldest of the ring or to its end. Tiles begin at multiples of ``TILE``."""
+    up to the oldest of the ring or to its end. Tiles begin at multiples of ``TILE``.
+
+    Lengths alone tell, so that nothing waits for a header: where a compaction may be due, there is no hole.
+    """
     WINDOW: tl.constexpr = LAYOUT.window_length
     RING: tl.constexpr = LAYOUT.ring_slots
-    compactions = request.compactions
-    due = count_compactions(request.computed, LAYOUT) > compactions
+    compactions = count_compactions(computed, LAYOUT)
+    may_be_due = compactions > count_compactions(computed - LAYOUT.rollback_tokens, LAYOUT)
     oldest = WINDOW + (compactions * WINDOW) % RING
     # the new token's slot is the first behind; where the ring has not begun, this is in front of it
-    begin = oldest + request.computed - recent_start(compactions, LAYOUT) + 1
+    begin = oldest + computed - recent_start(compactions, LAYOUT) + 1
     wrapped = begin > WINDOW + RING
     begin = tl.where(wrapped, begin - RING, begin)
     begin = (begin + TILE - 1) // TILE * TILE
     end = tl.where(wrapped, oldest, WINDOW + RING + TILE) // TILE * TILE
-    return tl.where(due, end, begin), end
+    return tl.where(may_be_due, end, begin), end
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.kernels.architecture import Architecture
 from logquant_vllm.kernels.arguments import Rows, Step, copy_operand, next_power_of_2, padded
 from logquant_vllm.kernels.cache import (
+    compaction_due,
     free_slot,
     holds_copy,
     page_row,
@@ -35,7 +36,6 @@ from logquant_vllm.kernels.cache import (
     read_from_page,
     read_request,
     slot_offset,
-    slot_position,
     window_row,
 )
 from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS, DecodeOutput
@@ -186,12 +186,15 @@ def attend_slots(
     channel = tl.arange(0, q.shape[0])
     in_head = channel < HEAD_SIZE
     # a row of padding attends to nothing, not even to itself
-    new_slot, num_slots = tl.where(this.live, free_slot(this, LAYOUT), -1), tl.where(this.live, LAYOUT.num_slots, 0)
+    due = compaction_due(this, LAYOUT)
+    new_slot, num_slots = (
+        tl.where(this.live, free_slot(this, due, LAYOUT), -1),
+        tl.where(this.live, LAYOUT.num_slots, 0),
+    )
     for first in range(first_slot, end_slot, WINDOW_TOKENS):
         slot = first + tl.arange(0, WINDOW_TOKENS)
-        position = slot_position(slot, this.compactions, LAYOUT)
         new = slot == new_slot
-        held = (slot < num_slots) & (slot != new_slot) & holds_copy(position, this, LAYOUT)
+        held = (slot < num_slots) & (slot != new_slot) & holds_copy(slot, this, due, LAYOUT)
         offset = slot_offset(slot, cache, table_row, LAYOUT)
         k = load_copies(
             copies, offset[:, None], held[:, None], new_key, new[:, None], channel[None, :], in_head[None, :]

@@ -73,6 +73,7 @@ def gather_kernel(
     TOKENS: tl.constexpr,  # tokens of a program; divides key_group_size and ``first``
 ):
     FMT: tl.constexpr = LAYOUT.fmt
+    GROUPS: tl.constexpr = FMT.value_groups
     index, chunk = find_request(start_loc, tl.program_id(0), count, TOKENS)
     kv_head = tl.program_id(1)
     begin = tl.load(start_loc + index)
@@ -98,7 +99,7 @@ def gather_kernel(
         new = (this.start + position - this.computed).to(tl.int64)[:, None]
         row = (begin + chunk * TOKENS + token).to(tl.int64)[:, None]
         dtype: tl.constexpr = keys.data.dtype.element_ty
-        for group in tl.static_range(FMT.value_groups):  # of channels: a token has one scale in each
+        for group in tl.static_range(GROUPS):  # of channels: a token has one scale in each
             in_group = tl.arange(0, triton.next_power_of_2(FMT.value_group_size))[None, :]
             channel = group * FMT.value_group_size + in_group
             in_head = (in_group < FMT.value_group_size) & (channel < FMT.head_size)

@@ -27,10 +27,10 @@ from logquant_vllm.kernels.cache import (
     count_compactions,
     find_task,
     header_address,
-    load_header,
+    header_words,
     load_lengths,
     num_reqs,
-    read_lengths,
+    read_request,
     slot_of_position,
     slot_offset,
     window_row,
@@ -57,29 +57,25 @@ def slots_may_move(seq_len, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def begin_window(computed, head, cache, block, LAYOUT: tl.constexpr):
-    """Write the headers of the heads ``head``, ``[heads, 1]``, of a window that begins with this step."""
+def write_headers(request, head, cache, block, LAYOUT: tl.constexpr):
+    """Write a request's headers of the heads ``head``, ``[heads, 1]``, as they are or, in a fresh window, begin."""
     CHUNKS: tl.constexpr = (LAYOUT.fmt.head_size + HEADER_CHANNELS - 1) // HEADER_CHANNELS
     chunk = tl.arange(0, triton.next_power_of_2(CHUNKS))[None, :]
     address = header_address(cache, block, head, chunk, LAYOUT)
     exists = (head < cache.num_kv_heads) & (chunk < CHUNKS)
-    tl.store(address, computed + 1, mask=exists)
-    tl.store(address + 1, count_compactions(computed, LAYOUT), mask=exists)
+    tl.store(address, header_words(request.window_start, request.compactions), mask=exists)
 
 
 @triton.jit
 def copy_token(index, key, value, cache, batch, LAYOUT: tl.constexpr, HEADS: tl.constexpr):
     """Copy the new token of a request to its slot, all heads, unless the request's slots may move in this step."""
     HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
-    start, query_len, computed = read_lengths(batch, index)
-    table_row = window_row(cache, index)
-    block = tl.load(table_row)
-    begun, _ = load_header(cache, block, 0, 0, LAYOUT)
-    tl.debug_barrier()  # every warp has to read the header before one writes it
-    if (block > 0) & (query_len > 0) & ~slots_may_move(computed + query_len, LAYOUT):
+    this = read_request(cache, batch, index, 0, LAYOUT)
+    computed, table_row = this.computed, window_row(cache, index)
+    if this.live & (this.query_len > 0) & ~slots_may_move(computed + this.query_len, LAYOUT):
         copies = cache.window + slot_offset(slot_of_position(computed, 0, LAYOUT), cache, table_row, LAYOUT)
         channel = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))[None, :]
-        row = start.to(tl.int64)
+        row = this.start.to(tl.int64)
         for first in range(0, cache.num_kv_heads, HEADS):
             head = first + tl.arange(0, HEADS)[:, None]
             exists = (head < cache.num_kv_heads) & (channel < HEAD_SIZE)
@@ -89,9 +85,9 @@ def copy_token(index, key, value, cache, batch, LAYOUT: tl.constexpr, HEADS: tl.
             copy = copies + head * (2 * HEAD_SIZE) + channel
             tl.store(copy, new_key, mask=exists)
             tl.store(copy + HEAD_SIZE, new_value, mask=exists)
-        if begun == 0:
-            for first in range(0, cache.num_kv_heads, HEADS):
-                begin_window(computed, first + tl.arange(0, HEADS)[:, None], cache, block, LAYOUT)
+        # slots stay as they are; who reads what another warp has written here makes the same of it
+        for first in range(0, cache.num_kv_heads, HEADS):
+            write_headers(this, first + tl.arange(0, HEADS)[:, None], cache, tl.load(table_row), LAYOUT)
 
 
 @triton.jit

@@ -14,10 +14,9 @@ from logquant_vllm.kernels.cache import (
     HEADER_CHANNELS,
     count_compactions,
     header_address,
-    load_header,
+    header_words,
     log_slot_position,
-    open_request,
-    read_lengths,
+    read_request,
     recent_start,
     slot_of_position,
     slot_offset,
@@ -75,13 +74,10 @@ def update_slots(index, head, chunk, key, value, cache, batch, LAYOUT: tl.conste
     """
     HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
     CHANNELS: tl.constexpr = min(HEADER_CHANNELS, triton.next_power_of_2(HEAD_SIZE))
-    start, query_len, computed = read_lengths(batch, index)
-    table_row = window_row(cache, index)
-    block = tl.load(table_row)
-    begun, compactions = load_header(cache, block, head, chunk, LAYOUT)
-    request = open_request(start, query_len, computed, begun, compactions, block > 0, LAYOUT)
-    if request.live & (query_len > 0):
-        seq_len = computed + query_len
+    request = read_request(cache, batch, index, head, LAYOUT, chunk)
+    computed, table_row = request.computed, window_row(cache, index)
+    if request.live & (request.query_len > 0):
+        seq_len = computed + request.query_len
         after = compactions_after(seq_len, request.compactions, LAYOUT)
         channel = chunk * HEADER_CHANNELS + tl.arange(0, CHANNELS)[None, :]
         if after > request.compactions:
@@ -96,7 +92,7 @@ def update_slots(index, head, chunk, key, value, cache, batch, LAYOUT: tl.conste
         for tile in range(first, seq_len, TOKENS):
             position = tile + tl.arange(0, TOKENS)[:, None]
             exists = (position < seq_len) & in_head
-            row = (start + position - computed).to(tl.int64)
+            row = (request.start + position - computed).to(tl.int64)
             new_keys, new_values = key.data + head * key.head_stride, value.data + head * value.head_stride
             new_key = tl.load(new_keys + row * key.stride + channel, mask=exists, other=0.0)
             new_value = tl.load(new_values + row * value.stride + channel, mask=exists, other=0.0)
@@ -104,9 +100,8 @@ def update_slots(index, head, chunk, key, value, cache, batch, LAYOUT: tl.conste
             tl.store(copies + offset, new_key, mask=exists)
             tl.store(copies + HEAD_SIZE + offset, new_value, mask=exists)
 
-        address = header_address(cache, block, head, chunk, LAYOUT)
-        tl.store(address, request.window_start + 1)
-        tl.store(address + 1, after)
+        address = header_address(cache, tl.load(table_row), head, chunk, LAYOUT)
+        tl.store(address, header_words(request.window_start, after))
 
 
 def window_chunks(head_size: int) -> int:

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from logquant_vllm.kernels.cache import find_hole, free_slot, holds_copy, skip_hole, slot_offset, slot_position
+from logquant_vllm.kernels.cache import compaction_due, find_hole, free_slot, holds_copy, skip_hole, slot_offset
 from logquant_vllm.kernels.decode.gluon.state import Sums, raise_maximum
 from logquant_vllm.kernels.decode.gluon.tiles import (
     BY_HEAD,
@@ -30,26 +30,24 @@ from logquant_vllm.kernels.decode.gluon.tiles import (
 
 
 @gluon.jit
-def find_slots(first, rows, cache, request, LAYOUT: gl.constexpr):
+def find_slots(first, new, cache, blocks, request, due, LAYOUT: gl.constexpr):
     """Where the slots of a tile lie.
 
     Args:
-        rows: the window's copies of this KV head and its new key and value (pointers), and the window's blocks. The new
-            token stands in a free slot. Slots that hold nothing have it as well: something must be read there, and its
-            score is taken out.
+        new: where the new key and value lie, as offsets from the copies, and the slot in which they stand. Slots that
+            hold nothing have them as well: something must be read there, and its score is taken out.
+        blocks: pointer to the window's blocks.
 
     Returns:
         keys, values: offsets from the copies (int64 ``[16]``).
         exist: whether the slot holds a token.
     """
-    copies, new_key, new_value, window_blocks = rows
+    new_key, new_value, new_slot = new
     slot = first + gl.arange(0, ROWS, layout=LANES)
-    exists, is_new = slot < LAYOUT.num_slots, slot == free_slot(request, LAYOUT)
-    position = slot_position(slot, request.compactions, LAYOUT)
-    held = exists & ~is_new & holds_copy(position, request, LAYOUT)
-    offset = slot_offset(slot, cache, window_blocks, LAYOUT)
-    keys = gl.where(held, offset, distance(new_key, copies))
-    values = gl.where(held, offset + LAYOUT.fmt.head_size, distance(new_value, copies))
+    is_new = slot == new_slot
+    held = (slot < LAYOUT.num_slots) & ~is_new & holds_copy(slot, request, due, LAYOUT)
+    offset = slot_offset(slot, cache, blocks, LAYOUT)
+    keys, values = gl.where(held, offset, new_key), gl.where(held, offset + LAYOUT.fmt.head_size, new_value)
     return keys, values, held | is_new
 
 
@@ -82,7 +80,7 @@ def attend_window(
         sums: ``state.Sums``.
         tiles: shared memory of two tiles.
         q: from ``queries.load_queries``.
-        rows: as in :func:`find_slots`.
+        rows: the window's copies of this KV head, its new key and value, and the window's blocks; all pointers.
         COLUMNS: as in ``pages.columns_of_head``.
     """
     FMT: gl.constexpr = LAYOUT.fmt
@@ -93,10 +91,13 @@ def attend_window(
     MEMORY: gl.constexpr = rows_memory(HEAD_SIZE)
     ones = gl.full((16, ROWS), 1.0, dtype, LEFT)
     slots = tiles._reinterpret(dtype, [2, ROWS, HEAD_SIZE], MEMORY)
-    copies = rows[0]
-    hole = find_hole(request, ROWS, LAYOUT)
+    copies, new_key, new_value, blocks = rows
+    due = compaction_due(request, LAYOUT)
+    # offsets from the copies, which the new token need not be near to
+    new = distance(new_key, copies), distance(new_value, copies), free_slot(request, due, LAYOUT)
+    hole = find_hole(request.computed, ROWS, LAYOUT)
     first = skip_hole(first_slot, hole)
-    key_rows, value_rows, exist = find_slots(first, rows, cache, request, LAYOUT)
+    key_rows, value_rows, exist = find_slots(first, new, cache, blocks, request, due, LAYOUT)
     copy_rows(slots.index(0), copies, key_rows)
     async_copy.commit_group()
     copy_rows(slots.index(1), copies, value_rows)
@@ -112,7 +113,7 @@ def attend_window(
         scores = mma_v2(k, q, gl.zeros((ROWS, 8), gl.float32, MMA)) * qk_scale
         scores = gl.where(valid[:, None] & own, scores, float("-inf"))
         if more:
-            key_rows, value_rows, exist = find_slots(following, rows, cache, request, LAYOUT)
+            key_rows, value_rows, exist = find_slots(following, new, cache, blocks, request, due, LAYOUT)
             copy_rows(slots.index(0), copies, key_rows)
         async_copy.commit_group()
 

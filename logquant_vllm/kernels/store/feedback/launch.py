@@ -69,10 +69,11 @@ def takes_keys(step: Step, feedback: Tensor | None) -> bool:
 
 def quantize_keys(step: Step, feedback: Tensor | None) -> None:
     """Quantize the keys of every group of tokens that this step completes, where :func:`takes_keys`."""
+    if not takes_keys(step, feedback):
+        return
     fmt, gpu = step.layout.fmt, step.architecture
     kernel = _choose(gpu, step.dtype, fmt)
-    if feedback is None or kernel is None:
-        return
+    assert kernel is not None
     one_each = step.max_query_len == 1
     groups = step.num_reqs if one_each else num_chunks(step.num_tokens, step.num_reqs, fmt.key_group_size)
     kernel.feedback_kernel[(min(groups * step.num_kv_heads, PROGRAMS * gpu.multiprocessors),)](
