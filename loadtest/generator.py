@@ -1,4 +1,4 @@
-"""``python -m loadtest.generator JOB OUT``: send a scenario's requests with vLLM's own benchmark client.
+"""``python -m loadtest.generator JOB OUT PARENT``: send a scenario's requests with vLLM's own benchmark client.
 
 It is a process of its own, so that vLLM's imports and prints stay here and it can be ended. vLLM's ``benchmark``
 decides when a request is sent, and its request functions send it; what is added is a limit on the time of each request
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -22,6 +23,7 @@ from pydantic import BaseModel
 from loadtest.outcome import Record
 from loadtest.prompts import Request
 from loadtest.scenario import Scenario
+from logquant_vllm.processes import end_with_parent
 
 BACKEND = "loadtest"
 GRACE_S = 5.0
@@ -214,8 +216,9 @@ async def send(job: Job) -> Sent:
     return Sent(started=client.started, ended=time.perf_counter(), records=client.records())
 
 
-def main(job_path: str, out_path: str) -> None:
-    """Read a :class:`Job`, write what was :class:`Sent`."""
+def main(job_path: str, out_path: str, parent: str) -> None:
+    """Read a :class:`Job`, write what was :class:`Sent`; nothing more is sent once the process ``parent`` is gone."""
+    end_with_parent(int(parent), lambda: os._exit(1))
     job = Job.model_validate_json(Path(job_path).read_text(encoding="utf-8"))
     sent = asyncio.run(send(job))
     Path(out_path).write_text(sent.model_dump_json(), encoding="utf-8")

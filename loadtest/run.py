@@ -63,7 +63,7 @@ def _send(job: Job) -> Sent | str:
     with tempfile.TemporaryDirectory() as folder:
         job_path, out_path = Path(folder) / "job.json", Path(folder) / "sent.json"
         job_path.write_text(job.model_dump_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "loadtest.generator", str(job_path), str(out_path)]
+        command = [sys.executable, "-m", "loadtest.generator", str(job_path), str(out_path), str(os.getpid())]
         limit = START_S + job.scenario.warmup * job.scenario.timeout_s + job.scenario.limit_s + 2 * GRACE_S
         try:
             ended = subprocess.run(command, timeout=limit, stdout=subprocess.DEVNULL, check=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import httpx
 import openai
+
+from logquant_vllm.processes import end_session
 
 START_SECONDS = 420
 STOP_SECONDS = 60
@@ -61,26 +62,29 @@ class Server:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=self.env, start_new_session=True
             )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _wait_until_ready(self) -> None:
+        assert self.process is not None
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.tail()}")
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{self.base_url}/health", timeout=2).status_code == 200:
-                    return self
+                    return
             time.sleep(0.5)
-        self.stop()
         raise RuntimeError(f"the server did not start in {START_SECONDS} s:\n{self.tail()}")
 
     def stop(self) -> int:
-        """SIGTERM, and SIGKILL for the whole process group if that is not enough; the exit code."""
+        """End the server and all that it started: SIGTERM, and SIGKILL if that is not enough; the exit code."""
         assert self.process is not None
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        end_session(self.process, STOP_SECONDS)
         return self.process.wait()
 
     def __enter__(self) -> Server:

@@ -24,7 +24,10 @@ LAYERS = {
         {"torch", "transformers", "numpy", "matplotlib", "openai"},
     ),
     "hf": ({"core", "config", "hf"}, {"torch", "transformers"}),
-    "bench": ({"bench", "core", "config", "calibration", "kernels"}, {"torch", "vllm", "pydantic", "matplotlib"}),
+    "bench": (
+        {"bench", "core", "config", "calibration", "kernels", "processes"},
+        {"torch", "vllm", "pydantic", "matplotlib"},
+    ),
 }
 
 

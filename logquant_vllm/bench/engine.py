@@ -1,12 +1,15 @@
 """One engine in a process of its own: started with a plan as JSON, it runs the workloads that it is sent.
 
-``python -m logquant_vllm.bench.engine PLAN`` prints ``READY`` once the engine has started, then ``RECORD {...}`` for
-each :class:`Order` on its standard input until that ends; everything else on standard output is vLLM's.
+``python -m logquant_vllm.bench.engine PLAN PARENT`` prints ``READY`` once the engine has started, then ``RECORD {...}``
+for each :class:`Order` on its standard input until that ends; everything else on standard output is vLLM's. It leads a
+session, and with the process PARENT, however that ends, ends the whole session.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import statistics
 import sys
 import time
@@ -15,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from logquant_vllm.bench.records import ServeRecord
+from logquant_vllm.processes import end_with_parent
 
 WARMUP_TOKENS = 2
 
@@ -108,6 +112,8 @@ def measure(llm: Any, plan: Plan, workload: Workload, capacity: int) -> ServeRec
 
 def main(plan: Plan) -> None:
     """Start the engine and follow orders."""
+    # vLLM ends the engine's processes when Python ends, which it does not on an untreated SIGTERM
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     from vllm import LLM
 
     llm = LLM(
@@ -125,4 +131,5 @@ def main(plan: Plan) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent(int(sys.argv[2]), lambda: os.killpg(0, signal.SIGKILL))
     main(Plan.model_validate_json(sys.argv[1]))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,12 @@ from logquant_vllm import calibration
 from logquant_vllm.bench.calibrations import random_moments
 from logquant_vllm.bench.engine import Order, Plan, Workload
 from logquant_vllm.bench.records import ServeRecord
+from logquant_vllm.processes import end_session
+
+STOP_SECONDS = 20
+FREE_SECONDS = 60
+FREE_MIB = 256
+"""What the use of GPUs may have grown by, between one engine and the next."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
@@ -71,7 +80,7 @@ def random_calibration(name: str, folder: Path) -> Path:
 
 
 class Engine:
-    """A :mod:`logquant_vllm.bench.engine` process and its log."""
+    """A :mod:`logquant_vllm.bench.engine` process, the processes that it starts, and its log."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -79,11 +88,12 @@ class Engine:
         self.log = Path(tempfile.mkstemp(prefix=f"bench-{plan.name}-", suffix=".log")[1])
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "logquant_vllm.bench.engine", plan.model_dump_json()],
+                [sys.executable, "-m", "logquant_vllm.bench.engine", plan.model_dump_json(), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                start_new_session=True,
             )
 
     def _lines(self, word: str) -> Iterator[str]:
@@ -123,34 +133,49 @@ class Engine:
         return ServeRecord.model_validate_json(line)
 
     def stop(self) -> None:
-        """End the process if it has not ended."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(20)
-            self.process.kill()
+        """End all its processes; returns when they are gone."""
+        end_session(self.process, STOP_SECONDS)
+
+
+def gpu_mib_in_use() -> int | None:
+    """Memory of all GPUs that anyone uses; None without a GPU that says so."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    output = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    return sum(map(int, output)) if output and all(map(str.isdigit, output)) else None
+
+
+def _wait_until_free(idle: int | None, report: Callable[[str], None]) -> None:
+    """Until GPUs hold no more than ``idle`` MiB again: their drivers may take a moment after a process has ended."""
+    deadline = time.monotonic() + FREE_SECONDS
+    while idle is not None and (used := gpu_mib_in_use() or 0) > idle + FREE_MIB:
+        if time.monotonic() > deadline:
+            report(f"GPU memory in use has grown by {used - idle} MiB since the start; another process may hold it")
+            return
+        time.sleep(0.5)
 
 
 def run(
     plans: list[Plan], workloads: list[Workload], together: bool, report: Callable[[str], None]
-) -> Iterator[ServeRecord]:
+) -> Generator[ServeRecord, None, None]:
     """Start the engines and measure every workload on each, one at a time.
 
     Args:
         together: start all engines at once (all must fit the memory) and let them take turns, workload by workload.
         report: called with what is happening.
     """
-    turns = [plans] if together else [[plan] for plan in plans]
-    for turn in turns:
+    idle = gpu_mib_in_use()
+    for turn in [plans] if together else [[plan] for plan in plans]:
+        _wait_until_free(idle, report)
         report(f"starting {', '.join(plan.name for plan in turn)}")
-        engines: list[Engine] = []
-        try:
-            engines += [Engine(plan) for plan in turn]
+        with contextlib.ExitStack() as stack:
+            engines: list[Engine] = []
+            for plan in turn:
+                engines.append(Engine(plan))
+                stack.callback(engines[-1].stop)
             for engine in engines:
                 engine.wait_ready()
             for workload in workloads:
                 for engine in engines:
                     yield engine.measure(workload)
-        finally:
-            for engine in engines:
-                engine.stop()

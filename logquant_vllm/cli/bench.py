@@ -195,7 +195,7 @@ def serve(
             plans.append(Plan(name=name, kv_gib=kv_gib, engine=engine | ours))
         results = records.Results[records.ServeRecord].begin()
         console = Console()
-        for record in bench.run(plans, workloads, together, console.print):
+        for record in stack.enter_context(contextlib.closing(bench.run(plans, workloads, together, console.print))):
             results.records.append(record)
             console.print(
                 f"{record.kv_cache_dtype:>9} {record.requests}x{record.input_len}+{record.output_len}: "
