@@ -5,7 +5,8 @@
 - ``validation``: every configuration that is refused, with what would work;
 - ``specs``: the two kinds of cache blocks, as vLLM's planner and scheduler see them;
 - ``window_layer``: the companion of an attention layer that owns its full-precision blocks;
-- ``backend``: the attention backend.
+- ``backend``: the attention backend;
+- ``orphan``: an engine ends when its server is gone.
 """
 
 KV_CACHE_DTYPE = "logquant"

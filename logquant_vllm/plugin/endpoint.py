@@ -1,17 +1,34 @@
-"""``GET /logquant``: the active configuration, through vLLM's endpoint plugins.
+"""``GET /logquant``: the active configuration, through vLLM's endpoint plugins; and an end for a server that stops.
 
 vLLM loads endpoint plugins only where ``VLLM_PLUGINS`` names them; ``logquant-vllm serve`` sees to that.
 """
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 
 from logquant_vllm.plugin.introspection import LogQuantInfo, describe, is_active
 
 PATH = "/logquant"
+CLOSE_SECONDS = 3
+"""For clients to read what is finished, once the engine has ended."""
+
+
+@asynccontextmanager
+async def _close_connections(app: FastAPI) -> AsyncIterator[None]:
+    """Let a server that is told to stop end requests that its engine did not finish.
+
+    vLLM first ends the engine, which may work on for ``--shutdown-timeout``. Then it waits without a limit for its
+    clients to go, and they wait for answers that nobody computes any more.
+    """
+    server = getattr(app.state, "server", None)
+    if server is not None and app.state.logquant_config is not None:
+        server.config.timeout_graceful_shutdown = CLOSE_SECONDS
+    yield
 
 
 class LogQuantEndpoint:
@@ -32,6 +49,8 @@ class LogQuantEndpoint:
             if state.logquant_config is None:
                 raise HTTPException(404, "this server does not run with --kv-cache-dtype logquant")
             return describe(state.logquant_config)
+
+        app.include_router(APIRouter(lifespan=_close_connections))
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Keep the engine's configuration and the keys, by vLLM's own rule for them."""

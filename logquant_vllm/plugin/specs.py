@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from logquant_vllm.core.page_format import num_window_blocks
+from logquant_vllm.plugin.orphan import end_with_server
 from logquant_vllm.plugin.residency import Publisher, Tally, shared_file
 
 PUBLISH_SECONDS = 0.25
@@ -62,6 +63,7 @@ class WindowManager(CircularBufferManager):
 
     def __init__(self, kv_cache_spec: WindowSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
+        end_with_server()  # the scheduler's process is the engine's
         if not kwargs.get("needs_kv_cache_zeroing", False):
             raise RuntimeError("logquant-vllm needs vLLM to zero new window blocks, and this vLLM does not")
         # vLLM's ring buffers do without zeroing, our headers do not
