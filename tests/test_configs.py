@@ -36,6 +36,8 @@ def test_vllm_parses_the_file(file: ConfigFile, serve_parser: Any) -> None:
     assert file.flags["model"] in (parsed.model, parsed.model_tag)
     for key in ("max-model-len", "tensor-parallel-size", "gpu-memory-utilization", "max-num-seqs"):
         assert getattr(parsed, key.replace("-", "_")) == file.flags[key]
+    backend = parsed.structured_outputs_config
+    assert (backend["backend"] if isinstance(backend, dict) else backend.backend) == "xgrammar"
 
 
 def test_vllm_refuses_an_unknown_key(tmp_path: Any, serve_parser: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 import logquant_vllm
 from logquant_vllm.cli.engine import SUPPORTED, Engine
-from logquant_vllm.cli.serve import server_command
+from logquant_vllm.cli.serve import flag_value, server_command
 from logquant_vllm.config import LogQuantConfig
 
 yaml = pytest.importorskip("yaml")
@@ -124,7 +124,7 @@ def test_flags_reach_the_server() -> None:
     assert json.loads(options) == EVERYTHING["additionalConfig"]
     major, minor = SUPPORTED["cuda"]
     command = server_command(arguments[0], arguments[1:], Engine("vllm", f"{major}.{minor}.0"))
-    assert command[-2:] == ["--kv-cache-dtype", "logquant"]
+    assert flag_value(command, "--kv-cache-dtype") == "logquant"
 
 
 def test_secrets_are_references() -> None:
@@ -140,6 +140,37 @@ def test_probes_wait_for_a_long_load() -> None:
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 3600
     assert render({})["Deployment"]["spec"]["progressDeadlineSeconds"] > 3600
     assert {server[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")} == {"/health"}
+
+
+def test_requests_may_end_before_a_pod_is_killed() -> None:
+    """What the hook waits and what the server gives its requests leave time to exit."""
+    values = {"terminationGracePeriodSeconds": 60, "drainSeconds": 5}
+    manifests = render(values)
+    pod = manifests["Deployment"]["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 60
+    assert container(manifests)["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
+    assert "--shutdown-timeout=40" in container(manifests)["args"]
+    given = container(render({**values, "flags": {"shutdown-timeout": 7}}))["args"]
+    assert [argument for argument in given if "shutdown" in argument] == ["--shutdown-timeout=7"]
+    with pytest.raises(
+        Exception, match=r"terminationGracePeriodSeconds \(20\) must be at least drainSeconds \(5\) \+ 16"
+    ):
+        render({"terminationGracePeriodSeconds": 20, "drainSeconds": 5})
+
+
+def test_deployments_listen_where_they_are_reached_and_keep_schemas_small() -> None:
+    group = next(multi_node())["spec"]["leaderWorkerTemplate"]["leaderTemplate"]["spec"]["containers"][0]["args"][0]
+    services = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())["services"]
+    commands = {name: services[name]["command"] for name in ("gpu", "cpu")}
+    for arguments in (*commands.values(), group.split(), container(render({}))["args"]):
+        assert "--host=0.0.0.0" in arguments
+        assert {
+            "--structured-outputs-config.backend=xgrammar",
+            '--structured-outputs-config={"backend":"xgrammar"}',
+        } & {*arguments}
+    for name, arguments in commands.items():
+        seconds = int(flag_value(arguments, "--shutdown-timeout") or 0)
+        assert 0 < seconds <= int(services[name]["stop_grace_period"].removesuffix("s")) - 10
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

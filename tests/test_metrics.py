@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 
 from logquant_vllm.calibration import FILE_NAME
@@ -25,13 +26,15 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.server
 
 KEY = {"Authorization": "Bearer none"}
+DOCS = Path(__file__).parent.parent / "docs"
 BLOCKS, MAX_LEN = 1500, 4096
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     flags = ("--max-model-len", str(MAX_LEN), "--num-gpu-blocks-override", str(BLOCKS), "--enforce-eager")
-    with Server("demo", *flags, "--api-key", "none") as running:
+    flags += ("--api-key", "none", "--structured-outputs-config", '{"backend": "xgrammar"}')
+    with Server("demo", *flags) as running:
         yield running
 
 
@@ -51,6 +54,44 @@ def test_endpoint(server: Server) -> None:
     schema = httpx.get(f"{server.base_url}/openapi.json").json()
     assert "LogQuantInfo" in schema["components"]["schemas"]
     assert "/logquant" in schema["paths"]
+
+
+def test_the_guide_names_all_paths_that_ask_for_no_key(server: Server) -> None:
+    guide = (DOCS / "operations.md").read_text().partition("### Paths that ask for no key")[2].partition("\n## ")[0]
+    named = {path for line in guide.splitlines() if line.startswith("| `") for path in re.findall(r"`(/[^`]*)`", line)}
+    routes = re.findall(r"Route: (/\S*), Methods: (.*)", server.log.read_text())
+    assert len(routes) > 30
+    found = set()
+    for path, methods in routes:
+        method = "GET" if "GET" in methods else methods.partition(",")[0]
+        answer = httpx.request(method, server.base_url + path, json={} if method == "POST" else None)
+        if answer.status_code != 401:
+            found.add(path)
+    assert found == named
+
+
+def test_a_schema_that_would_take_all_memory_is_refused(server: Server) -> None:
+    """With the structured-output engine that the deployments choose. It has no ``multipleOf``: vLLM's ``auto`` turns to
+    another one, which writes all items out."""
+    schema = {"type": "array", "items": {"type": "integer", "multipleOf": 2}, "minItems": 1_000_000_000}
+    began = time.monotonic()
+    with pytest.raises(openai.BadRequestError):
+        server.client.with_options(timeout=20).chat.completions.create(
+            model=server.model,
+            messages=[{"role": "user", "content": "Count."}],
+            max_tokens=8,
+            response_format={"type": "json_schema", "json_schema": {"name": "numbers", "schema": schema}},
+        )
+    assert time.monotonic() - began < 10
+    small = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
+    answer = server.client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": "Count."}],
+        max_tokens=64,
+        temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "numbers", "schema": small}},
+    )
+    assert len(json.loads(answer.choices[0].message.content or "")) == 2
 
 
 def test_counters(server: Server) -> None:

@@ -25,7 +25,12 @@ DEMO_FLAGS = {"--served-model-name": DEMO, "--kv-cache-memory-bytes": "1G"}
 """Unless given: the demo must not take most of a machine's memory, which is vLLM's default."""
 
 DEMO_CPU_FLAGS = {"--dtype": "float32"}
-"""Three times as fast as bfloat16 on processors without bfloat16 arithmetic, and no slower on others at this size."""
+"""float32 is three times as fast as bfloat16 on processors without bfloat16 arithmetic, and no slower on others at this
+size."""
+
+SERVER_FLAGS = {"--host": "127.0.0.1", "--shutdown-timeout": "20"}
+"""Unless given. vLLM alone listens on every interface, and on SIGTERM drops what it is computing; here requests may
+end, in less than the half minute that Kubernetes waits."""
 
 # everything behind MODEL belongs to vLLM, so our parser stops there
 SERVE_CONTEXT: dict[str, Any] = {
@@ -45,11 +50,12 @@ def serve(
     """Serve MODEL over an OpenAI-compatible HTTP interface, with the LogQuant KV cache.
 
     Takes any flag of `vllm serve` after MODEL, for example --port 8080 --max-model-len 8192;
-    `logquant-vllm serve MODEL --help=all` lists them.
+    `logquant-vllm serve MODEL --help=all` lists them. Listens on 127.0.0.1 unless --host is given.
     Options of the cache: --additional-config '{"logquant": {"window_length": 128}}'.
     """
     with user_errors():
         command = server_command(model, context.args, installed_engine())
+        print(reachability(context.args), file=sys.stderr)
     os.environ.setdefault("VLLM_PLUGINS", ",".join(plugin_names()))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -67,11 +73,9 @@ def server_command(model: str, flags: Sequence[str], engine: Engine) -> list[str
         raise ValueError(f"MODEL must come first, got {model!r}: logquant-vllm serve MODEL [flags of vllm serve]")
     if engine.problem:
         raise ValueError(engine.problem)
-    flags = list(flags)
-    dtype = flag_value(flags, "--kv-cache-dtype")
-    if dtype is None:
-        flags += ["--kv-cache-dtype", KV_CACHE_DTYPE]
-    elif dtype != KV_CACHE_DTYPE:
+    defaults = {"--kv-cache-dtype": KV_CACHE_DTYPE, **SERVER_FLAGS}
+    dtype = setting(flags, "--kv-cache-dtype") or KV_CACHE_DTYPE
+    if dtype != KV_CACHE_DTYPE:
         raise ValueError(
             f"--kv-cache-dtype {dtype} is not this server's: leave the flag out, or run `vllm serve` for another dtype"
         )
@@ -80,9 +84,10 @@ def server_command(model: str, flags: Sequence[str], engine: Engine) -> list[str
         if not (DEMO_MODEL / "config.json").exists():
             raise ValueError(f"the demo model is missing from this installation: no config.json in {DEMO_MODEL}")
         model = str(DEMO_MODEL)
-        for flag, value in {**DEMO_FLAGS, **(DEMO_CPU_FLAGS if engine.device == "cpu" else {})}.items():
-            if flag_value(flags, flag) is None:
-                flags += [flag, value]
+        defaults |= DEMO_FLAGS | (DEMO_CPU_FLAGS if engine.device == "cpu" else {})
+    # before the user's, so that those win however they are written
+    added = [(flag, value) for flag, value in defaults.items() if not _is_set(flags, flag)]
+    flags = [part for pair in added for part in pair] + list(flags)
     if engine.distribution == "vllm":
         return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *flags]
     # The `vllm` command of the CPU wheel fails: it looks for the metadata of a distribution called "vllm". This module
@@ -118,6 +123,44 @@ def flag_value(flags: Sequence[str], name: str) -> str | None:
         else:
             raise ValueError(f"{name} needs a value")
     return value
+
+
+def setting(flags: Sequence[str], name: str) -> str | None:
+    """The value of ``--name`` on the command line, or else in the file that ``--config`` names, which vLLM reads."""
+    value = flag_value(flags, name)
+    return _configured(flags).get(name) if value is None else value
+
+
+def _is_set(flags: Sequence[str], name: str) -> bool:
+    given = (flag.partition("=")[0].replace("_", "-") for flag in flags)
+    return name in given or name in _configured(flags)
+
+
+def _configured(flags: Sequence[str]) -> dict[str, str]:
+    """The flags in the file of ``--config``; none if it cannot be read, as vLLM will say why."""
+    path = flag_value(flags, "--config")
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {f"--{key}".replace("_", "-"): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def reachability(flags: Sequence[str]) -> str:
+    """Who can use a server with these flags of its user's."""
+    if path := setting(flags, "--uds"):
+        return f"Listening on {path}."
+    host = setting(flags, "--host")
+    host = SERVER_FLAGS["--host"] if host is None else host or "every interface"
+    if host in ("localhost", "::1") or host.startswith("127."):
+        return f"Listening on {host}, for this machine alone; --host 0.0.0.0 --api-key KEY opens the server to others."
+    if setting(flags, "--api-key") or os.environ.get("VLLM_API_KEY"):
+        return f"Listening on {host}. The API key guards /v1, but not every path: see Security in docs/operations.md."
+    return f"Listening on {host} WITHOUT AN API KEY: whoever reaches the port can use the server. Set --api-key."
 
 
 def _check_additional_config(value: str | None) -> None:

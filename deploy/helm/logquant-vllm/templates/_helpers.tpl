@@ -21,12 +21,24 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ if and (kindIs "float64" .) (eq . (floor .)) }}{{ printf "%.0f" . }}{{ else }}{{ toString . }}{{ end }}
 {{- end }}
 
+{{/* Seconds for the requests under way when the pod has to go. */}}
+{{- define "shutdownTimeout" -}}
+{{- $seconds := sub (int .Values.terminationGracePeriodSeconds) (add (int .Values.drainSeconds) 15) -}}
+{{- if lt $seconds 1 }}
+{{- fail (printf "terminationGracePeriodSeconds (%v) must be at least drainSeconds (%v) + 16" .Values.terminationGracePeriodSeconds .Values.drainSeconds) }}
+{{- end -}}
+{{ $seconds }}
+{{- end }}
+
 {{/* The arguments of the container: MODEL, then the flags in the order of their names. */}}
 {{- define "arguments" -}}
 - {{ .Values.model | quote }}
 - --host=0.0.0.0
 - --port=8000
 - --tensor-parallel-size={{ include "scalar" .Values.gpus }}
+{{- if not (hasKey (.Values.flags | default dict) "shutdown-timeout") }}
+- --shutdown-timeout={{ include "shutdownTimeout" . }}
+{{- end }}
 {{- with .Values.additionalConfig }}
 - {{ printf "--additional-config=%s" (toJson .) | quote }}
 {{- end }}
