@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,12 +121,20 @@ def test_serve_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert flag_value(command, "--served-model-name") == "demo"
     assert command.count("--kv-cache-memory-bytes") == 1
     assert flag_value(command, "--kv-cache-memory-bytes") == "2G"
+    assert command.count("--enforce-eager") == 1  # a quick start matters more than speed
+    assert server_command("demo", ["--enforce-eager"], CPU).count("--enforce-eager") == 1
+    assert "--enforce-eager" not in server_command("demo", [], CUDA)
+    slow = server_command("demo", ["--no-enforce-eager"], CPU)
+    assert slow.index("--enforce-eager") < slow.index("--no-enforce-eager")  # which wins
 
 
 def test_serve_replaces_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
     monkeypatch.setattr(serve_module, "installed_engine", lambda: CPU)
     monkeypatch.setattr(serve_module.os, "execv", lambda path, command: called.append((path, command)))
+    for name in ("VLLM_PLUGINS", "VLLM_USE_AOT_COMPILE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     result = runner.invoke(app, ["serve", "m", "--port", "1", "--enforce-eager", "-tp", "2", "--help=all"])
     assert result.exit_code == 0, result.output
     ((path, command),) = called
@@ -133,6 +142,7 @@ def test_serve_replaces_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--port", "1", "--enforce-eager", "-tp", "2", "--help=all"]
     assert command[command.index("m") + 1 :] == [*ADDED, *flags]
     assert result.stderr.startswith("Listening on 127.0.0.1, for this machine alone")
+    assert "logquant" in os.environ["VLLM_PLUGINS"] and os.environ["VLLM_USE_AOT_COMPILE"] == "0"
 
 
 def test_errors_are_one_line_and_exit_2(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,9 +24,13 @@ DEMO_MODEL = Path(logquant_vllm.__file__).parent / "demo" / "model"
 DEMO_FLAGS = {"--served-model-name": DEMO, "--kv-cache-memory-bytes": "1G"}
 """Unless given: the demo must not take most of a machine's memory, which is vLLM's default."""
 
-DEMO_CPU_FLAGS = {"--dtype": "float32"}
+DEMO_CPU_FLAGS = {"--dtype": "float32", "--enforce-eager": None}
 """float32 is three times as fast as bfloat16 on processors without bfloat16 arithmetic, and no slower on others at this
-size."""
+size. torch.compile takes two cores 40 s for a fifth more tokens per second."""
+
+CPU_ENVIRONMENT = {"VLLM_USE_AOT_COMPILE": "0"}
+"""On a CPU vLLM 0.32 cannot load what it compiled ahead of time ("no attribute 'finalize_loading'"), with its own cache
+either, and compiles again. Without that, torch's caches serve a later start, in half the time."""
 
 SERVER_FLAGS = {"--host": "127.0.0.1", "--shutdown-timeout": "20"}
 """Unless given. vLLM alone listens on every interface, and on SIGTERM drops what it is computing; here requests may
@@ -54,9 +58,12 @@ def serve(
     Options of the cache: --additional-config '{"logquant": {"window_length": 128}}'.
     """
     with user_errors():
-        command = server_command(model, context.args, installed_engine())
+        engine = installed_engine()
+        command = server_command(model, context.args, engine)
         print(reachability(context.args), file=sys.stderr)
-    os.environ.setdefault("VLLM_PLUGINS", ",".join(plugin_names()))
+    environment = {"VLLM_PLUGINS": ",".join(plugin_names())} | (CPU_ENVIRONMENT if engine.device == "cpu" else {})
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
     sys.stdout.flush()
     sys.stderr.flush()
     # The server replaces this process: signals reach it directly, and its exit code is ours.
@@ -73,7 +80,7 @@ def server_command(model: str, flags: Sequence[str], engine: Engine) -> list[str
         raise ValueError(f"MODEL must come first, got {model!r}: logquant-vllm serve MODEL [flags of vllm serve]")
     if engine.problem:
         raise ValueError(engine.problem)
-    defaults = {"--kv-cache-dtype": KV_CACHE_DTYPE, **SERVER_FLAGS}
+    defaults: dict[str, str | None] = {"--kv-cache-dtype": KV_CACHE_DTYPE, **SERVER_FLAGS}
     dtype = setting(flags, "--kv-cache-dtype") or KV_CACHE_DTYPE
     if dtype != KV_CACHE_DTYPE:
         raise ValueError(
@@ -87,7 +94,7 @@ def server_command(model: str, flags: Sequence[str], engine: Engine) -> list[str
         defaults |= DEMO_FLAGS | (DEMO_CPU_FLAGS if engine.device == "cpu" else {})
     # before the user's, so that those win however they are written
     added = [(flag, value) for flag, value in defaults.items() if not _is_set(flags, flag)]
-    flags = [part for pair in added for part in pair] + list(flags)
+    flags = [part for pair in added for part in pair if part is not None] + list(flags)
     if engine.distribution == "vllm":
         return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *flags]
     # The `vllm` command of the CPU wheel fails: it looks for the metadata of a distribution called "vllm". This module
