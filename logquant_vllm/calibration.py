@@ -9,43 +9,99 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from logquant_vllm.config import LogQuantConfig
-from logquant_vllm.core.calibration import Moments
+import torch
+from torch import Tensor
+
+from logquant_vllm.config import LogQuantConfig, shown
+from logquant_vllm.core.calibration import DAMPING, Moments
 
 FILE_NAME = "calibration.logquant"
 """Found beside a model's weights. In safetensors' format, but not named so: engines load every such file as weights."""
 
 
 def save(moments: Sequence[Moments], path: Path) -> None:
-    """Write moments, those of each head scaled to mean variance 1: only their shape matters."""
+    """Write moments, those of each head scaled to mean variance 1: only their shape matters.
+
+    Raises:
+        ValueError: if they are none, naming the tensor.
+    """
     from safetensors.torch import save_file
 
     tensors = {}
     for i, layer in enumerate(moments):
-        for name, x in layer._asdict().items():
+        for kind, x in layer._asdict().items():
             size = x.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-            tensors[f"layers.{i}.{name}"] = (x / size).half().cpu().contiguous()
+            # of a head that was never seen at work nothing is known: no direction counts more than another
+            unit = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+            name, scaled = f"layers.{i}.{kind}", torch.where(size == 0, unit, x / size).half().cpu().contiguous()
+            if problem := _problem(scaled):
+                raise ValueError(f"{name} {problem}: nothing was written to {path}")
+            tensors[name] = scaled
     save_file(tensors, path, {"format": "logquant calibration 1"})
 
 
-def load(path: Path) -> list[Moments]:
-    """Moments of every layer.
+def load(path: Path, shape: tuple[int, int, int] | None = None) -> list[Moments]:
+    """Moments of every layer. The file is read once, tensor by tensor, and only what can be meant is read.
+
+    Args:
+        shape: layers, KV heads and channels of the model that it must fit; None for any.
 
     Raises:
-        ValueError: if the file is missing or is something else.
+        ValueError: if the file is missing, is something else, is damaged anywhere or is another model's.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
+    again = f"make one with `logquant-vllm calibrate MODEL --output {path}`"
     try:
-        tensors = load_file(path)
-        names = [f"layers.{i}.{name}" for i in range(len(tensors) // 2) for name in Moments._fields]
-        found = [tensors[name] for name in names]
-    except (OSError, SafetensorError, KeyError) as error:
+        with safe_open(path, "pt") as file:
+            keys = set(file.keys())
+            names = [f"layers.{i}.{kind}" for i in range(max(1, len(keys) // 2)) for kind in Moments._fields]
+            for name in sorted(keys.symmetric_difference(names)):
+                raise ValueError(f"{path}: {name} is {'not expected' if name in keys else 'missing'}; {again}")
+            _check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in names}, shape, path, again)
+            tensors = []
+            for name in names:
+                x = file.get_tensor(name)
+                if problem := _problem(x):
+                    raise ValueError(f"{path}: {name} {problem}; {again}")
+                tensors.append(x)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a calibration ({error}); {again}") from None
+    return [Moments(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
+
+
+def _problem(x: Tensor) -> str | None:
+    """Why a tensor ``[heads, channels, channels]`` cannot hold second moments; None if it can."""
+    if x.dtype != torch.float16:
+        return f"is {x.dtype}, not float16"
+    if not x.isfinite().all():
+        return "has values that are not finite"
+    x = x.float()
+    size = x.diagonal(dim1=-2, dim2=-1).mean(-1)
+    if (size <= 0).any():
+        return f"has no variance in head {int((size <= 0).nonzero()[0])}"
+    if (x - x.mT).abs().amax() > 1e-2 * x.abs().amax():
+        return "is not symmetric"
+    # what `core.calibration` takes roots of
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    indefinite = torch.linalg.cholesky_ex(x + DAMPING * size[:, None, None] * eye).info != 0
+    if indefinite.any():
+        return f"has a negative variance in head {int(indefinite.nonzero()[0])}"
+    return None
+
+
+def _check_shapes(found: dict[str, tuple[int, ...]], model: tuple[int, int, int] | None, path: Path, again: str) -> None:
+    """Raises ValueError unless all tensors have one shape ``[heads, channels, channels]``, that of the model."""
+    first = next(iter(found.values()))
+    for name, shape in found.items():
+        if shape != first or len(shape) != 3 or shape[1] != shape[2] or 0 in shape:
+            raise ValueError(f"{path}: {name} has shape {shape}, not the (KV heads, channels, channels) of all; {again}")
+    if model is not None and (len(found) // 2, *first) != (*model, model[-1]):
         raise ValueError(
-            f"{path} is not a calibration ({error}); make one with `logquant-vllm calibrate MODEL --output {path}`"
-        ) from None
-    return [Moments(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
+            f"{path} is of another model: it has (layers, KV heads, channels, channels) {(len(found) // 2, *first)}, "
+            f"this model {(*model, model[-1])}; make one with `logquant-vllm calibrate MODEL`, or set the logquant option "
+            "calibration to null"
+        )
 
 
 def find(config: LogQuantConfig, model: str) -> Path | None:
@@ -60,24 +116,13 @@ def find(config: LogQuantConfig, model: str) -> Path | None:
         beside = Path(model) / FILE_NAME
         return beside if beside.is_file() else None
     path = Path(config.calibration)
-    if not path.is_file():
+    try:
+        problem = None if path.is_file() else "a directory" if path.is_dir() else "not a file" if path.exists() else "not there"
+    except (OSError, ValueError) as error:  # too long, out of bounds, or no name for a file at all
+        problem = getattr(error, "strerror", None) or str(error)
+    if problem:
         raise ValueError(
-            f'logquant option calibration: there is no file {path}; give a file of `logquant-vllm calibrate`, "auto" '
-            f"for {FILE_NAME} beside the model if it is there, or null"
+            f"logquant option calibration: {shown(config.calibration)} is no file ({problem}); give a file of "
+            f'`logquant-vllm calibrate`, "auto" for {FILE_NAME} beside the model if it is there, or null'
         )
     return path
-
-
-def check(moments: Sequence[Moments], path: Path, num_layers: int, num_kv_heads: int, head_size: int) -> None:
-    """Refuse a calibration of another model.
-
-    Raises:
-        ValueError: naming both shapes.
-    """
-    found = (len(moments), *moments[0].query.shape) if moments else (0,)
-    expected = (num_layers, num_kv_heads, head_size, head_size)
-    if found != expected:
-        raise ValueError(
-            f"{path} is of another model: it has (layers, KV heads, channels, channels) {found}, this model "
-            f"{expected}; make one with `logquant-vllm calibrate MODEL`, or set the logquant option calibration to null"
-        )

@@ -6,6 +6,7 @@ Importing this module does not import torch: the command line reads settings on 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +27,17 @@ CONFIG_KEY = "logquant"
 
 PRESETS: dict[str, dict[str, Any]] = {"k2v2": {}, "k4v2": {"key_bits": 4}}
 """Options by name; those that are given beside a preset take precedence."""
+
+
+def shown(value: object) -> str:
+    """What a user gave, for a message of one line: control characters escaped, and cut if it is very long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def unsupported_head_size(head_size: int) -> str:
+    """What to say of heads that are not of :data:`HEAD_SIZES`."""
+    return f"head size {head_size} is not supported; supported are {', '.join(map(str, HEAD_SIZES))}"
 
 
 class LogQuantConfig(BaseModel):
@@ -61,7 +73,8 @@ class LogQuantConfig(BaseModel):
         None,
         ge=0,
         description="tokens before the end of a prefix-cache hit that are computed again, so that the recent window is "
-        "in full precision after a hit; null: 2 * window_length",
+        "in full precision after a hit; null: 2 * window_length; at most (log2(window_length) + 2) * window_length, which "
+        "brings every log-selected copy back but that of token 0",
     )
 
     @model_validator(mode="after")
@@ -72,12 +85,22 @@ class LogQuantConfig(BaseModel):
                 f"keys is quantized from the recent window. Use a window_length of at least {self.key_group_size}"
                 + (f", or a key_group_size of {self._largest_group()}" if self.window_length >= 32 else "")
             )
+        if self.replay_tokens > self._longest_replay():
+            raise ValueError(
+                f"prefix_replay_tokens {self.replay_tokens} is more than {self._longest_replay()}, the distance to the oldest "
+                f"full-precision copy with window_length {self.window_length}: to compute more again brings nothing back. "
+                f"Use at most {self._longest_replay()}"
+            )
         if self.calibration not in (None, "auto") and not self.rotation:
             raise ValueError("a calibration replaces the rotation by the model's own: leave rotation true to use it")
         return self
 
     def _largest_group(self) -> int:
         return max(size for size in (32, 64, 128) if size <= self.window_length)
+
+    def _longest_replay(self) -> int:
+        """Tokens back to the oldest copy that is ever log-selected, token 0 aside."""
+        return ((self.window_length - 1).bit_length() + 2) * self.window_length
 
     @property
     def replay_tokens(self) -> int:
@@ -93,7 +116,7 @@ class LogQuantConfig(BaseModel):
         from logquant_vllm.core.page_format import PageFormat
 
         if head_size not in HEAD_SIZES:
-            raise ValueError(f"head size {head_size} is not supported; supported are {', '.join(map(str, HEAD_SIZES))}")
+            raise ValueError(unsupported_head_size(head_size))
         return PageFormat(
             head_size=head_size,
             page_size=PAGE_SIZE,
@@ -133,7 +156,7 @@ class LogQuantConfig(BaseModel):
         given = dict(options)
         preset = given.pop("preset", "k2v2")
         if not isinstance(preset, str) or preset not in PRESETS:
-            raise ValueError(f"unknown logquant preset {preset!r}; the presets are {', '.join(PRESETS)}")
+            raise ValueError(f"unknown logquant preset {shown(preset)}; the presets are {', '.join(PRESETS)}")
         try:
             return cls.model_validate({**PRESETS[preset], **given})
         except ValidationError as error:
@@ -144,11 +167,15 @@ class LogQuantConfig(BaseModel):
         """Settings from vLLM's ``additional_config``: its key ``logquant``, or the defaults if there is none.
 
         Raises:
-            ValueError: if it is not of the shape ``{"logquant": {...}}``, or as :meth:`from_options` does.
+            ValueError: if it is not of the shape ``{"logquant": {...}}``, if a key is nearly ours (others are those of
+                other plugins), or as :meth:`from_options` does.
         """
         usage = f"""use --additional-config '{{"{CONFIG_KEY}": {{"window_length": 64}}}}'"""
         if not isinstance(additional_config, dict):
-            raise ValueError(f"additional_config must be a JSON object, got {additional_config!r}; {usage}")
+            raise ValueError(f"additional_config must be a JSON object, got {shown(additional_config)}; {usage}")
+        for key in additional_config:
+            if key != CONFIG_KEY and difflib.SequenceMatcher(None, _plain(key), CONFIG_KEY).ratio() > 0.8:
+                raise ValueError(f'{shown(key)} in additional_config is not read: did you mean "{CONFIG_KEY}"? {usage}')
         options = additional_config.get(CONFIG_KEY, {})
         if not isinstance(options, dict):
             raise ValueError(f'"{CONFIG_KEY}" in additional_config must be a JSON object, got {options!r}; {usage}')
@@ -160,17 +187,22 @@ def known_options() -> str:
     return ", ".join(f"{name} (default {field.default})" for name, field in LogQuantConfig.model_fields.items())
 
 
+def _plain(key: object) -> str:
+    """A key without case and punctuation."""
+    return "".join(c for c in str(key).lower() if c.isalnum())
+
+
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors(include_url=False):
         name = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown logquant option {name!r}; the options are {known_options()}")
+            lines.append(f"unknown logquant option {shown(name)}; the options are {known_options()}")
         elif name:
             message = problem["msg"][0].lower() + problem["msg"][1:]
             description = LogQuantConfig.model_fields[name].description if name in LogQuantConfig.model_fields else None
             lines.append(
-                f"logquant option {name}: {message}, got {problem['input']!r}"
+                f"logquant option {name}: {message}, got {shown(problem['input'])}"
                 + (f" ({description})" if description else "")
             )
         else:

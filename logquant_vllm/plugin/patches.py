@@ -1,13 +1,16 @@
-"""The vLLM functions that are wrapped: two methods of the platform class, in vLLM 0.32 and 0.33 alike.
+"""The vLLM functions that are wrapped: three methods of the platform class, in vLLM 0.32 and 0.33 alike.
 
-================================  ==============================================================================
-``get_attn_backend_cls``          vLLM picks an attention backend per platform and knows no plugin's dtype; the CPU
-                                  platform would silently take its own backend. With our dtype ours is the answer.
-``check_and_update_config``       the one call that every process makes with the finished configuration, before any
-                                  weight is loaded: the place to refuse what is not supported.
-================================  ==============================================================================
+=================================  =============================================================================
+``get_attn_backend_cls``           vLLM picks an attention backend per platform and knows no plugin's dtype; the
+                                   CPU platform would silently take its own backend. With our dtype ours is the
+                                   answer, and a layer that ignores the dtype is refused.
+``check_and_update_config``        the one call that every process makes with the finished configuration, before
+                                   any weight is loaded: the place to refuse what is not supported.
+``update_block_size_for_backend``  the one call of every worker when all layers exist: the place to see that each
+                                   is ours, also those of models that choose a backend by themselves.
+=================================  =============================================================================
 
-Both act only if the KV cache dtype is ours, and both check first that the function still is what they expect.
+All act only if the KV cache dtype is ours, and all check first that the function still is what they expect.
 """
 
 from __future__ import annotations
@@ -48,6 +51,9 @@ def _get_attn_backend_cls(
     original: Callable[..., str], selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
 ) -> str:
     if attn_selector_config.kv_cache_dtype != KV_CACHE_DTYPE:
+        from logquant_vllm.plugin.validation import check_layer_dtype
+
+        check_layer_dtype(attn_selector_config)
         return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
     from vllm.platforms import current_platform
 
@@ -72,15 +78,23 @@ def _get_attn_backend_cls(
 def _check_and_update_config(original: Callable[..., None], vllm_config: Any) -> None:
     if vllm_config.cache_config is None or vllm_config.cache_config.cache_dtype != KV_CACHE_DTYPE:
         return original(vllm_config)
-    from logquant_vllm.plugin.validation import prepare_block_size, validate_config
+    from logquant_vllm.plugin.validation import prepare, validate_config
 
     validate_config(vllm_config)
-    prepare_block_size(vllm_config)
+    prepare(vllm_config)
+    return original(vllm_config)
+
+
+def _update_block_size_for_backend(original: Callable[..., None], vllm_config: Any) -> None:
+    if vllm_config.cache_config is not None and vllm_config.cache_config.cache_dtype == KV_CACHE_DTYPE:
+        from logquant_vllm.plugin.validation import check_layers
+
+        check_layers(vllm_config)
     return original(vllm_config)
 
 
 def apply_patches() -> None:
-    """Register the backend's name and wrap the two platform methods; does nothing the second time."""
+    """Register the backend's name and wrap the platform's methods; does nothing the second time."""
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -94,3 +108,4 @@ def apply_patches() -> None:
         _get_attn_backend_cls,
     )
     _wrap(platform, "check_and_update_config", ["vllm_config"], _check_and_update_config)
+    _wrap(platform, "update_block_size_for_backend", ["vllm_config"], _update_block_size_for_backend)
