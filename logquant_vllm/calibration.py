@@ -2,18 +2,22 @@
 
 Moments (:mod:`logquant_vllm.core.calibration`) of every layer, ``layers.I.query`` and ``layers.I.key``, float16
 ``[num_kv_heads, head_size, head_size]``; ``logquant-vllm calibrate`` writes them.
+
+Importing this module does not import torch: the command line looks for the file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from logquant_vllm.config import LogQuantConfig, shown
-from logquant_vllm.core.calibration import DAMPING, Moments
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from logquant_vllm.core.calibration import Moments
 
 FILE_NAME = "calibration.logquant"
 """Found beside a model's weights. In safetensors' format, but not named so: engines load every such file as weights."""
@@ -23,8 +27,10 @@ def save(moments: Sequence[Moments], path: Path) -> None:
     """Write moments, those of each head scaled to mean variance 1: only their shape matters.
 
     Raises:
-        ValueError: if they are none, naming the tensor.
+        ValueError: if they are none, naming the tensor, or the file cannot be written.
     """
+    import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {}
@@ -37,7 +43,10 @@ def save(moments: Sequence[Moments], path: Path) -> None:
             if problem := _problem(scaled):
                 raise ValueError(f"{name} {problem}: nothing was written to {path}")
             tensors[name] = scaled
-    save_file(tensors, path, {"format": "logquant calibration 1"})
+    try:
+        save_file(tensors, path, {"format": "logquant calibration 1"})
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write {path}: {error}") from None
 
 
 def load(path: Path, shape: tuple[int, int, int] | None = None) -> list[Moments]:
@@ -50,6 +59,8 @@ def load(path: Path, shape: tuple[int, int, int] | None = None) -> list[Moments]
         ValueError: if the file is missing, is something else, is damaged anywhere or is another model's.
     """
     from safetensors import SafetensorError, safe_open
+
+    from logquant_vllm.core.calibration import Moments
 
     again = f"make one with `logquant-vllm calibrate MODEL --output {path}`"
     try:
@@ -72,6 +83,10 @@ def load(path: Path, shape: tuple[int, int, int] | None = None) -> list[Moments]
 
 def _problem(x: Tensor) -> str | None:
     """Why a tensor ``[heads, channels, channels]`` cannot hold second moments; None if it can."""
+    import torch
+
+    from logquant_vllm.core.calibration import DAMPING
+
     if x.dtype != torch.float16:
         return f"is {x.dtype}, not float16"
     if not x.isfinite().all():
@@ -90,17 +105,21 @@ def _problem(x: Tensor) -> str | None:
     return None
 
 
-def _check_shapes(found: dict[str, tuple[int, ...]], model: tuple[int, int, int] | None, path: Path, again: str) -> None:
+def _check_shapes(
+    found: dict[str, tuple[int, ...]], model: tuple[int, int, int] | None, path: Path, again: str
+) -> None:
     """Raises ValueError unless all tensors have one shape ``[heads, channels, channels]``, that of the model."""
     first = next(iter(found.values()))
     for name, shape in found.items():
         if shape != first or len(shape) != 3 or shape[1] != shape[2] or 0 in shape:
-            raise ValueError(f"{path}: {name} has shape {shape}, not the (KV heads, channels, channels) of all; {again}")
+            raise ValueError(
+                f"{path}: {name} has shape {shape}, not the (KV heads, channels, channels) of all; {again}"
+            )
     if model is not None and (len(found) // 2, *first) != (*model, model[-1]):
         raise ValueError(
             f"{path} is of another model: it has (layers, KV heads, channels, channels) {(len(found) // 2, *first)}, "
-            f"this model {(*model, model[-1])}; make one with `logquant-vllm calibrate MODEL`, or set the logquant option "
-            "calibration to null"
+            f"this model {(*model, model[-1])}; make one with `logquant-vllm calibrate MODEL`, or set the logquant "
+            "option calibration to null"
         )
 
 
@@ -117,12 +136,14 @@ def find(config: LogQuantConfig, model: str) -> Path | None:
         return beside if beside.is_file() else None
     path = Path(config.calibration)
     try:
-        problem = None if path.is_file() else "a directory" if path.is_dir() else "not a file" if path.exists() else "not there"
-    except (OSError, ValueError) as error:  # too long, out of bounds, or no name for a file at all
-        problem = getattr(error, "strerror", None) or str(error)
-    if problem:
-        raise ValueError(
-            f"logquant option calibration: {shown(config.calibration)} is no file ({problem}); give a file of "
-            f'`logquant-vllm calibrate`, "auto" for {FILE_NAME} beside the model if it is there, or null'
-        )
-    return path
+        if path.is_file():
+            return path
+        problem = "not a regular file" if path.exists() else "not there"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    except ValueError as error:  # no name that a file can have
+        problem = str(error)
+    raise ValueError(
+        f"logquant option calibration: there is no file {shown(config.calibration)} ({problem}); give a file of "
+        f'`logquant-vllm calibrate`, "auto" for {FILE_NAME} beside the model if it is there, or null'
+    )

@@ -73,8 +73,8 @@ class LogQuantConfig(BaseModel):
         None,
         ge=0,
         description="tokens before the end of a prefix-cache hit that are computed again, so that the recent window is "
-        "in full precision after a hit; null: 2 * window_length; at most (log2(window_length) + 2) * window_length, which "
-        "brings every log-selected copy back but that of token 0",
+        "in full precision after a hit; null: 2 * window_length; at most (log2(window_length) + 2) * window_length, "
+        "which brings every log-selected copy back but that of token 0",
     )
 
     @model_validator(mode="after")
@@ -87,8 +87,8 @@ class LogQuantConfig(BaseModel):
             )
         if self.replay_tokens > self._longest_replay():
             raise ValueError(
-                f"prefix_replay_tokens {self.replay_tokens} is more than {self._longest_replay()}, the distance to the oldest "
-                f"full-precision copy with window_length {self.window_length}: to compute more again brings nothing back. "
+                f"prefix_replay_tokens {self.replay_tokens} is more than what brings a full-precision copy back: with "
+                f"window_length {self.window_length} the oldest but token 0 are {self._longest_replay()} tokens back. "
                 f"Use at most {self._longest_replay()}"
             )
         if self.calibration not in (None, "auto") and not self.rotation:

@@ -11,9 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from logquant_vllm.cli.arguments import model_directory
+from logquant_vllm.cli.engine import installed_engine
+from logquant_vllm.cli.environment import find_gpu
 from logquant_vllm.cli.errors import user_errors
-from logquant_vllm.cli.serve import DEMO, DEMO_MODEL
-from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.cli.serve import DEMO
+from logquant_vllm.config import LogQuantConfig, shown
 
 app = typer.Typer(no_args_is_help=True, help="Measure the kernels or the whole engine.")
 
@@ -56,6 +59,15 @@ def need_gpu(command: str) -> None:
         raise ValueError(f"{command} times GPU kernels, and this machine has no CUDA device; see bench serve")
 
 
+def need_engine() -> None:
+    """Raises ValueError unless a vLLM is installed that works on this machine."""
+    engine = installed_engine()
+    if engine.problem:
+        raise ValueError(engine.problem)
+    if engine.device == "cuda" and find_gpu() is None:
+        raise ValueError("bench serve: this vLLM is the CUDA build, and this machine has no GPU that it can use")
+
+
 def parse_json(name: str, text: str) -> dict[str, Any]:
     """A JSON object given on the command line.
 
@@ -64,10 +76,10 @@ def parse_json(name: str, text: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} must be a JSON object, got {text!r}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must be a JSON object, got {shown(text)}: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a JSON object, got {text!r}")
+        raise ValueError(f"{name} must be a JSON object, got {shown(text)}")
     return value
 
 
@@ -180,12 +192,13 @@ def serve(
     if together:
         engine["gpu_memory_utilization"] = 0.9 / len(names)
     engine |= parse_json("--engine-args", engine_args)
+    need_engine()
     with contextlib.ExitStack() as stack:
         if shape:
             folder = stack.enter_context(bench.shape_directory(shape))
             engine |= {"load_format": "dummy", "model": str(folder)}
         else:
-            engine["model"] = str(DEMO_MODEL) if model == DEMO else model
+            engine["model"] = model_directory(model)
         plans = []
         for name in names:
             chosen = dict(logquant)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from logquant_vllm.cli.arguments import check_device, model_directory
 from logquant_vllm.cli.errors import user_errors
-from logquant_vllm.cli.serve import DEMO, DEMO_MODEL
+from logquant_vllm.cli.serve import DEMO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,10 +75,13 @@ def calibrate(
     """Measure a model's queries and keys, so that 2-bit keys lose less. The server finds the file beside the model."""
     from logquant_vllm import calibration
 
-    directory = str(DEMO_MODEL) if model == DEMO else model
+    directory = model_directory(model)
     if output is None and not Path(directory).is_dir():
         raise ValueError(f"{model} is not a directory on this machine: say with --output where to write the file")
     path = output or Path(directory) / calibration.FILE_NAME
+    check_device(device)
+    if not path.parent.is_dir():
+        raise ValueError(f"--output {path}: there is no directory {path.parent}")
     calibration.save(_measure(directory, device, _texts(text or [], model == DEMO), tokens), path)
     typer.echo(f"wrote {path}")
 

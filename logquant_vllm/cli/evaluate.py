@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from logquant_vllm.cli.arguments import check_device, model_directory
 from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.figures import app as figures
-from logquant_vllm.cli.serve import DEMO, DEMO_MODEL
+from logquant_vllm.cli.serve import DEMO
 
 if TYPE_CHECKING:
     from logquant_vllm.lab.methods import Method
@@ -28,11 +29,6 @@ Output = Annotated[Path, typer.Option(help="Directory for the results.")]
 def split(value: str | None) -> list[str] | None:
     """Names between commas."""
     return None if value is None else [name.strip() for name in value.split(",") if name.strip()]
-
-
-def model_directory(model: str) -> str:
-    """The directory behind a model's name."""
-    return str(DEMO_MODEL) if model == DEMO else model
 
 
 @app.callback(invoke_without_command=True)
@@ -62,6 +58,7 @@ def evaluate(
 
         names = split(methods)
         directory = model_directory(model)
+        check_device(device)
         calibrated = calibration.find(LogQuantConfig(), directory) is not None
         chosen = choose_methods(list(QUICK) if quick and names is None else names, calibrated)
         asked = choose_tasks(split(tasks), quick)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from logquant_vllm.cli.arguments import check_device, model_directory
 from logquant_vllm.cli.errors import user_errors
-from logquant_vllm.cli.serve import DEMO, DEMO_MODEL
+from logquant_vllm.cli.serve import DEMO
 
 if TYPE_CHECKING:
     from logquant_vllm.lab.runner import Runner
@@ -38,9 +39,8 @@ def check_output(output: Path) -> None:
 def _runner(model: str, device: str) -> Runner:
     from logquant_vllm.lab.runner import Runner
 
-    directory = DEMO_MODEL if model == DEMO else Path(model)
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"no config.json in {model}: name the model's directory")
+    directory = model_directory(model)
+    check_device(device)
     return Runner(directory, device)
 
 

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from logquant_vllm.cli.arguments import model_directory
 from logquant_vllm.cli.errors import user_errors
-from logquant_vllm.cli.serve import DEMO, DEMO_MODEL
+from logquant_vllm.cli.serve import DEMO
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.planning import DEFAULT_BLOCK_SIZE, Capacity, ModelShape, model_shape
 from logquant_vllm.planning import plan as plan_capacity
@@ -69,18 +70,15 @@ def plan(
     with user_errors():
         config = LogQuantConfig.from_options({name: value for name, value in options.items() if value is not None})
         available = parse_memory(memory)
-        try:
-            shape = model_shape(str(DEMO_MODEL) if model == DEMO else model, dtype)
-            capacities = plan_capacity(
-                shape,
-                available,
-                max_model_len,
-                config,
-                tensor_parallel_size=tensor_parallel_size,
-                block_size=block_size,
-            )
-        except ModuleNotFoundError as error:
-            raise ValueError(f"plan needs the Python package {error.name}: install vLLM, which brings it") from None
+        shape = model_shape(model_directory(model), dtype)
+        capacities = plan_capacity(
+            shape,
+            available,
+            max_model_len,
+            config,
+            tensor_parallel_size=tensor_parallel_size,
+            block_size=block_size,
+        )
     if as_json:
         typer.echo(json.dumps(_as_json(model, shape, available, config, capacities), indent=2))
     else:

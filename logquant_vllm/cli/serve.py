@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import typer
 
 import logquant_vllm
+from logquant_vllm import calibration
 from logquant_vllm.cli.engine import Engine, installed_engine
 from logquant_vllm.cli.errors import user_errors
-from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.config import LogQuantConfig, shown
 
 KV_CACHE_DTYPE = "logquant"
 ENDPOINTS = "vllm.endpoint_plugins"
@@ -86,7 +87,7 @@ def server_command(model: str, flags: Sequence[str], engine: Engine) -> list[str
         raise ValueError(
             f"--kv-cache-dtype {dtype} is not this server's: leave the flag out, or run `vllm serve` for another dtype"
         )
-    _check_additional_config(flag_value(flags, "--additional-config"))
+    _check_additional_config(flag_value(flags, "--additional-config"), model)
     if model == DEMO:
         if not (DEMO_MODEL / "config.json").exists():
             raise ValueError(f"the demo model is missing from this installation: no config.json in {DEMO_MODEL}")
@@ -170,15 +171,15 @@ def reachability(flags: Sequence[str]) -> str:
     return f"Listening on {host} WITHOUT AN API KEY: whoever reaches the port can use the server. Set --api-key."
 
 
-def _check_additional_config(value: str | None) -> None:
-    """Find wrong options now rather than half a minute into the start-up."""
+def _check_additional_config(value: str | None, model: str) -> None:
+    """Find wrong options, and a calibration that is not there, now rather than half a minute into the start-up."""
     if value is None:
         return
     try:
         parsed = json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"--additional-config is not valid JSON ({error}), got {value!r}; "
+            f"--additional-config is not valid JSON ({error}), got {shown(value)}; "
             """use for example '{"logquant": {"window_length": 128}}'"""
         ) from None
-    LogQuantConfig.from_additional_config(parsed)
+    calibration.find(LogQuantConfig.from_additional_config(parsed), model)

@@ -195,7 +195,10 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         self.operations = _operations()
         self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         for other in (getattr(layer, "impl", None) for layer in self._layers.values()):
-            if isinstance(other, LogQuantImpl) and (other.num_kv_heads, other.head_size) != (self.num_kv_heads, head_size):
+            if isinstance(other, LogQuantImpl) and (other.num_kv_heads, other.head_size) != (
+                self.num_kv_heads,
+                head_size,
+            ):
                 raise ValueError(
                     f"--kv-cache-dtype {KV_CACHE_DTYPE} needs layers of one shape, and this model has layers of "
                     f"{other.num_kv_heads} KV heads of {other.head_size} and of {self.num_kv_heads} of {head_size}: "

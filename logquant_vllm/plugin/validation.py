@@ -49,8 +49,8 @@ def _engine_problems(vllm_config: Any) -> Iterator[str]:
     if cache.kv_cache_dtype_skip_layers:
         skipped = cache.kv_cache_dtype_skip_layers
         yield (
-            f"--kv-cache-dtype-skip-layers is {' '.join(map(str, skipped))}: all layers must share one KV cache format, "
-            "leave the option out"
+            f"--kv-cache-dtype-skip-layers is {' '.join(map(str, skipped))}: all layers must share one KV cache "
+            "format, leave the option out"
         )
     if vllm_config.speculative_config is not None:
         yield "speculative decoding is not supported: leave --speculative-config out"
@@ -71,8 +71,8 @@ def _engine_problems(vllm_config: Any) -> Iterator[str]:
         )
     if parallel.pipeline_parallel_size > 1 and current_platform.is_cpu():
         yield (
-            f"--pipeline-parallel-size is {parallel.pipeline_parallel_size}: vLLM's CPU engine ends at the first request, "
-            "with any KV cache; use --tensor-parallel-size"
+            f"--pipeline-parallel-size is {parallel.pipeline_parallel_size}: vLLM's CPU engine ends at the first "
+            "request then, with any KV cache; use --tensor-parallel-size"
         )
     if parallel.use_ubatching:
         yield "a step is attended to as a whole: leave --enable-dbo and --ubatch-size out"
@@ -163,7 +163,11 @@ def check_layers(vllm_config: Any) -> None:
     """
     for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items():
         spec, backend = layer.get_kv_cache_spec(vllm_config), layer.get_attn_backend()
-        ours = type(spec) is FullAttentionSpec and backend.get_name() == BACKEND_NAME and spec.head_size == spec.head_size_v
+        ours = (
+            type(spec) is FullAttentionSpec
+            and backend.get_name() == BACKEND_NAME
+            and spec.head_size == spec.head_size_v
+        )
         if spec is not None and not ours and not isinstance(spec, WindowSpec):
             raise ValueError(
                 f"--kv-cache-dtype {KV_CACHE_DTYPE} does not work here: layer {name} ({type(layer).__name__}) chooses "
@@ -172,10 +176,12 @@ def check_layers(vllm_config: Any) -> None:
 
 
 def prepare(vllm_config: Any) -> None:
-    """Make vLLM's block a page, and drop a sliding window that is never full; :func:`validate_config` refused the rest."""
+    """Make vLLM's block a page, and drop a sliding window that is never full: what else needs either was refused."""
     vllm_config.cache_config.block_size = PAGE_SIZE
     model = vllm_config.model_config
     if model is not None and (window := _window_of_all_layers(model)) is not None:
-        logger.info("LogQuant: max_model_len %d lies within sliding_window %d: attention is full", model.max_model_len, window)
+        logger.info(
+            "LogQuant: max_model_len %d lies within sliding_window %d: attention is full", model.max_model_len, window
+        )
         # what --disable-sliding-window does with a context that needs no cap
         model.hf_text_config.sliding_window = vllm_config.cache_config.sliding_window = None
