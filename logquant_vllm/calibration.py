@@ -64,9 +64,10 @@ def load(path: Path, shape: tuple[int, int, int] | None = None) -> list[Moments]
 
     again = f"make one with `logquant-vllm calibrate MODEL --output {path}`"
     try:
+        path.open("rb").close()  # says why it cannot be read, which safetensors does not
         with safe_open(path, "pt") as file:
             keys = set(file.keys())
-            names = [f"layers.{i}.{kind}" for i in range(max(1, len(keys) // 2)) for kind in Moments._fields]
+            names = [f"layers.{i}.{kind}" for i in range(max(1, (len(keys) + 1) // 2)) for kind in Moments._fields]
             for name in sorted(keys.symmetric_difference(names)):
                 raise ValueError(f"{path}: {name} is {'not expected' if name in keys else 'missing'}; {again}")
             _check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in names}, shape, path, again)
@@ -76,8 +77,8 @@ def load(path: Path, shape: tuple[int, int, int] | None = None) -> list[Moments]
                 if problem := _problem(x):
                     raise ValueError(f"{path}: {name} {problem}; {again}")
                 tensors.append(x)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a calibration ({error}); {again}") from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a calibration ({' '.join(str(error).split())}); {again}") from None
     return [Moments(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
 
 

@@ -98,7 +98,7 @@ def test_kernels_need_a_gpu(what: str) -> None:
 def test_random_calibration_fits_its_shape(tmp_path: Path) -> None:
     """One that a model of that shape accepts, and that no engine finds by itself."""
     path = random_calibration("llama-3.1-8b", tmp_path)
-    calibration.check(calibration.load(path), path, 32, 8, 128)
+    assert len(calibration.load(path, (32, 8, 128))) == 32
     assert path.name != calibration.FILE_NAME
     assert Plan(name="logquant-calibrated", kv_gib=1, engine={}).kv_cache_dtype == "logquant"
 

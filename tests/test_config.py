@@ -34,7 +34,7 @@ def test_options_reach_the_layout() -> None:
     assert (layout.fmt.key_group_size, layout.fmt.scale_bits, layout.fmt.range_shrink) == (128, 16, 1.0)
 
 
-@pytest.mark.parametrize(("given", "tokens"), [(None, 256), (0, 0), (7, 7), (512, 512)])
+@pytest.mark.parametrize(("given", "tokens"), [(None, 256), (0, 0), (7, 7), (512, 512), (1152, 1152)])
 def test_replay_tokens(given: int | None, tokens: int) -> None:
     config = LogQuantConfig(window_length=128, prefix_replay_tokens=given)
     assert config.replay_tokens == tokens
@@ -57,6 +57,10 @@ def test_replay_tokens(given: int | None, tokens: int) -> None:
         ({"range_shrink": float("nan")}, ["range_shrink", "got nan"]),
         ({"rotation": 1}, ["rotation", "boolean", "got 1"]),
         ({"prefix_replay_tokens": -1}, ["prefix_replay_tokens", "got -1"]),
+        ({"prefix_replay_tokens": 513}, ["prefix_replay_tokens 513", "window_length 64", "Use at most 512"]),
+        ({"prefix_replay_tokens": 10**12}, ["prefix_replay_tokens", "Use at most 512"]),
+        ({"window_length": "6" * 5000}, ["window_length", "got '66666", "(5002 characters)"]),
+        ({"window\n" * 1000: 64}, ["unknown", "window\\nwindow", "characters)"]),
         ({"key_bits": 3, "value_bits": 5}, ["key_bits", "got 3", "value_bits", "got 5"]),
         ({1: 2}, ["got 1"]),
     ],
@@ -67,6 +71,36 @@ def test_errors_name_the_option_what_was_given_and_what_works(options: dict[Any,
     message = str(caught.value)
     assert [word for word in words if word not in message] == []
     assert "\n" not in message
+    assert len(message) < 1500
+
+
+@pytest.mark.parametrize("window_length", [32, 33, 42, 64, 85, 100, 128, 1000])
+def test_most_replay_brings_back_every_copy(window_length: int) -> None:
+    """The bound of ``prefix_replay_tokens`` reaches the oldest log-selected copy but token 0 at every length, and a
+    window less would not."""
+    from logquant_vllm.core.log_selection import log_selected_positions
+
+    most = ((window_length - 1).bit_length() + 2) * window_length
+    config = LogQuantConfig(window_length=window_length, key_group_size=32, prefix_replay_tokens=most)
+    lengths = range(3 * window_length, 2 * most + 1, 1 if window_length < 100 else 31)
+    reach = max(n - min(p for p in log_selected_positions(n, window_length) if p > 0) for n in [*lengths, 2 * most - 1])
+    assert most - window_length < reach <= config.replay_tokens
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["LOGQUANT", "LogQuant", "log-quant", "log_quant", " logquant", "logqant", "logquants", "loqquant", "logquan"],
+)
+def test_keys_that_are_nearly_ours(key: str) -> None:
+    for config in ({key: {"window_length": 128}}, {"logquant": {}, key: {}}):
+        with pytest.raises(ValueError, match='did you mean "logquant"') as caught:
+            LogQuantConfig.from_additional_config(config)
+        assert repr(key) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["quant", "log", "logging", "turboquant", "compressed", "q", "", 7, "ascend_scheduler"])
+def test_keys_of_others(key: Any) -> None:
+    assert LogQuantConfig.from_additional_config({key: 1, "logquant": {}}) == LogQuantConfig()
 
 
 @pytest.mark.parametrize("additional_config", [None, [], "logquant", 3])
@@ -94,7 +128,9 @@ def test_head_sizes() -> None:
     for head_size in HEAD_SIZES:
         assert LogQuantConfig().page_format(head_size).head_size == head_size
         assert supports_rotation(head_size)
-    with pytest.raises(ValueError, match=r"head size 112 is not supported; supported are 64, 96, 128, 256"):
+    with pytest.raises(
+        ValueError, match=r"head size 112 is not supported; supported are 64, 80, 96, 128, 160, 192, 256"
+    ):
         LogQuantConfig().page_format(112)
 
 

@@ -107,7 +107,7 @@ def test_cpp_equals_the_reference(name: str, gqa: int, dtype: torch.dtype) -> No
         assert torch.equal(fused.cache.pages, actual.cache.pages)
 
 
-@pytest.mark.parametrize(("head_size", "threads"), [(16, 1), (96, 2), (128, 1), (256, 2)])
+@pytest.mark.parametrize(("head_size", "threads"), [(16, 1), (80, 1), (96, 2), (128, 1), (160, 1), (192, 2), (256, 2)])
 def test_cpp_long_context(head_size: int, threads: int) -> None:
     """Long enough that a request's context is split between threads, and a prefill that fills whole query tiles."""
     layout, dtype = CacheLayout(PageFormat(head_size)), torch.bfloat16

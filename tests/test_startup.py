@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from logquant_vllm import calibration
+from logquant_vllm.bench.calibrations import random_moments
 from tests.models import write_config
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -26,10 +30,17 @@ MLA = {
     "first_k_dense_replace": 1,
     "head_dim": None,
 }
-MISTRAL_SLIDING = {
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
-    "sliding_window": 1024,
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+MISTRAL_SLIDING = {**MISTRAL, "sliding_window": 256}
+PHI3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 2}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+TWO_KINDS = {**QWEN2, "sliding_window": 256, "use_sliding_window": True, "max_window_layers": 1}
+QWEN3_NEXT = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "head_dim": 256,
+    "num_experts": 4,
+    "num_hidden_layers": 4,
 }
 GEMMA2 = {
     "architectures": ["Gemma2ForCausalLM"],
@@ -61,10 +72,32 @@ def options(**logquant: object) -> dict[str, object]:
 
 CASES = {
     "mla": (MLA, {}, "latent attention"),
-    "sliding window": (MISTRAL_SLIDING, {}, "sliding"),
+    "sliding window": (MISTRAL_SLIDING, {}, r"the last 256 tokens .*--max-model-len is 512: use --max-model-len 256"),
+    "sliding window of Phi-3-mini-4k": (
+        {**PHI3, "sliding_window": 2047, "max_position_embeddings": 4096},
+        {"max_model_len": None},
+        "--max-model-len is 4096: use --max-model-len 2047",
+    ),
+    "sliding window by layer types": (
+        {**QWEN2, "sliding_window": 256, "use_sliding_window": True, "max_window_layers": 0},
+        {},
+        "use --max-model-len 256",
+    ),
+    "layers of two kinds": (TWO_KINDS, {}, r"not full attention \(sliding_attention\): use --kv-cache-dtype auto"),
+    "layers of two kinds, window disabled": (
+        TWO_KINDS,
+        {"disable_sliding_window": True, "max_model_len": 256},
+        r"\(sliding_attention\): use",
+    ),
+    "hybrid": (
+        QWEN3_NEXT,
+        {},
+        r"here: the model has layers without attention .*: use --kv-cache-dtype auto for this model \[",
+    ),
+    "value heads": ({"v_head_dim": 32}, {}, r"value heads have 32 channels \(v_head_dim\) and its key heads 64: use"),
     "soft-capping": (GEMMA2, {}, "attn_logit_softcapping"),
     "alibi": (ALIBI, {}, "ALiBi"),
-    "head size": ({"head_dim": 80}, {}, "head"),
+    "head size": ({"head_dim": 112}, {}, r"head size 112 .* supported are 64, .*: use --kv-cache-dtype auto"),
     "unknown option": ({}, options(windowlength=64), "windowlength.*window_length"),
     "window too small": ({}, options(window_length=32), "window_length 32.*key_group_size 64"),
     "bits": ({}, options(key_bits=3), "key_bits.*2 or 4"),
@@ -81,14 +114,89 @@ CASES = {
         "--kv-transfer-config",
     ),
     "KV offloading": ({}, {"kv_offloading_size": 1.0}, "--kv-offloading-size|--kv-transfer-config"),
-    "skipped layers": ({}, {"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers"),
-    "one KV cache group": ({}, {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+    "skipped layers": ({}, {"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers is 0.*leave.* out"),
+    "one KV cache group": (
+        {},
+        {"disable_hybrid_kv_cache_manager": True},
+        "leave --disable-hybrid-kv-cache-manager out",
+    ),
+    "two micro-batches": ({}, {"enable_dbo": True}, "leave --enable-dbo and --ubatch-size out"),
+    "micro-batches": ({}, {"ubatch_size": 2}, "leave --enable-dbo and --ubatch-size out"),
+    "options under a misspelt key": (
+        {},
+        {"additional_config": {"LogQuant": {"window_length": 64}}},
+        """'LogQuant' in additional_config is not read: did you mean "logquant".""",
+    ),
+    "calibration that is not there": ({}, options(calibration="/no/such/file"), "there is no file '/no/such/file'"),
     "context parallel": (
         {"num_key_value_heads": 1},
         {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
         "--decode-context-parallel-size is 2",
     ),
 }
+
+
+WORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "window as long as the context": ({**MISTRAL, "sliding_window": 512}, {}),
+    "Phi-3-mini-128k": ({**PHI3, "sliding_window": 262144, "max_position_embeddings": 131072}, {"max_model_len": None}),
+    "Phi-3-mini-4k": ({**PHI3, "sliding_window": 2047, "max_position_embeddings": 4096}, {"max_model_len": 2047}),
+    "window disabled": (
+        {**PHI3, "sliding_window": 2047, "max_position_embeddings": 4096},
+        {"disable_sliding_window": True, "max_model_len": None},
+    ),
+    "Qwen2.5": ({**QWEN2, "sliding_window": 256, "use_sliding_window": False, "max_window_layers": 2}, {}),
+    "Qwen2 with windows": (
+        {**QWEN2, "sliding_window": 512, "use_sliding_window": True, "max_window_layers": 0},
+        {},
+    ),
+    "Ministral": (
+        {"architectures": ["MinistralForCausalLM"], "model_type": "ministral", "sliding_window": 512},
+        {"model_impl": "transformers"},
+    ),
+    "another plugin's options": ({}, {"additional_config": {"turbo": {"logquants": 1}, "quant": 3}}),
+    "tensor parallel": ({}, {"tensor_parallel_size": 2}),
+    "own options": ({}, options(window_length=128, rotation=False)),
+}
+SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "StarCoder2": (
+        {"architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2", "sliding_window": 4096},
+        {},
+    ),
+    "Phi-3.5-MoE": ({"architectures": ["PhiMoEForCausalLM"], "model_type": "phimoe", "sliding_window": 131072}, {}),
+    "Mixtral": ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}, {}),
+    "Qwen3": ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, {}),
+    "Qwen3-MoE": ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "sliding_window": 4096}, {}),
+    "GLM-4": ({"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"}, {}),
+    "GLM-4.5": ({"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe"}, {}),
+    "OLMo 2": ({"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}, {}),
+    "Granite": ({"architectures": ["GraniteForCausalLM"], "model_type": "granite"}, {}),
+    "SmolLM3": ({"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}, {}),
+    "ERNIE 4.5": ({"architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5"}, {}),
+    "ERNIE 4.5 MoE": ({"architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe"}, {}),
+    "Seed-OSS": ({"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss"}, {}),
+    "EXAONE 4 1.2B": (
+        {
+            "architectures": ["Exaone4ForCausalLM"],
+            "model_type": "exaone4",
+            "sliding_window": None,
+            "sliding_window_pattern": None,
+            "layer_types": ["full_attention"] * 2,
+        },
+        {},
+    ),
+    "Command-R": ({"architectures": ["CohereForCausalLM"], "model_type": "cohere"}, {}),
+    "OPT": (
+        {"architectures": ["OPTForCausalLM"], "model_type": "opt", "ffn_dim": 256, "word_embed_proj_dim": 256},
+        {},
+    ),
+    "GPT-2": (
+        {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 256, "n_head": 4, "n_positions": 1024},
+        {},
+    ),
+    "Pythia": ({"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}, {}),
+    "StableLM": ({"architectures": ["StableLmForCausalLM"], "model_type": "stablelm"}, {}),
+}
+"""Architectures that were served beside vLLM's own cache with the same answers."""
 
 
 def create_config(path: Path, **arguments: object):
@@ -114,15 +222,115 @@ def test_refused(name: str, tmp_path: Path) -> None:
         create_config(path, **arguments)
 
 
-def test_accepted(tmp_path: Path) -> None:
-    config = create_config(write_config(tmp_path / "model"), **options(window_length=128, rotation=False))
+# vLLM imports an architecture that it does not know yet in a process of its own, for many seconds
+@pytest.mark.parametrize("name", [*WORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in SERVED)])
+def test_accepted(name: str, tmp_path: Path) -> None:
+    changes, arguments = {**WORKS, **SERVED}[name]
+    config = create_config(write_config(tmp_path / "model", **changes), **arguments)
     assert config.cache_config.cache_dtype == "logquant"
     assert config.cache_config.block_size == 128
+    # nothing is left that a layer could take for a window
+    assert config.cache_config.sliding_window is None
+    assert config.model_config.get_sliding_window() is None
+
+
+def test_configuration_is_checked_again_in_a_worker(tmp_path: Path) -> None:
+    """vLLM makes configurations of parts of a model out of one that was accepted."""
+    config = create_config(write_config(tmp_path / "model", **WORKS["Ministral"][0]))
+    part = config.with_hf_config(config.model_config.hf_config)
+    assert part.model_config.get_sliding_window() is None
+
+
+def test_pipeline_parallel_is_refused_on_a_cpu_alone(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "model")
+    if torch.cuda.is_available():
+        create_config(path, pipeline_parallel_size=2)
+    else:
+        with pytest.raises(ValueError, match=r"--pipeline-parallel-size is 2: .*use --tensor-parallel-size"):
+            create_config(path, pipeline_parallel_size=2)
+
+
+@pytest.mark.parametrize("name", ["ROCM", "XPU", "TPU", "OOT"])
+def test_other_platforms_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms.interface import Platform, PlatformEnum
+
+    from logquant_vllm.plugin import validation
+
+    class Other(Platform):
+        _enum = PlatformEnum[name]
+        device_name = name.lower()
+
+    config = create_config(write_config(tmp_path / "model"))
+    monkeypatch.setattr(validation, "current_platform", Other())
+    with pytest.raises(
+        ValueError, match=f"the platform is {name.lower()}: use a CUDA GPU or a CPU, or --kv-cache-dtype"
+    ):
+        validation.validate_config(config)
+
+
+def damage(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    tensor = tensor.clone()
+    if kind in ("nan", "inf"):
+        tensor[1, 5, 7] = float(kind)
+    elif kind == "zeros":
+        tensor[1] = 0
+    elif kind == "negative":
+        tensor[1] = -tensor[1]
+    elif kind == "indefinite":
+        tensor[1, 5, 7] = tensor[1, 7, 5] = 1000
+    elif kind == "lopsided":
+        tensor[1, 5, 7] += 10 * tensor.abs().amax()
+    elif kind == "flat":
+        tensor = tensor[0]
+    elif kind == "oblong":
+        tensor = tensor[:, 1:]
+    elif kind == "fewer heads":
+        tensor = tensor[:1]
+    else:
+        tensor = tensor.to(getattr(torch, kind))
+    return tensor.contiguous()
+
+
+DAMAGE = {
+    "nan": "not finite",
+    "inf": "not finite",
+    "zeros": "no variance in head 1",
+    "negative": "no variance in head 1",
+    "indefinite": "a negative variance in head 1",
+    "lopsided": "not symmetric",
+    "flat": r"has shape \(64, 64\)",
+    "oblong": r"has shape \(2, 63, 64\)",
+    "fewer heads": r"has shape \(1, 64, 64\)",
+    "int16": "is torch.int16, not float16",
+    "float32": "is torch.float32, not float16",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("name", ["layers.0.query", "layers.0.key", "layers.1.query", "layers.1.key"])
+def test_damaged_calibration(name: str, kind: str, tmp_path: Path) -> None:
+    """Whichever tensor it is, the message names the file, the tensor and what is wrong."""
+    from safetensors.torch import load_file, save_file
+
+    path = write_config(tmp_path / "model")
+    file = path / calibration.FILE_NAME
+    calibration.save([random_moments(64, 2, seed) for seed in range(2)], file)
+    create_config(path)
+    tensors = load_file(file)
+    tensors[name] = damage(tensors[name], kind)
+    save_file(tensors, file)
+    # a first tensor of another shape makes the others the odd ones
+    what = ".*has shape" if name == "layers.0.query" and kind == "fewer heads" else f": {name} .*{DAMAGE[kind]}"
+    with pytest.raises(ValueError, match=f"{file}{what}.*logquant-vllm calibrate") as caught:
+        create_config(path)
+    assert "\n" not in str(caught.value).split("Value error, ")[1].split(" [type=")[0]
 
 
 def test_other_dtypes_are_untouched(tmp_path: Path) -> None:
     path = write_config(tmp_path / "model", **MISTRAL_SLIDING)
-    assert create_config(path, kv_cache_dtype="auto").cache_config.cache_dtype != "logquant"
+    config = create_config(path, kv_cache_dtype="auto", max_model_len=256)
+    assert config.cache_config.cache_dtype != "logquant"
+    assert config.cache_config.sliding_window == 256
 
 
 def test_attention_backend_is_refused(tmp_path: Path) -> None:
@@ -160,6 +368,102 @@ def test_unsupported_layers(argument: dict[str, object], tmp_path: Path) -> None
         with pytest.raises(ValueError, match=next(iter(argument))):
             LogQuantImpl(4, 64, 0.125, 2, **argument)  # type: ignore[arg-type]
         LogQuantImpl(4, 64, 0.125, 2, logits_soft_cap=0.0, sinks=None)
+
+
+def attention_layer(index: int = 0, num_kv_heads: int = 2, kind: str = "attention.Attention", **arguments: Any) -> Any:
+    """One of vLLM's own layers, as a model builds it."""
+    from importlib import import_module
+
+    from vllm.config import get_current_vllm_config
+
+    module, name = kind.split(".")
+    layer = getattr(import_module(f"vllm.model_executor.layers.attention.{module}"), name)
+    cache = get_current_vllm_config().cache_config
+    arguments = {"cache_config": cache, "prefix": f"model.layers.{index}.self_attn.attn", **arguments}
+    return layer(4, 64, scale=0.125, num_kv_heads=num_kv_heads, **arguments)
+
+
+def own_backend() -> Any:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    return CPUAttentionBackend
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"cache_config": None},
+            r"LlamaForCausalLM in vLLM does not read --kv-cache-dtype .*use --kv-cache-dtype auto",
+        ),
+        ({"num_kv_heads": 4}, r"layers of 2 KV heads of 64 and of 4 of 64: use --kv-cache-dtype auto"),
+        (
+            {"attn_backend": own_backend},
+            r"layer model.layers.1.self_attn.attn \(Attention\) .* CPU_ATTN .*: use --kv-cache",
+        ),
+        ({"head_size_v": 32}, r"layer model.layers.1.self_attn.attn .*: use --kv-cache-dtype auto"),
+        (
+            {"kind": "chunked_local_attention.ChunkedLocalAttention", "attention_chunk_size": 128},
+            r"layer model.layers.1.self_attn.attn \(ChunkedLocalAttention\) .*ChunkedLocalAttentionSpec",
+        ),
+    ],
+    ids=["dtype", "KV heads", "backend", "value heads", "chunks"],
+)
+def test_every_layer_is_ours(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """A layer that would keep its tokens elsewhere, or read others' pages as its own, ends the start."""
+    from vllm.config import set_current_vllm_config
+    from vllm.platforms import current_platform
+
+    if arguments.get("attn_backend") is own_backend:
+        arguments = {**arguments, "attn_backend": own_backend()}
+    config = create_config(write_config(tmp_path / "model"))
+    config.compilation_config.static_forward_context.clear()
+
+    def build(**other: Any) -> None:
+        attention_layer(**other)
+        current_platform.update_block_size_for_backend(config)  # vLLM's next call when all layers are built
+
+    with set_current_vllm_config(config):
+        build()
+        with pytest.raises(ValueError, match=message):
+            build(index=1, **arguments)
+
+
+def test_layers_without_a_cache_are_left_alone(tmp_path: Path) -> None:
+    """Encoders of images and sounds attend within their input; and nothing is looked at with another dtype."""
+    from vllm.config import set_current_vllm_config
+    from vllm.platforms import current_platform
+
+    config = create_config(write_config(tmp_path / "model"))
+    with set_current_vllm_config(config):
+        kind = "encoder_only_attention.EncoderOnlyAttention"
+        layer = attention_layer(0, kind=kind, cache_config=None)
+        assert layer.get_attn_backend().get_name() != "LOGQUANT"
+        current_platform.update_block_size_for_backend(config)
+    config = create_config(tmp_path / "model", kv_cache_dtype="auto")
+    with set_current_vllm_config(config):
+        attention_layer(0, cache_config=None)
+        current_platform.update_block_size_for_backend(config)
+
+
+def test_falcon_is_refused_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM builds Falcon's layers without the cache's configuration: they would keep their tokens in bfloat16 unasked.
+    The folder holds no weights, so the message comes before any is looked for."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    falcon = {"architectures": ["FalconForCausalLM"], "model_type": "falcon", "new_decoder_architecture": True}
+    path = write_config(tmp_path / "model", **falcon, num_kv_heads=2)
+    config = json.loads((path / "config.json").read_text())
+    del config["head_dim"]  # which its configuration does not let anyone set
+    (path / "config.json").write_text(json.dumps(config))
+    try:
+        with pytest.raises(ValueError, match="FalconForCausalLM in vLLM does not read --kv-cache-dtype"):
+            LLM(str(path), kv_cache_dtype="logquant", max_model_len=512, skip_tokenizer_init=True, enforce_eager=True)
+    finally:
+        cleanup_dist_env_and_memory()
 
 
 def test_unsupported_version(monkeypatch: pytest.MonkeyPatch) -> None:

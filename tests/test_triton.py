@@ -135,6 +135,9 @@ SMALL = [
     (48, 64, 2, 4, 64, 32, 8, 64, 3, torch.float16),
     (64, 128, 2, 2, 64, 64, 8, 85, 4, torch.bfloat16),
     (96, 32, 2, 2, 32, 64, 8, 42, 1, torch.float32),
+    (80, 128, 2, 2, 64, 64, 8, 64, 8, torch.bfloat16),
+    (160, 128, 2, 2, 64, 64, 8, 64, 1, torch.bfloat16),
+    (192, 128, 4, 2, 32, 32, 16, 64, 2, torch.bfloat16),
     (32, 128, 4, 4, 128, 32, 16, 128, 4, torch.float16),
 ]
 
@@ -335,7 +338,9 @@ def test_flat_and_extreme_groups() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("window", [42, 64, 85, 128])
-@pytest.mark.parametrize(("head_size", "gqa"), [(64, 8), (96, 1), (128, 4), (128, 16), (256, 2)])
+@pytest.mark.parametrize(
+    ("head_size", "gqa"), [(64, 8), (80, 1), (96, 1), (128, 4), (128, 16), (160, 4), (192, 12), (256, 2)]
+)
 def test_real_sizes(head_size: int, gqa: int, window: int, dtype: torch.dtype) -> None:
     """Real head sizes, page of 128 tokens; bits, groups and scales vary with the window."""
     key_bits, group, scale_bits = {42: (2, 32, 8), 64: (2, 64, 8), 85: (4, 64, 16), 128: (2, 128, 8)}[window]
