@@ -20,8 +20,26 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 WINDOW = 64
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
-PHI3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "head_dim": 96, "pad_token_id": 2}
+# windows longer than the context of these tests: as in Mistral-7B v0.1, Phi-3-mini-4k and -128k, StarCoder2
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
+PHI3 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "head_dim": 96,
+    "hidden_size": 384,
+    "pad_token_id": 2,
+    "sliding_window": 2047,
+    "max_position_embeddings": 4096,
+}
+LONG_PHI3 = {
+    **PHI3,
+    "sliding_window": 262144,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.05] * 48, "long_factor": [2.5] * 48},
+}
+STARCODER2 = {"architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2", "sliding_window": 4096}
+PHI2 = {"architectures": ["PhiForCausalLM"], "model_type": "phi", "partial_rotary_factor": 0.4, "hidden_size": 320}
 
 # architecture, query heads, KV heads, head size
 MODELS: dict[str, dict[str, Any]] = {
@@ -30,8 +48,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-256-gqa16": {"head_dim": 256, "num_attention_heads": 16, "num_key_value_heads": 1},
     "qwen3-128-gqa4": {**QWEN3, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 1},
     "mistral-128-gqa2": {**MISTRAL, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "phi3-96-gqa2": {**PHI3, "hidden_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "phi3-96-gqa2": {**PHI3, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "phi3-long-96-gqa1": {**LONG_PHI3, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "starcoder2-64-gqa2": {**STARCODER2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "phi2-80-gqa1": {**PHI2, "head_dim": 80, "num_attention_heads": 4, "num_key_value_heads": 4},
 }
+SLOW = ("phi3-long-96-gqa1", "starcoder2-64-gqa2", "phi2-80-gqa1")
 
 
 def prompts(lengths: list[int]) -> list[dict[str, list[int]]]:
@@ -80,7 +102,7 @@ def dtype_for_exactness() -> str:
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in MODELS])
 def test_short_sequences_are_exact(name: str, tmp_path: Path) -> None:
     """Below three windows nothing is read in 2 bits: the log-probabilities are those of vLLM's own cache."""
     path = write_model(tmp_path / "model", **MODELS[name])

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,6 +143,8 @@ def _cpu_tools() -> Iterator[Check]:
     """The CPU operations are C++, compiled on first use."""
     wanted = os.environ.get("CXX", "g++").split()[0]
     compiler = shutil.which(wanted)
+    if find_spec("torchvision") is None:
+        yield Check("torchvision", "note", "none", "vision-language models do not start without it, with any KV cache")
     yield (
         Check("C++ compiler", "ok", compiler)
         if compiler
