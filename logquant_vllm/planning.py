@@ -189,12 +189,13 @@ def plan(
     ]
 
 
-def model_shape(model: str, dtype: str = "auto") -> ModelShape:
+def model_shape(model: str, dtype: str = "auto", max_model_len: int | None = None) -> ModelShape:
     """The shape of a model from its ``config.json``.
 
     Args:
         model: a local directory or a name on the model hub.
         dtype: of activations; ``auto`` is what vLLM chooses: the model's own, or bfloat16 for a float32 model.
+        max_model_len: longest request; a sliding window that is no shorter makes no difference.
 
     Raises:
         ValueError: if there is no such model, or its attention is of a kind that LogQuant does not support.
@@ -209,14 +210,19 @@ def model_shape(model: str, dtype: str = "auto") -> ModelShape:
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"cannot read the configuration of model {model!r}: {reason}") from None
-    return shape_of_config(model, config.get_text_config(), dtype)
+    return shape_of_config(model, config.get_text_config(), dtype, max_model_len)
 
 
-def shape_of_config(model: str, config: Any, dtype: str = "auto") -> ModelShape:
+def shape_of_config(model: str, config: Any, dtype: str = "auto", max_model_len: int | None = None) -> ModelShape:
     """The shape of a model from its text configuration; arguments and errors as :func:`model_shape`."""
     if getattr(config, "kv_lora_rank", None):
         raise ValueError(f"{model} uses multi-head latent attention (MLA), which logquant does not support")
-    kinds = set(_layer_kinds(config)) - {"full_attention"}
+    kinds, window = set(_layer_kinds(config)), getattr(config, "sliding_window", None)
+    if kinds == {"sliding_attention"} and isinstance(window, int) and max_model_len is not None:
+        if window < max_model_len:
+            raise ValueError(f"{model} attends to the last {window} tokens only: use --max-model-len {window}")
+        kinds = set()
+    kinds -= {"full_attention"}
     if kinds:
         raise ValueError(f"{model} has {', '.join(sorted(kinds))} layers; logquant supports full attention only")
     heads = getattr(config, "num_attention_heads", None)

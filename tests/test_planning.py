@@ -77,6 +77,17 @@ def test_unsupported_models(tmp_path: Path, changes: dict[str, Any], message: st
         model_shape(str(write_config(tmp_path / "model", **changes)))
 
 
+def test_windows_as_long_as_the_context_make_no_difference(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    path = str(write_config(tmp_path / "model", model_type="mistral", sliding_window=1024))
+    assert model_shape(path, max_model_len=1024) == model_shape(str(write_config(tmp_path / "full")))
+    with pytest.raises(ValueError, match=r"the last 1024 tokens only: use --max-model-len 1024"):
+        model_shape(path, max_model_len=1025)
+    path = str(write_config(tmp_path / "gemma", model_type="gemma2", sliding_window=1024))
+    with pytest.raises(ValueError, match="sliding_attention"):
+        model_shape(path, max_model_len=512)
+
+
 def test_no_such_model(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match=r"no config.json in"):

@@ -401,7 +401,10 @@ def own_backend() -> Any:
             {"attn_backend": own_backend},
             r"layer model.layers.1.self_attn.attn \(Attention\) .* CPU_ATTN .*: use --kv-cache",
         ),
-        ({"head_size_v": 32}, r"layer model.layers.1.self_attn.attn .*: use --kv-cache-dtype auto"),
+        (
+            {"head_size_v": 32},
+            r"layer model.layers.1.self_attn.attn .*value heads of 32 channels and key heads of 64: use",
+        ),
         (
             {"kind": "chunked_local_attention.ChunkedLocalAttention", "attention_chunk_size": 128},
             r"layer model.layers.1.self_attn.attn \(ChunkedLocalAttention\) .*ChunkedLocalAttentionSpec",

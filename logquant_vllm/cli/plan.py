@@ -70,7 +70,7 @@ def plan(
     with user_errors():
         config = LogQuantConfig.from_options({name: value for name, value in options.items() if value is not None})
         available = parse_memory(memory)
-        shape = model_shape(model_directory(model), dtype)
+        shape = model_shape(model_directory(model), dtype, max_model_len)
         capacities = plan_capacity(
             shape,
             available,

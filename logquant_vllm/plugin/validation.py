@@ -163,15 +163,17 @@ def check_layers(vllm_config: Any) -> None:
     """
     for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items():
         spec, backend = layer.get_kv_cache_spec(vllm_config), layer.get_attn_backend()
-        ours = (
-            type(spec) is FullAttentionSpec
-            and backend.get_name() == BACKEND_NAME
-            and spec.head_size == spec.head_size_v
-        )
-        if spec is not None and not ours and not isinstance(spec, WindowSpec):
+        if spec is None or isinstance(spec, WindowSpec):
+            continue
+        problem = None
+        if type(spec) is not FullAttentionSpec or backend.get_name() != BACKEND_NAME:
+            problem = f"chooses the attention backend {backend.get_name()} and a {type(spec).__name__} for itself"
+        elif spec.head_size_v != spec.head_size:
+            problem = f"has value heads of {spec.head_size_v} channels and key heads of {spec.head_size}"
+        if problem:
             raise ValueError(
-                f"--kv-cache-dtype {KV_CACHE_DTYPE} does not work here: layer {name} ({type(layer).__name__}) chooses "
-                f"the attention backend {backend.get_name()} and a {type(spec).__name__} for itself: {FALLBACK}"
+                f"--kv-cache-dtype {KV_CACHE_DTYPE} does not work here: layer {name} ({type(layer).__name__}) "
+                f"{problem}: {FALLBACK}"
             )
 
 
