@@ -149,6 +149,20 @@ def test_serve_replaces_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "logquant" in os.environ["VLLM_PLUGINS"] and os.environ["VLLM_USE_AOT_COMPILE"] == "0"
 
 
+@pytest.mark.parametrize("changes", [{}, {"vision_config": {"depth": 1}}])
+def test_serve_says_that_images_need_torchvision(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_module, "installed_engine", lambda: CPU)
+    monkeypatch.setattr(serve_module.os, "execv", lambda path, command: None)
+    monkeypatch.setattr(serve_module, "find_spec", lambda name: None)
+    result = runner.invoke(app, ["serve", str(write_config(tmp_path / "model", **changes))])
+    assert result.exit_code == 0
+    assert ("torchvision" in result.stderr) == bool(changes)
+    monkeypatch.setattr(serve_module, "find_spec", lambda name: object())
+    assert "torchvision" not in runner.invoke(app, ["serve", str(tmp_path / "model")]).stderr
+
+
 def test_errors_are_one_line_and_exit_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_module, "installed_engine", lambda: CPU)
     result = runner.invoke(app, ["serve", "m", "--kv-cache-dtype", "fp8"])

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,8 @@ SERVER_FLAGS = {"--host": "127.0.0.1", "--shutdown-timeout": "20"}
 """Unless given. vLLM alone listens on every interface, and on SIGTERM drops what it is computing; here requests may
 end, in less than the half minute that Kubernetes waits."""
 
+TORCHVISION = "on a CPU install the CPU build for this torch, which PyPI does not have (torchvision 0.28.0+cpu)"
+
 # everything behind MODEL belongs to vLLM, so our parser stops there
 SERVE_CONTEXT: dict[str, Any] = {
     "allow_extra_args": True,
@@ -61,7 +64,11 @@ def serve(
     with user_errors():
         engine = installed_engine()
         command = server_command(model, context.args, engine)
-        print(reachability(context.args), file=sys.stderr)
+        typer.echo(reachability(context.args), err=True)
+    if reads_images(model) and find_spec("torchvision") is None:
+        typer.echo(
+            f"note: {model} reads images; vLLM needs torchvision for that, with any KV cache: {TORCHVISION}", err=True
+        )
     environment = {"VLLM_PLUGINS": ",".join(plugin_names())} | (CPU_ENVIRONMENT if engine.device == "cpu" else {})
     for name, value in environment.items():
         os.environ.setdefault(name, value)
@@ -69,6 +76,14 @@ def serve(
     sys.stderr.flush()
     # The server replaces this process: signals reach it directly, and its exit code is ours.
     os.execv(command[0], command)
+
+
+def reads_images(model: str) -> bool:
+    """Whether a local model's configuration has a part for vision."""
+    try:
+        return "vision_config" in json.loads((Path(model) / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def server_command(model: str, flags: Sequence[str], engine: Engine) -> list[str]:
