@@ -124,8 +124,25 @@ def _check_shapes(
         )
 
 
-def find(config: LogQuantConfig, model: str) -> Path | None:
+def _beside(model: str, revision: str | None) -> Path | None:
+    """The calibration in a model's directory, or in the hub's cache on this machine; nothing is downloaded."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder / FILE_NAME
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(model, FILE_NAME, revision=revision)
+    except ValueError:  # not a name that a hub could know
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def find(config: LogQuantConfig, model: str, revision: str | None = None) -> Path | None:
     """The calibration to use for a model directory or name; None for none.
+
+    Args:
+        revision: of a name on the hub; None for the newest that is cached.
 
     Raises:
         ValueError: if the options ask for one that is not there.
@@ -133,8 +150,8 @@ def find(config: LogQuantConfig, model: str) -> Path | None:
     if config.calibration is None or not config.rotation:
         return None
     if config.calibration == "auto":
-        beside = Path(model) / FILE_NAME
-        return beside if beside.is_file() else None
+        beside = _beside(model, revision)
+        return beside if beside is not None and beside.is_file() else None
     path = Path(config.calibration)
     try:
         if path.is_file():

@@ -338,3 +338,22 @@ def test_a_file_without_permission(ordinary_user: None) -> None:
         with pytest.raises(ValueError, match=r"there is no file .*\(Permission denied\)"):
             calibration.find(LogQuantConfig(calibration=str(path)), "model")
         Path(folder).chmod(0o700)
+
+
+def test_a_model_on_the_hub_is_looked_for_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the snapshot that vLLM would load, on this machine."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert calibration.find(LogQuantConfig(), "someone/model") is None
+    repository = tmp_path / "models--someone--model"
+    for revision, commit in (("main", "0" * 40), ("old", "1" * 40)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        (repository / "snapshots" / commit).mkdir(parents=True)
+    assert calibration.find(LogQuantConfig(), "someone/model") is None
+    path = repository / "snapshots" / ("0" * 40) / calibration.FILE_NAME
+    path.write_bytes(b"")
+    assert calibration.find(LogQuantConfig(), "someone/model") == path
+    assert calibration.find(LogQuantConfig(), "someone/model", "main") == path
+    assert calibration.find(LogQuantConfig(), "someone/model", "0" * 40) == path
+    assert calibration.find(LogQuantConfig(), "someone/model", "old") is None
+    assert calibration.find(LogQuantConfig(), "no/name/of/a/hub") is None

@@ -64,7 +64,8 @@ class LogQuantInfo(Frozen):
 
 def is_active(vllm_config: Any) -> bool:
     """Whether a server of this configuration has our cache."""
-    return bool(vllm_config.cache_config.cache_dtype == KV_CACHE_DTYPE)
+    cache_config = getattr(vllm_config, "cache_config", None)
+    return getattr(cache_config, "cache_dtype", None) == KV_CACHE_DTYPE
 
 
 def _version(*names: str) -> str | None:
@@ -77,9 +78,9 @@ def _version(*names: str) -> str | None:
 
 
 @cache
-def _calibration(config: LogQuantConfig, model: str) -> str | None:
+def _calibration(config: LogQuantConfig, model: str, revision: str | None) -> str | None:
     """Looked for once: what an engine has loaded does not change with its files."""
-    path = calibration.find(config, model)
+    path = calibration.find(config, model, revision)
     return None if path is None else str(path)
 
 
@@ -111,7 +112,7 @@ def describe(vllm_config: Any) -> LogQuantInfo:
         model=str(model.served_model_name),
         dtype=shape.dtype,
         config=config,
-        calibration=_calibration(config, str(model.model)),
+        calibration=_calibration(config, str(model.model), model.revision),
         page=PageInfo(page_size=PAGE_SIZE, block_bytes=ours.block_bytes * ranks, num_blocks=num_blocks),
         capacity=CapacityInfo(
             max_model_len=length,

@@ -110,7 +110,7 @@ def _model_problems(model: Any, config: LogQuantConfig) -> Iterator[str]:
         return
     try:
         config.layout(head_size)
-        if (path := calibration.find(config, str(model.model))) is not None:
+        if (path := calibration.find(config, str(model.model), model.revision)) is not None:
             calibration.load(path, (model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), head_size))
     except ValueError as error:
         yield str(error)
