@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -77,6 +78,18 @@ def test_only_the_plugin_imports_vllm() -> None:
         assert not names, f"{path.relative_to(ROOT)} imports {names}"
 
 
+def test_the_plugin_shares_no_file() -> None:
+    """What others put there, or a full disk, cannot stop a server: models and calibrations are read, nothing else."""
+    for path in MODULES:
+        if own_part(path) == "plugin":
+            names = {*imports(path)} & {"fcntl", "mmap", "multiprocessing.shared_memory", "tempfile"}
+            assert not names, f"{path.relative_to(ROOT)} imports {names}"
+            calls = {
+                ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+            }
+            assert not {call for call in calls if re.search(r"\b(open|unlink|(read|write)_(text|bytes))$", call)}, path
+
+
 def test_nobody_imports_the_command_line() -> None:
     for path in MODULES:
         if own_part(path) != "cli":
@@ -84,7 +97,7 @@ def test_nobody_imports_the_command_line() -> None:
             assert not names, f"{path.relative_to(ROOT)} imports {names}"
 
 
-@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.config"])
+@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.config", f"{PACKAGE}.engines", f"{PACKAGE}.plugin"])
 def test_importing_is_light(module: str) -> None:
     """vLLM imports the package in every process, and the command line must start at once."""
     code = f"import sys, {module}; print([m for m in ('torch', 'vllm', 'triton') if m in sys.modules])"

@@ -7,8 +7,6 @@ share one pool: any free block may become either.
 
 from __future__ import annotations
 
-import atexit
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +18,6 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from logquant_vllm.core.page_format import num_window_blocks
 from logquant_vllm.plugin.orphan import end_with_server
-from logquant_vllm.plugin.residency import Publisher, Tally, shared_file
-
-PUBLISH_SECONDS = 0.25
-"""Between two counts of the resident tokens: one takes about a microsecond for each request."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +28,9 @@ class WindowSpec(CircularBufferSpec):
     out: a zeroed header is how a kernel knows a request's first step.
     """
 
-    window_length: int
     num_slots: int
     slots_per_block: int
     replay_tokens: int
-    instance_id: str = ""
-    engine: int = 0
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that a request of ``num_tokens`` tokens holds."""
@@ -69,22 +60,12 @@ class WindowManager(CircularBufferManager):
         # vLLM's ring buffers do without zeroing, our headers do not
         self._record_new_block_ids = True
         self._most_blocks = kv_cache_spec.num_blocks(kv_cache_spec.num_slots)
-        self._tally = Tally(kv_cache_spec.window_length)
-        self._publish_at = 0.0
-        self._publisher = Publisher(shared_file(kv_cache_spec.instance_id, kv_cache_spec.engine))
-        atexit.register(self._publisher.close)
 
     # what follows runs twice a step for every request, and the scheduler is one thread: the usual case comes first
 
     def _missing_blocks(self, request_id: str, num_tokens: int) -> int:
         held = len(self.req_to_blocks.get(request_id, ()))
         return 0 if held >= self._most_blocks else max(self.kv_cache_spec.num_blocks(num_tokens) - held, 0)
-
-    def _publish(self) -> None:
-        now = time.monotonic()
-        if now >= self._publish_at or not self._tally:
-            self._publisher.publish(self._tally.total)
-            self._publish_at = now + PUBLISH_SECONDS
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         return self._missing_blocks(request_id, num_tokens)
@@ -93,25 +74,12 @@ class WindowManager(CircularBufferManager):
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> Sequence[KVCacheBlock]:
         missing = self._missing_blocks(request_id, num_tokens)
-        self._tally.grow(request_id, num_tokens)
-        self._publish()
         if missing == 0:
             return []
         blocks = self.block_pool.get_new_blocks(missing)
         self.req_to_blocks[request_id].extend(blocks)
         self.new_block_ids.extend(block.block_id for block in blocks)
         return blocks
-
-    def add_local_computed_blocks(
-        self, request_id: str, new_computed_blocks: Any, num_local_computed_tokens: int, *args: Any, **kwargs: Any
-    ) -> None:
-        # the coordinator has already taken the replayed tokens off the hit
-        self._tally.begin(request_id, num_local_computed_tokens)
-
-    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self._tally.end(request_id)
-        self._publish()
-        return super().pop_blocks_for_free(request_id)
 
     def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("logquant-vllm does not support KV connectors")  # refused at start-up

@@ -94,12 +94,9 @@ class WindowLayer(nn.Module, AttentionLayerBase):
             num_head_slots=1,
             tokens_per_state=block_size,
             state_content_bytes=fmt.page_bytes(heads),
-            window_length=self.layout.window_length,
             num_slots=self.layout.num_slots,
             slots_per_block=fmt.slots_per_block(heads, layer.dtype),
             replay_tokens=self.layout.prefix_replay_tokens if caching else 0,
-            instance_id=vllm_config.instance_id,
-            engine=vllm_config.parallel_config.data_parallel_index,
         )
 
     def window_bytes(self) -> torch.Tensor:
