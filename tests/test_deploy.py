@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 import logquant_vllm
-from logquant_vllm.cli.engine import SUPPORTED, Engine
+from logquant_vllm.cli.engine import Engine
 from logquant_vllm.cli.serve import flag_value, server_command
 from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.engines import VERSIONS
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parent.parent
@@ -122,7 +123,7 @@ def test_flags_reach_the_server() -> None:
     assert arguments[names + 1 : names + 3] == ["a", "b"]
     options = next(a for a in arguments if a.startswith("--additional-config=")).partition("=")[2]
     assert json.loads(options) == EVERYTHING["additionalConfig"]
-    major, minor = SUPPORTED["cuda"]
+    major, minor = VERSIONS["cuda"]
     command = server_command(arguments[0], arguments[1:], Engine("vllm", f"{major}.{minor}.0"))
     assert flag_value(command, "--kv-cache-dtype") == "logquant"
 
@@ -281,15 +282,13 @@ def test_the_dockerfiles_copy_what_the_context_has(name: str) -> None:
     ]
     assert sources
     for source in sources:
-        assert source in allowed
+        assert {source, source.split("/")[0]} & allowed
         assert (ROOT / source).exists()
     assert re.search(r"^USER 10001:10001$", text, flags=re.MULTILINE)
     assert "/health" in text
 
 
 def test_versions_agree() -> None:
-    major, minor = SUPPORTED["cuda"]
-    assert f"vllm/vllm-openai:v{major}.{minor}." in (DEPLOY / "docker" / "Dockerfile").read_text()
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["version"] == chart["appVersion"] == VERSION
     for path in [*DEPLOY.rglob("*.yaml"), *DEPLOY.rglob("Dockerfile*"), *DEPLOY.rglob("*.md")]:

