@@ -162,7 +162,6 @@ def test_equals_vllm(
     pages = FullAttentionSpec(dtype=torch.uint8, **common)
     window_blocks = WindowSpec(
         dtype=torch.bfloat16,
-        window_length=window,
         num_slots=layout.num_slots,
         slots_per_block=layout.fmt.slots_per_block(heads, torch.bfloat16),
         replay_tokens=0,

@@ -17,10 +17,10 @@ def _paley(q: int) -> Tensor:
     """Hadamard matrix of order ``q + 1`` for a prime ``q = 3 mod 4`` (Paley's first construction)."""
     squares = {(i * i) % q for i in range(1, q)}
     chi = [0] + [1 if i in squares else -1 for i in range(1, q)]
-    jacobsthal = torch.tensor([[chi[(j - i) % q] for j in range(q)] for i in range(q)])
-    skew = torch.zeros(q + 1, q + 1, dtype=torch.long)
+    jacobsthal = torch.tensor([[chi[(j - i) % q] for j in range(q)] for i in range(q)], device="cpu")
+    skew = torch.zeros(q + 1, q + 1, dtype=torch.long, device="cpu")
     skew[0, 1:], skew[1:, 0], skew[1:, 1:] = 1, -1, jacobsthal
-    return skew + torch.eye(q + 1, dtype=torch.long)
+    return skew + torch.eye(q + 1, dtype=torch.long, device="cpu")
 
 
 def supports_rotation(head_size: int) -> bool:
@@ -37,7 +37,8 @@ def _hadamard(head_size: int) -> Tensor:
             "set rotation to false for this model"
         )
     odd = head_size // (head_size & -head_size)
-    matrix = torch.ones(1, 1, dtype=torch.long) if odd == 1 else _paley(4 * odd - 1)
+    # kept for good, so never in memory of a device, whatever the default is here: vLLM's sleep may take it away
+    matrix = torch.ones(1, 1, dtype=torch.long, device="cpu") if odd == 1 else _paley(4 * odd - 1)
     while matrix.shape[0] < head_size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
     return matrix

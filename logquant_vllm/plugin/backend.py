@@ -31,7 +31,7 @@ from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.paged import Batch, PagedCache
 from logquant_vllm.core.parts import Parts
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
-from logquant_vllm.plugin.basis import layer_basis
+from logquant_vllm.plugin.basis import load_basis
 from logquant_vllm.plugin.parts import parts_of
 from logquant_vllm.plugin.window_layer import WindowLayer
 
@@ -205,7 +205,6 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
                     "use --kv-cache-dtype auto"
                 )
         self._window_layer: WindowLayer | None = None
-        self._model = str(vllm_config.model_config.model)
         self._layer = Layer(self.config.layout(head_size), self.scale)
 
     @property
@@ -215,12 +214,15 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         return self._window_layer
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Configure the layer and create its companion: the first call that comes when vLLM has named the layer."""
+        """Load the layer's basis, each time weights are loaded; the first time, configure it and create its companion.
+
+        It is the first call that comes when vLLM has named the layer.
+        """
         name, layer = next((n, m) for n, m in self._layers.items() if getattr(m, "impl", None) is self)
         vllm_config = get_current_vllm_config()
         if self.config.rotation:
-            shape = (self.num_kv_heads, self.head_size)
-            basis = layer_basis(self.config, self._model, name, *shape, act_dtype, current_platform.device_type)
+            model = vllm_config.model_config  # of these weights: vLLM reloads from other places, too
+            basis = load_basis(layer, name, self.config, model, act_dtype, current_platform.device_type)
             self._layer = self._layer._replace(basis=basis)
         if self._window_layer is None:
             layer.attn_backend = configured_backend(self.config)
