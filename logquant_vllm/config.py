@@ -73,8 +73,9 @@ class LogQuantConfig(BaseModel):
         None,
         ge=0,
         description="tokens before the end of a prefix-cache hit that are computed again, so that the recent window is "
-        "in full precision after a hit; null: 2 * window_length; at most (log2(window_length) + 2) * window_length, "
-        "which brings every log-selected copy back but that of token 0",
+        f"in full precision after a hit; null: 2 * window_length, and at least {PAGE_SIZE}, below which a decode step "
+        "takes more kernel launches; at most (log2(window_length) + 2) * window_length, which brings every selected "
+        "copy back but that of token 0",
     )
 
     @model_validator(mode="after")
@@ -105,7 +106,9 @@ class LogQuantConfig(BaseModel):
     @property
     def replay_tokens(self) -> int:
         """``prefix_replay_tokens`` with its default filled in."""
-        return 2 * self.window_length if self.prefix_replay_tokens is None else self.prefix_replay_tokens
+        if self.prefix_replay_tokens is not None:
+            return self.prefix_replay_tokens
+        return max(2 * self.window_length, PAGE_SIZE)
 
     def page_format(self, head_size: int) -> PageFormat:
         """The block format for heads of ``head_size`` channels.
@@ -128,11 +131,11 @@ class LogQuantConfig(BaseModel):
             range_shrink=self.range_shrink,
         )
 
-    def layout(self, head_size: int, rollback_tokens: int = 1) -> CacheLayout:
+    def layout(self, head_size: int, *, prefix_caching: bool = True, rollback_tokens: int = 1) -> CacheLayout:
         """Block format and window for heads of ``head_size`` channels.
 
         Args:
-            rollback_tokens: see :class:`~logquant_vllm.core.paged.CacheLayout`.
+            prefix_caching, rollback_tokens: see :class:`~logquant_vllm.core.paged.CacheLayout`.
 
         Raises:
             ValueError: as :meth:`page_format` does, or if so many tokens cannot be taken back.
@@ -143,6 +146,7 @@ class LogQuantConfig(BaseModel):
             fmt=self.page_format(head_size),
             window_length=self.window_length,
             prefix_replay_tokens=self.replay_tokens,
+            prefix_caching=prefix_caching,
             rollback_tokens=rollback_tokens,
         )
 

@@ -134,7 +134,7 @@ def logquant_capacity(
     """
     import torch
 
-    layout = config.layout(shape.head_size, rollback_tokens)
+    layout = config.layout(shape.head_size, rollback_tokens=rollback_tokens)
     heads = shape.kv_heads_per_rank(tensor_parallel_size)
     window = layout.num_window_blocks(max_model_len, heads, getattr(torch, shape.dtype))
     pages = -(-max_model_len // PAGE_SIZE)

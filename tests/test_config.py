@@ -34,11 +34,16 @@ def test_options_reach_the_layout() -> None:
     assert (layout.fmt.key_group_size, layout.fmt.scale_bits, layout.fmt.range_shrink) == (128, 16, 1.0)
 
 
-@pytest.mark.parametrize(("given", "tokens"), [(None, 256), (0, 0), (7, 7), (512, 512), (1152, 1152)])
-def test_replay_tokens(given: int | None, tokens: int) -> None:
-    config = LogQuantConfig(window_length=128, prefix_replay_tokens=given)
-    assert config.replay_tokens == tokens
-    assert config.layout(128).prefix_replay_tokens == tokens
+@pytest.mark.parametrize(
+    ("window", "given", "tokens"), [(128, None, 256), (32, None, 128), (128, 0, 0), (128, 7, 7), (128, 1152, 1152)]
+)
+def test_replay_tokens(window: int, given: int | None, tokens: int) -> None:
+    """By default what follows a hit is in full precision, and a decode step may store after its attention."""
+    config = LogQuantConfig(window_length=window, key_group_size=32, prefix_replay_tokens=given)
+    layout = config.layout(128)
+    assert config.replay_tokens == layout.prefix_replay_tokens == tokens
+    assert layout.may_store_last == (tokens >= 128)
+    assert config.layout(128, prefix_caching=False).may_store_last, "without prefix hits always"
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_equals_vllm(
         expected = _vllm_capacity({f"layers.{i}": spec for i in range(layers)}, memory, max_model_len)
         assert (capacity.tokens, capacity.concurrency) == expected
 
-    layout = config.layout(head_size, rollback_tokens)
+    layout = config.layout(head_size, rollback_tokens=rollback_tokens)
     common: dict[str, Any] = {
         "block_size": 128,
         "num_kv_heads": heads,

@@ -103,7 +103,7 @@ def test_what_was_taken_back_leaves_no_trace(ops: ModuleType, window: int, data:
     """Requests of any length, also behind a prefix hit; some of a batch are taken back and others not."""
     rollback_tokens = data.draw(st.sampled_from([1, 2, 4, 8]))
     fmt = PageFormat(SIZE, page_size=64, key_group_size=32, value_group_size=32)
-    layout = CacheLayout(fmt, window, REPLAY, rollback_tokens)
+    layout = CacheLayout(fmt, window, REPLAY, rollback_tokens=rollback_tokens)
     edge = st.builds(lambda m, d: m + d, st.sampled_from([64, 96, 4 * window, 5 * window]), st.integers(-2, 1))
     starts = [data.draw(edge.map(lambda n: max(n, 128))), data.draw(st.just(0) | edge)]
     taken_back, never_run = (Requests(layout, ops, starts, 128) for _ in range(2))

@@ -256,8 +256,8 @@ def store_tokens(
 ) -> None:
     """:func:`quantize_pages` and :func:`update_window` of a step of one token per request, after its attention.
 
-    That order is free if no request of the step reads a page that another one completes. A prefix hit could; where at
-    least its last page is recomputed (``CacheLayout.may_store_last``), it reads older pages only.
+    That order is free if no request of the step reads a page that another one completes. Only a prefix hit could; where
+    at least its last page is recomputed, it reads older pages only (``CacheLayout.may_store_last``).
     """
     quantize_pages(key, value, cache, batch, layout, feedback)
     update_window(key, value, cache, batch, layout)

@@ -32,6 +32,7 @@ class CacheLayout:
         window_length: ``W`` of the paper: ``W`` log-selected tokens and a recent window of up to ``2W``.
         prefix_replay_tokens: tokens before the end of a prefix hit that are computed again. Their pages belong to every
             request that shares the prefix and are not written again.
+        prefix_caching: whether there are prefix hits at all.
         rollback_tokens: the newest tokens that may be taken back, to be computed again with other tokens: with
             speculative decoding one more than the drafts of a step.
 
@@ -43,6 +44,7 @@ class CacheLayout:
     fmt: PageFormat
     window_length: int = 64
     prefix_replay_tokens: int = 0
+    prefix_caching: bool = True
     rollback_tokens: int = 1
 
     def __post_init__(self) -> None:
@@ -73,7 +75,7 @@ class CacheLayout:
     @property
     def may_store_last(self) -> bool:
         """Whether a step of one token per request may store after its attention (``operations.store_tokens``)."""
-        return self.prefix_replay_tokens >= self.fmt.page_size
+        return not self.prefix_caching or self.prefix_replay_tokens >= self.fmt.page_size
 
 
 class PagedCache(NamedTuple):

@@ -205,7 +205,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
                     "use --kv-cache-dtype auto"
                 )
         self._window_layer: WindowLayer | None = None
-        self._layer = Layer(self.config.layout(head_size), self.scale)
+        caching = bool(vllm_config.cache_config.enable_prefix_caching)
+        self._layer = Layer(self.config.layout(head_size, prefix_caching=caching), self.scale)
 
     @property
     def window_layer(self) -> WindowLayer:

@@ -85,7 +85,6 @@ class WindowLayer(nn.Module, AttentionLayerBase):
         layer = self._attention_layer[0]
         fmt, heads = self.layout.fmt, layer.num_kv_heads
         block_size = vllm_config.cache_config.block_size
-        caching = vllm_config.cache_config.enable_prefix_caching
         return WindowSpec(
             block_size=block_size,
             num_kv_heads=heads,
@@ -96,7 +95,7 @@ class WindowLayer(nn.Module, AttentionLayerBase):
             state_content_bytes=fmt.page_bytes(heads),
             num_slots=self.layout.num_slots,
             slots_per_block=fmt.slots_per_block(heads, layer.dtype),
-            replay_tokens=self.layout.prefix_replay_tokens if caching else 0,
+            replay_tokens=self.layout.prefix_replay_tokens if self.layout.prefix_caching else 0,
         )
 
     def window_bytes(self) -> torch.Tensor:
