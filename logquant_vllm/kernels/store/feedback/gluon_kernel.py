@@ -33,6 +33,7 @@ from logquant_vllm.kernels.store.quantize import (
 )
 
 BLOCK = gl.constexpr(16)  # channels
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.8's name, and 3.6's
 
 
 @gluon.constexpr_function
@@ -257,10 +258,10 @@ def feedback_kernel(
             copy_feedback(shares, feedback + head.to(gl.int64) * (HEAD_SIZE * HEAD_SIZE), HEAD_SIZE)
             async_copy.commit_group()
             async_copy.wait_group(1)
-            gl.thread_barrier()
+            barrier()
             choose_scales(metadata, keys, group, FMT)
             async_copy.wait_group(0)
-            gl.thread_barrier()
+            barrier()
             for block in range(BLOCKS):
                 scales = of_blocks.index(block).load(BY_CHANNEL)
                 zeros = of_blocks.index(BLOCKS + block).load(BY_CHANNEL)
@@ -273,6 +274,6 @@ def feedback_kernel(
                 lost_low.index(block).store(low)
                 codes.index(block).store(chosen.to(gl.int8))
             store_words(group, codes, FMT)
-            gl.thread_barrier()
+            barrier()
     if PDL:
         gdc_wait()  # what waits for this kernel waits for the one before too
