@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all lint fmt clean
+.PHONY: help setup other-versions serve test test-all lint fmt clean
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -35,6 +35,13 @@ $(VENV)/.project: pyproject.toml $(VENV)/.engine-$(DEVICE)
 	$(BIN)/python -m pip install --quiet 'setuptools>=65' wheel
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
+
+# other versions beside it, of which tests alone know
+$(VENV)/.beside: .ci/install_beside.py $(VENV)/.project
+	$(BIN)/python .ci/install_beside.py triton-3.8 triton-3.6 vllm-0.33
+	@touch $@
+
+other-versions: $(VENV)/.beside  ## install what the tests for GPUs' Triton and vLLM need
 
 setup: $(VENV)/.project  ## create the environment and install everything
 

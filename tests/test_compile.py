@@ -1,161 +1,156 @@
-"""The kernels compile for GPUs, with the compiler that Triton brings: that needs no GPU.
+"""The kernels compile for every GPU that they are for, with the Tritons that come with vLLM: that needs no GPU.
 
-What runs here is ``kernels.warm_up``, which calls every operation once; each launch stops at the compiled kernel.
+``tests.compile_cases`` launches real host functions in a process of its own, ``tests.compile_only`` stops each launch
+at the compiled kernel. Here stands what is expected of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
-import torch
 
-from logquant_vllm.bench.calibrations import random_moments
-from logquant_vllm.config import LogQuantConfig
-from logquant_vllm.core.calibration import Basis, calibrated_basis
-from tests.test_triton import INTERPRETED
+from tests.compile_only import GPUS, Launch
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+ROOT = Path(__file__).parent.parent
+TRITONS = {"3.8": "what vLLM 0.33 installs", "3.6": "what the results in docs/ were measured with"}
 
-KV_HEADS = 2
-FORMATS = {
-    # options, head size, query heads of a KV head
-    "default": ({}, 128, 4),
-    "k4v2": ({"preset": "k4v2"}, 128, 4),
-    "d64-g128": ({"key_group_size": 128, "window_length": 128}, 64, 1),
-    "d96-g32-fp16": ({"key_group_size": 32, "value_group_size": 32, "scale_bits": 16}, 96, 8),
-    "d80": ({}, 80, 1),
-    "d192": ({}, 192, 12),
-    "d256": ({}, 256, 2),
+ONLY_ON = {
+    # the kernels laid out by hand read e4m3, which the tensor cores' registers take from Ada on
+    "decode_gluon.decode_kernel": {"sm_89", "sm_90", "sm_100", "sm_120"},
+    "join.join_pieces_kernel": {"sm_89", "sm_90", "sm_100", "sm_120"},
+    # and Triton's do what they cannot
+    "decode.decode_kernel": {"sm_80"},
+    "decode.combine_kernel": {"sm_80"},
+    # two blocks of 107 KiB to a multiprocessor
+    "feedback_gluon.feedback_kernel": {"sm_90", "sm_100"},
 }
-GLUON = triton.__version__.startswith("3.6.")  # the hand-laid kernel is written for the Triton of vLLM 0.33
+"""Kernels that some GPUs have no use for, in the default format."""
+SPILLS = {
+    # 255 registers of a thread do not hold a group of keys with all its errors
+    "store.quantize_kernel": {"sm_80", "sm_89", "sm_120"},
+    "store_step.store_step_kernel": {"sm_80", "sm_89", "sm_120"},
+    "rounding.round_kernel": set(GPUS),
+    "attention.attention_kernel": {"sm_80", "sm_120"},
+    "decode.decode_kernel": {"sm_80"},
+    "decode_gluon.decode_kernel": {"sm_120"},
+    "past.gather_past_kernel": {"sm_89"},
+}
+"""Kernels that keep a part of their registers in memory: known to be slower there."""
 
 
-class Compiler:
-    """What Triton asks of a GPU's driver to compile for it."""
+class Compiled(NamedTuple):
+    """What a case launched; the kernels are those of the package."""
 
-    def __init__(self, major: int, minor: int) -> None:
-        self.number = 10 * major + minor
-
-    def get_current_device(self) -> int:
-        return self.number  # kernels are cached for each device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.number, 32)
+    kernels: set[str]
+    launches: list[Launch]
 
 
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """Names to what was compiled, one kernel for each specialization; nothing is launched."""
-    from triton.runtime import jit
-
-    kernels: dict[str, list[Any]] = {}
-    run = jit.JITFunction.run
-
-    def only_compile(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
-        kernel, known = run(self, *args, warmup=True, **kwargs), kernels.setdefault(self.__name__, [])
-        if not any(kernel is other for other in known):
-            known.append(kernel)
-
-    monkeypatch.setattr(jit.JITFunction, "run", only_compile)
-    return kernels
+def path_of(triton: str) -> str:
+    """Where that Triton lies: beside the environment's own (``make other-versions``), or as it."""
+    beside = Path(sys.prefix) / f"triton-{triton}"
+    if beside.is_dir():
+        return str(beside)
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:
+        installed = ""
+    if not installed.startswith(f"{triton}."):
+        pytest.skip(f"Triton {triton} is not installed: `make other-versions` does it")
+    return ""
 
 
-@pytest.fixture
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
-    """Make Triton, and what asks for the GPU's capability, believe in a GPU of that capability."""
-    from triton.runtime import driver
-
-    from logquant_vllm.kernels import common, decoding, feedback_launch, store_step
-
-    for module in (decoding, feedback_launch, store_step):
-        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(driver, "_active", Compiler(*request.param))
-    monkeypatch.setattr(common, "capability", lambda device: request.param)
-    by_hand = decoding._decode_by_hand, feedback_launch.feedback_by_hand
-    for module in (decoding, feedback_launch):
-        monkeypatch.setattr(module, "capability", lambda device: request.param if GLUON else (8, 0))
-    for choice in by_hand:
-        choice.cache_clear()
-    yield request.param
-    for choice in by_hand:
-        choice.cache_clear()
+@functools.cache
+def compiled(triton: str, case: str, gpu: str, name: str = "default") -> Compiled:
+    """Run a case of ``tests.compile_cases``."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [path_of(triton), str(ROOT)]))
+    env["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, "-m", "tests.compile_cases", case, gpu, name]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert found["triton"].startswith(triton)
+    launches = [Launch(**launch)._replace(kernel=short(launch["kernel"])) for launch in found["launches"]]
+    return Compiled({short(kernel) for kernel in found["kernels"]}, launches)
 
 
-HOPPER, AMPERE = pytest.param((9, 0), id="sm_90"), pytest.param((8, 0), id="sm_80", marks=pytest.mark.slow)
+def short(kernel: str) -> str:
+    """The last module and the kernel's name."""
+    return ".".join(kernel.split(".")[-2:])
 
 
-def bases(head_size: int) -> list[Basis | None]:
-    """Without a calibration, and with one."""
-    basis = calibrated_basis(random_moments(head_size, KV_HEADS))
-    return [None, Basis(basis.query.bfloat16(), basis.key.bfloat16(), basis.feedback)]
+ALL = [
+    *(pytest.param("3.8", gpu, "default", id=f"3.8-{gpu}") for gpu in GPUS),
+    *(pytest.param("3.6", gpu, "default", id=f"3.6-{gpu}", marks=pytest.mark.slow) for gpu in GPUS),
+    *(
+        pytest.param("3.8", gpu, name, id=f"3.8-{gpu}-{name}", marks=pytest.mark.slow)
+        for gpu, name in [
+            *((gpu, "k4v2") for gpu in GPUS),
+            *(("sm_90", name) for name in ("d64-g128", "d96-g32-fp16", "d256")),
+            *(("sm_120", name) for name in ("d64-g128", "d96-g32-fp16", "d256")),
+        ]
+    ),
+]
 
 
-@pytest.mark.parametrize("target", [HOPPER, AMPERE], indirect=True)
-@pytest.mark.parametrize("name", ["default", *(pytest.param(x, marks=pytest.mark.slow) for x in list(FORMATS)[1:])])
-def test_kernels_compile(compiled: dict[str, list[Any]], target: tuple[int, int], name: str) -> None:
-    from logquant_vllm.kernels.warm_up import warm_up
+@pytest.mark.parametrize(("triton", "gpu", "name"), ALL)
+def test_kernels_compile(triton: str, gpu: str, name: str) -> None:
+    """Every kernel of the package does, none asks for more shared memory than a block can have, or spills unknown."""
+    kernels, launches = compiled(triton, "operations", gpu, name)
+    known = {kernel for kernel in kernels if gpu in ONLY_ON.get(kernel, GPUS)}
+    launched = {launch.kernel for launch in launches}
+    if name == "default":
+        assert launched == known
+    else:
+        assert launched <= kernels
+    assert ONLY_ON.keys() <= kernels
+    limit = GPUS[gpu].properties.shared_memory_per_block_optin
+    assert {launch.kernel: launch.shared for launch in launches if launch.shared > limit} == {}
+    spilled = {launch.kernel: launch.stack for launch in launches if launch.stack}
+    if name == "default":
+        assert {kernel: stack for kernel, stack in spilled.items() if gpu not in SPILLS.get(kernel, ())} == {}
 
-    options, head_size, gqa = FORMATS[name]
-    layout = LogQuantConfig.from_options(options).layout(head_size)
-    for basis in bases(head_size):
-        warm_up(layout, KV_HEADS * gqa, KV_HEADS, torch.bfloat16, torch.device("cpu"), basis)
-    assert compiled.keys() >= {"store_step_kernel", "quantize_kernel", "window_kernel", "decode_kernel"}
-    assert ("feedback_kernel" in compiled) == (GLUON and target == (9, 0) and head_size in (64, 128))
-    assert all(kernel.asm["cubin"] for kernels in compiled.values() for kernel in kernels)
 
-
-@pytest.mark.usefixtures("target")
-@pytest.mark.parametrize("target", [HOPPER], indirect=True)
-def test_warm_up_leaves_nothing_to_compile(compiled: dict[str, list[Any]]) -> None:
+def test_warm_up_leaves_nothing_to_compile() -> None:
     """Whatever number of requests a decode step has."""
-    from logquant_vllm.bench.decode import Shape
-    from logquant_vllm.bench.store import CONTEXT, inputs_of
-    from logquant_vllm.kernels import operations
-    from logquant_vllm.kernels.warm_up import warm_up
-
-    layout = LogQuantConfig().layout(64)
-    warm_up(layout, KV_HEADS, KV_HEADS, torch.bfloat16, torch.device("cpu"), None, 300, CONTEXT)
-    before = {name: len(kernels) for name, kernels in compiled.items()}
-    for requests in (1, 2, 3, 16, 31, 32, 33, 100, 256, 257, 300):
-        q, k, v, cache, batch = inputs_of(requests, 1, 1, Shape(KV_HEADS, KV_HEADS, 64), layout, 0, "cpu")
-        operations.decode_step(q, k, v, cache, batch, layout, 1.0)
-    assert {name: len(kernels) for name, kernels in compiled.items()} == before
+    _, launches = compiled("3.8", "steps", "sm_90")
+    warm = {launch.binary for launch in launches if launch.label == "warm-up"}
+    steps = {launch.binary for launch in launches if launch.label == "step"}
+    assert steps and steps <= warm
 
 
-@pytest.mark.skipif(not GLUON, reason="the hand-laid kernel is written for the Triton of vLLM 0.33")
-@pytest.mark.usefixtures("target", "compiled")
-@pytest.mark.parametrize("target", [HOPPER], indirect=True)
-@pytest.mark.parametrize("context", [300, 20000])
-@pytest.mark.parametrize(("requests", "captured"), [(3, 4), (5, 8), (17, 24), (33, 40), (63, 64), (65, 72), (250, 256)])
-def test_graphs_round_the_same(monkeypatch: pytest.MonkeyPatch, requests: int, captured: int, context: int) -> None:
+def test_graphs_round_the_same() -> None:
     """A captured batch has rows of padding and the longest requests as its bound, and yet work is cut and pieces are
     joined as without a graph: what a program takes follows from these numbers and from lengths on the device."""
-    from triton.runtime import jit
+    shapes: dict[str, list[Any]] = defaultdict(list)
+    for launch in compiled("3.8", "graphs", "sm_90").launches:
+        if launch.kernel == "decode_gluon.decode_kernel":
+            shapes[launch.label].append(launch.grid)
+        elif launch.kernel == "join.join_pieces_kernel":
+            constants = [launch.constants[name] for name in ("TILE", "CHANNELS", "num_warps")]
+            shapes[launch.label].append([launch.grid[2], *constants])
+    steps = {label.split()[0] for label in shapes}
+    assert steps and all(shapes[f"{step} alone"] for step in steps)
+    for step in steps:
+        assert shapes[f"{step} alone"] == shapes[f"{step} captured"], step
 
-    from logquant_vllm.bench.decode import Shape, random_inputs
-    from logquant_vllm.kernels import operations
 
-    launches: list[dict[str, Any]] = []
-    compile_only = jit.JITFunction.run
-
-    def record(self: Any, *args: Any, grid: Any, **kwargs: Any) -> None:
-        cut = {"programs": grid[0]} if self.__name__ == "decode_kernel" else {"chunks": grid[2]}
-        launches.append(cut | {name: kwargs.get(name) for name in ("TILE", "CHANNELS", "num_warps")})
-        compile_only(self, *args, grid=grid, **kwargs)
-
-    monkeypatch.setattr(jit.JITFunction, "run", record)
-    layout = LogQuantConfig().layout(128)
-    for count in (requests, captured):
-        inputs = random_inputs(count, context, Shape(8, KV_HEADS, 128), layout, 0, "cpu")
-        bound = context if count == requests else 131072
-        operations.attention(*inputs[:4], inputs.batch._replace(max_seq_len=bound), layout, 1.0)
-    alone, padded = launches[:2], launches[2:]
-    assert len(alone) == 2 and alone == padded
+@pytest.mark.parametrize("gpu", ["sm_89", "sm_90", "sm_120"])
+def test_persistent_programs_are_resident(gpu: str) -> None:
+    """Programs that take their share of all work: one that waits for another to end would double the step's time."""
+    if gpu in ("sm_89", "sm_120"):
+        pytest.xfail("shares are cut for 228 KiB of shared memory")
+    launches = compiled("3.8", "graphs", gpu).launches
+    decoding = [launch for launch in launches if launch.kernel == "decode_gluon.decode_kernel"]
+    assert max(launch.grid[0] for launch in decoding) == decoding[0].resident() * GPUS[gpu].multiprocessors

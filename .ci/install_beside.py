@@ -1,0 +1,56 @@
+"""Install other versions of packages, for tests, into folders of this Python's environment that nothing imports from.
+
+``triton-3.8`` and ``triton-3.6`` are compilers for ``tests/test_compile.py``; ``vllm-0.33`` is what vLLM for CUDA
+consists of in Python, and runs on the compiled parts of the CPU wheel (``tests/test_other_vllm.py``)::
+
+    python .ci/install_beside.py triton-3.8 triton-3.6 vllm-0.33
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path, PurePath
+
+PACKAGES = {"triton-3.8": "triton==3.8.*", "triton-3.6": "triton==3.6.*", "vllm-0.33": "vllm==0.33.*"}
+# where the index holds vLLM for machines with CUDA
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux2014_x86_64")
+PYTHON_FILES = {".py", ".json", ".jinja", ".txt", ".typed", ""}
+MAX_BYTES = 4 << 20
+"""A larger file is a program."""
+
+
+def pip(command: str, *arguments: str) -> None:
+    """Run this Python's pip; exit as it does when it fails."""
+    print("+", " ".join(["pip", command, *arguments]), flush=True)
+    status = subprocess.call([sys.executable, "-m", "pip", command, "--quiet", "--no-deps", *arguments])
+    if status != 0:
+        raise SystemExit(status)
+
+
+def unpack_python(package: str, target: Path) -> None:
+    """The wheel without what is compiled or for compiling."""
+    with tempfile.TemporaryDirectory() as folder:
+        platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+        pip("download", "--only-binary=:all:", *platforms, "--dest", folder, package)
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            for file in archive.infolist():
+                if PurePath(file.filename).suffix in PYTHON_FILES and file.file_size <= MAX_BYTES:
+                    archive.extract(file, target)
+
+
+def main() -> None:
+    """Install what the command line names."""
+    for name in sys.argv[1:]:
+        target = Path(sys.prefix) / name
+        if name.startswith("vllm"):
+            unpack_python(PACKAGES[name], target)
+        else:
+            pip("install", "--upgrade", "--target", str(target), PACKAGES[name])
+
+
+if __name__ == "__main__":
+    main()
