@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path, PurePath
 
 PACKAGES = {"triton-3.8": "triton==3.8.*", "triton-3.6": "triton==3.6.*", "vllm-0.33": "vllm==0.33.*"}
@@ -42,12 +43,22 @@ def unpack_python(package: str, target: Path) -> None:
                     archive.extract(file, target)
 
 
+def link_compiled(package: str, target: Path) -> None:
+    """The compiled parts of the version that is installed, which have the same names."""
+    installed = Path(find_spec(package).submodule_search_locations[0])
+    for file in installed.glob("*.so"):
+        link = target / package / file.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(file)
+
+
 def main() -> None:
     """Install what the command line names."""
     for name in sys.argv[1:]:
         target = Path(sys.prefix) / name
         if name.startswith("vllm"):
             unpack_python(PACKAGES[name], target)
+            link_compiled("vllm", target)
         else:
             pip("install", "--upgrade", "--target", str(target), PACKAGES[name])
 

@@ -89,7 +89,7 @@ class Launch(NamedTuple):
 
 
 class Indexing(TorchFunctionMode):
-    """``tensor[...]`` in a build of PyTorch without CUDA, which asks for the tensor's device before it looks further."""
+    """``tensor[...]`` in a build of PyTorch without CUDA, which asks for the device before it looks any further."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Slices, integers, None and an Ellipsis; nothing else is rewritten."""

@@ -1,0 +1,182 @@
+"""vLLM's own scheduler, coordinator and workers over our blocks, in this process: the engine of a small random model.
+
+Nothing here depends on the version of vLLM: ``tests.test_other_vllm`` runs it on the other one that is supported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from logquant_vllm.planning import model_shape, plan
+from tests.models import write_model
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+VOCABULARY = 512
+ROUNDING = 1e-3
+"""Between log-probabilities that differ in the order of float32 sums alone."""
+
+
+class Engine:
+    """A model in this process that answers token ids with log-probabilities."""
+
+    def __init__(self, path: Path, **arguments: Any) -> None:
+        from vllm import LLM
+
+        self.path = path
+        self.llm = LLM(
+            model=str(path),
+            kv_cache_dtype="logquant",
+            dtype="bfloat16" if torch.cuda.is_available() else "float32",
+            enforce_eager=True,
+            max_logprobs=VOCABULARY,
+            skip_tokenizer_init=True,
+            gpu_memory_utilization=0.4,
+            disable_log_stats=False,
+            **arguments,
+        )
+        self.core: Any = self.llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that no request holds."""
+        return self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def metric(self, name: str) -> int:
+        """One of vLLM's counters."""
+        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)  # type: ignore[union-attr]
+
+    def sampling(self, tokens: int) -> Any:
+        """Greedy, with every log-probability."""
+        from vllm import SamplingParams
+
+        return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=VOCABULARY)
+
+    def ask(self, prompts: Sequence[list[int]], tokens: int) -> tuple[list[Tensor], list[int]]:
+        """Answer prompts at once.
+
+        Returns:
+            logprobs: ``[tokens, VOCABULARY]`` of each.
+            cached: tokens of each that were found in the prefix cache.
+        """
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        results = self.llm.generate(asked, self.sampling(tokens), use_tqdm=False)  # type: ignore[arg-type]
+        steps = [result.outputs[0].logprobs or [] for result in results]
+        logprobs = [torch.tensor([[s[i].logprob for i in range(VOCABULARY)] for s in answer]) for answer in steps]
+        return logprobs, [result.num_cached_tokens or 0 for result in results]
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    """Random tokens, others in every call's every prompt."""
+    g = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(2, VOCABULARY, (length,), generator=g).tolist() for length in lengths]
+
+
+def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The largest difference of two log-probabilities."""
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Engine:
+    """With a prefix cache and more blocks than it needs."""
+    return Engine(model, max_model_len=1024, num_gpu_blocks_override=200)
+
+
+@pytest.fixture(scope="module")
+def small(model: Path) -> Engine:
+    """With blocks for two or three requests, each of which fits its full-precision window: every answer is exact."""
+    options = {"logquant": {"window_length": 128}}
+    return Engine(
+        model,
+        max_model_len=256,
+        num_gpu_blocks_override=70,
+        enable_prefix_caching=False,
+        async_scheduling=True,
+        additional_config=options,
+    )
+
+
+def test_capacity_is_what_was_planned(engine: Engine) -> None:
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
+
+    config, length = engine.core.scheduler.kv_cache_config, 1024
+    (page,) = {group.kv_cache_spec.page_size_bytes for group in config.kv_cache_groups}
+    shape = model_shape(str(engine.path), "float32")
+    planned = plan(shape, config.num_blocks * page * shape.num_layers, length)[2]
+    assert planned.block_bytes == page * shape.num_layers
+    found = get_kv_cache_capacity(engine.llm.llm_engine.vllm_config, config)
+    assert (planned.tokens, planned.concurrency) == found
+
+
+def test_prefix_hits(engine: Engine) -> None:
+    """What is found is whole pages; answers after a hit are those after any other, in a crowd and alone."""
+    first, other = prompts_of(700, 300)
+    free = engine.free_blocks
+    cold, none = engine.ask([first], 8)
+    assert none == [0]
+    hits, cached = engine.ask([first] * 3 + [other], 8)
+    assert cached[:3] == [640] * 3
+    assert distance(hits[:2], hits[1:3]) < ROUNDING
+    alone, again = engine.ask([first], 8)
+    assert again == [640]
+    assert distance(alone, hits[:1]) < ROUNDING
+    assert 0 < distance(cold, alone)  # 2 bits against none: the hit was used
+    assert float((cold[0][0].exp() * (cold[0][0] - alone[0][0])).sum()) < 0.2
+    assert engine.free_blocks == free
+
+
+def test_equal_prompts_in_one_step(engine: Engine) -> None:
+    """All but the first read pages that the first writes in that very step, and answer as after any other hit."""
+    (prompt,) = prompts_of(650)
+    free = engine.free_blocks
+    together, cached = engine.ask([prompt] * 4, 4)
+    assert cached == [0, 640, 640, 640]
+    hit, _ = engine.ask([prompt], 4)
+    assert distance(together[1:], hit * 3) < ROUNDING
+    assert engine.free_blocks == free
+
+
+def test_abort_gives_every_block_back(engine: Engine) -> None:
+    free = engine.free_blocks
+    for i, prompt in enumerate(prompts_of(100, 900, 333)):
+        engine.llm.llm_engine.add_request(f"left {i}", {"prompt_token_ids": prompt}, engine.sampling(100))  # type: ignore[arg-type]
+    for _ in range(5):
+        engine.llm.llm_engine.step()
+    assert engine.free_blocks < free
+    engine.llm.llm_engine.abort_request([f"left {i}" for i in range(3)])
+    while engine.llm.llm_engine.has_unfinished_requests() or engine.free_blocks != free:
+        before = engine.free_blocks
+        engine.llm.llm_engine.step()
+        assert engine.free_blocks >= before
+    assert engine.free_blocks == free
+
+
+def test_preemption_computes_the_same(small: Engine) -> None:
+    """Twelve requests in a pool for two: they are preempted and computed again, and answers are those of each alone."""
+    prompts, free = prompts_of(*range(60, 180, 10)), small.free_blocks
+    alone = [small.ask([prompt], 70)[0][0] for prompt in prompts]
+    before = small.metric("vllm:num_preemptions")
+    crowded, _ = small.ask(prompts, 70)
+    assert small.metric("vllm:num_preemptions") > before
+    assert distance(alone, crowded) < ROUNDING
+    assert small.free_blocks == free

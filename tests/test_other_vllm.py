@@ -1,0 +1,39 @@
+"""The tests of what vLLM calls, with the Python of the vLLM that is for CUDA, on a CPU.
+
+Its wheel lies beside the environment's own (``make other-versions``), with the compiled parts of the CPU wheel: their
+operations still have the signatures that it calls.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BESIDE = Path(sys.prefix) / "vllm-0.33"
+
+pytestmark = pytest.mark.skipif(not BESIDE.is_dir(), reason="vLLM 0.33 is not installed: `make other-versions` does it")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        pytest.param("test_engine test_planning", id="engine"),
+        pytest.param("test_startup", id="startup", marks=pytest.mark.slow),
+        pytest.param("test_models test_metrics", id="models", marks=pytest.mark.slow),
+        pytest.param("test_server", id="server", marks=pytest.mark.slow),
+    ],
+)
+def test_with_vllm_033(files: str) -> None:
+    env = {**os.environ, "PYTHONPATH": f"{BESIDE}{os.pathsep}{ROOT}", "VLLM_TARGET_DEVICE": "cpu"}
+    found = subprocess.run([sys.executable, "-c", "import vllm; print(vllm.__version__)"], env=env, capture_output=True)
+    assert found.stdout.decode().startswith("0.33."), found.stderr.decode()
+    paths = [f"tests/{name}.py" for name in files.split()]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu and not slow", "--show-capture=no", *paths]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-6000:]
