@@ -131,20 +131,6 @@ def test_prefix_cache(server: Server) -> None:
     assert sum(cold) >= 70, f"{sum(cold)} of 100 cold"
 
 
-def test_shared_prefix_in_one_step(server: Server) -> None:
-    """Requests that arrive together with the same new prefix: the second reads pages that the first writes in that
-    step."""
-    pairs = []
-    for seed in range(10):
-        first = lookups(1, 600 + seed, 600)[0]
-        pairs.append([first, first, first, first])
-    texts = [answers(server, group, concurrency=4) for group in pairs]
-    firsts = [tasks.score(g[0], t[0]) for g, t in zip(pairs, texts, strict=True)]
-    others = [tasks.score(g[-1], t[-1]) for g, t in zip(pairs, texts, strict=True)]
-    assert_as_good(firsts, others, "shared prefix in one step")
-    assert sum(firsts) >= 6
-
-
 def test_multi_turn_chat(server: Server) -> None:
     """Each turn of a chat continues from the cache and still finds what stood in the first one."""
     good = total = 0
@@ -195,21 +181,6 @@ def test_too_long_request(server: Server) -> None:
     assert accuracy([case], answers(server, [case])) == 1
 
 
-def test_in_window_answers_equal_bf16(server: Server) -> None:
-    """Greedy answers whose target is in the full-precision window are those of vLLM's own bf16 cache."""
-    near = [
-        *lookups(16, 10, 150),  # everything in full precision
-        *(c for c in lookups(16, 11, 700, depth=0.999) if 0 < c.distance < 60),  # the newest record of a long table
-    ]
-    assert len(near) > 24
-    ours = answers(server, near)
-    # a fixed size, as the demo has: vLLM cannot measure free memory while others give some back
-    with Server("logquant_vllm/demo/model", *FLAGS, "--kv-cache-memory-bytes", "1G", baseline=True) as bf16:
-        theirs = answers(bf16, near)
-    assert accuracy(near, theirs) >= 0.8
-    assert ours == theirs
-
-
 def test_accuracy_of_what_is_served(server: Server, tmp_path: Path) -> None:
     """``logquant-vllm eval --base-url`` asks every question twice, and tells where the looked-up records lie."""
     command = [sys.executable, "-m", "logquant_vllm.cli", "eval", "--base-url", f"{server.base_url}/v1"]
@@ -250,21 +221,7 @@ def test_same_tokens_as_transformers(server: Server) -> None:
         assert local == served
 
 
-def test_preemption() -> None:
-    """A cache that two or three requests fill: as they grow vLLM preempts and recomputes, and answers stay as good."""
-    cases = lookups(12, 12, 850)
-    # room for two requests (three in bfloat16, whose copies take half the blocks) as they arrive, not as they grow
-    blocks = {"float32": "60", "bfloat16": "58"}[DTYPE]
-    flags = ("--max-model-len", "2048", "--num-gpu-blocks-override", blocks, "--dtype", DTYPE, *EAGER)
-    with Server("demo", *flags) as small:
-        crowded = right(cases, answers(small, cases, concurrency=12, go_on_for=300))
-        assert small.metric("vllm:num_preemptions_total") > 0
-        small.wait_idle()
-        alone = right(cases, answers(small, cases, concurrency=1))
-    assert_as_good(alone, crowded, "with preemption against without")
-    assert sum(alone) >= 8, f"{sum(alone)} of 12"
-
-
+@pytest.mark.slow
 def test_restart(server: Server) -> None:
     """A second server on the same model gives the answers of the first, and SIGTERM ends it cleanly."""
     cases = lookups(4, 13, 300)
