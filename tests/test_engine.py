@@ -19,8 +19,8 @@ from tests.models import write_model
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 VOCABULARY = 512
-ROUNDING = 1e-3
-"""Between log-probabilities that differ in the order of float32 sums alone."""
+ROUNDING = 1e-3 if not torch.cuda.is_available() else 0.2
+"""Between log-probabilities that differ in the order of sums alone, and on a GPU in bfloat16's rounding."""
 
 
 class Engine:
@@ -81,6 +81,17 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """The largest difference of two log-probabilities."""
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+def agreeing(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Steps of two greedy answers up to the first token in which they differ: so far they had the same past."""
+    same = (a.argmax(-1) == b.argmax(-1)).long().cumprod(0)
+    return list(zip(a, b, strict=True))[: int(same.sum()) + 1]
+
+
+def mean_kl(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Mean KL divergence of distributions, in nats."""
+    return sum(float((a.exp() * (a - b)).sum()) for a, b in pairs) / len(pairs)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -172,11 +183,27 @@ def test_abort_gives_every_block_back(engine: Engine) -> None:
 
 
 def test_preemption_computes_the_same(small: Engine) -> None:
-    """Twelve requests in a pool for two: they are preempted and computed again, and answers are those of each alone."""
-    prompts, free = prompts_of(*range(60, 180, 10)), small.free_blocks
+    """Six requests in a pool for two: they are preempted and computed again, and answers are those of each alone."""
+    prompts, free = prompts_of(*range(60, 180, 20)), small.free_blocks
     alone = [small.ask([prompt], 70)[0][0] for prompt in prompts]
     before = small.metric("vllm:num_preemptions")
     crowded, _ = small.ask(prompts, 70)
     assert small.metric("vllm:num_preemptions") > before
     assert distance(alone, crowded) < ROUNDING
     assert small.free_blocks == free
+
+
+def test_preemption_between_hits(model: Path) -> None:
+    """With a prefix cache and long requests: what was preempted finds pages of its own again."""
+    engine = Engine(model, max_model_len=1024, num_gpu_blocks_override=56)
+    prompts, free = prompts_of(*range(520, 640, 30)), engine.free_blocks
+    alone = [engine.ask([prompt], 160)[0][0] for prompt in prompts]
+    assert engine.core.scheduler.kv_cache_manager.reset_prefix_cache()
+    crowded, _ = engine.ask(prompts, 160)
+    assert engine.metric("vllm:num_preemptions") > 0
+    assert engine.free_blocks == free
+    assert engine.core.scheduler.kv_cache_manager.reset_prefix_cache()
+    steps = [(a, c) for x, y in zip(alone, crowded, strict=True) for a, c in agreeing(x, y)]
+    unrelated = [(a, c) for (a, _), (_, c) in zip(steps, reversed(steps), strict=True)]
+    assert len(steps) > 160
+    assert mean_kl(steps) < mean_kl(unrelated) / 100
