@@ -10,18 +10,21 @@ ARGS ?=
 PYTHON ?= python3
 # vLLM's CPU and CUDA wheels hold the same module, so each device has an environment of its own
 VENV ?= $(if $(filter cuda,$(DEVICE)),.venv-cuda,.venv)
-PYTEST_ARGS ?= -m "not slow"
+# a process for each core, where tests do not share a GPU
+PYTEST_PARALLEL ?= $(if $(filter cpu,$(DEVICE)),-n auto --maxprocesses 8 --dist loadgroup)
+PYTEST_ARGS ?= -m "not slow" $(PYTEST_PARALLEL)
+PYTEST = $(if $(findstring -n auto,$(PYTEST_ARGS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest
 EXTRAS ?= dev
 
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup other-versions serve test test-all lint fmt clean
+.PHONY: help setup other-versions serve test test-slow test-all lint fmt clean
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,13 +52,15 @@ serve: setup  ## serve MODEL (the demo model) with the LogQuant KV cache
 	$(BIN)/logquant-vllm serve $(MODEL) $(ARGS)
 
 # every model of the tests is local, so nothing should wait for a hub or report usage
-test: export HF_HUB_OFFLINE = 1
-test: export VLLM_NO_USAGE_STATS = 1
+test test-slow: export HF_HUB_OFFLINE = 1
+test test-slow: export VLLM_NO_USAGE_STATS = 1
 test: setup  ## run the fast test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
-test-all: PYTEST_ARGS =
-test-all: test  ## run the whole test suite, slow tests included
+test-slow: setup  ## run the tests that `make test` leaves out
+	$(PYTEST) -m slow $(PYTEST_PARALLEL)
+
+test-all: test test-slow  ## run all tests
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,38 @@ settings.load_profile("logquant")
 
 # vLLM's CPU worker replaces this function by one that does nothing, so keep it from before any test
 _set_num_threads = torch.set_num_threads
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other processes need the other cores
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes (pytest-xdist) a file's tests stay together, and engines start one after another."""
+    for item in items:
+        group = "engines" if item.get_closest_marker("server") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def refuse_skip(report: pytest.CollectReport | pytest.TestReport, gpu: bool) -> None:
+    """Where everything is installed (``.ci/run``) only a GPU may be missing."""
+    if report.skipped and not gpu and not hasattr(report, "wasxfail") and "REFUSE_SKIPS" in os.environ:
+        report.outcome = "failed"  # type: ignore[assignment]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    refuse_skip(report, gpu=item.get_closest_marker("gpu") is not None)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    report = yield
+    refuse_skip(report, gpu=False)
+    return report
 
 
 @pytest.fixture
