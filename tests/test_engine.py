@@ -17,6 +17,7 @@ from logquant_vllm.planning import model_shape, plan
 from tests.models import write_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.server
 
 VOCABULARY = 512
 ROUNDING = 1e-3 if not torch.cuda.is_available() else 0.2

@@ -17,6 +17,7 @@ from tests.models import write_model
 from tests.paging import assert_close
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.server
 
 WINDOW = 64
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}

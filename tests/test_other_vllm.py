@@ -16,7 +16,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BESIDE = Path(sys.prefix) / "vllm-0.33"
 
-pytestmark = pytest.mark.skipif(not BESIDE.is_dir(), reason="vLLM 0.33 is not installed: `make other-versions` does it")
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(not BESIDE.is_dir(), reason="vLLM 0.33 is not installed: `make other-versions` does it"),
+]
 
 
 @pytest.mark.parametrize(
