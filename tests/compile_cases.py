@@ -1,6 +1,6 @@
 """What ``tests.test_compile`` compiles, in a process that finds the Triton in question first on its path.
 
-``python -m tests.compile_cases CASE GPU FORMAT`` prints what it launched, as JSON.
+``python -m tests.compile_cases SCENARIO GPU FORMAT`` prints what it launched, as JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from logquant_vllm.bench.calibrations import random_moments
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core.calibration import Basis, calibrated_basis
+from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
 from logquant_vllm.core.quantizer import quantize_key_group
 from tests.compile_only import Machine, compile_only
@@ -34,8 +35,8 @@ BATCHES = [(3, 4), (5, 8), (17, 24), (33, 40), (63, 64), (65, 72), (250, 256)]
 """Requests of a step, and of the CUDA graph that vLLM takes for it."""
 
 
-class Layer:
-    """An attention layer of one format on a device without memory."""
+class Case:
+    """An attention layer of one format, on devices without memory."""
 
     def __init__(self, name: str, calibrated: bool) -> None:
         options, self.head_size, gqa = FORMATS[name]
@@ -43,76 +44,78 @@ class Layer:
         self.layout: CacheLayout = LogQuantConfig.from_options(options).layout(self.head_size)
         self._basis = calibrated_basis(random_moments(self.head_size, KV_HEADS)) if calibrated else None
 
-    def basis(self, device: torch.device) -> Basis | None:
-        """The calibration as a model in bfloat16 holds it."""
+    def layer(self, device: torch.device) -> Layer:
+        """With a calibration as a model in bfloat16 holds it."""
         if self._basis is None:
-            return None
+            return Layer(self.layout, 1.0)
         dtypes = torch.bfloat16, torch.bfloat16, torch.float32
         tensors = (torch.empty(t.shape, dtype=d, device=device) for t, d in zip(self._basis, dtypes, strict=True))
-        return Basis(*tensors)
+        return Layer(self.layout, 1.0, Basis(*tensors))
 
     def warm_up(self, device: torch.device, requests: int = 2, length: int = 0) -> None:
         """What a server does before its first request."""
         from logquant_vllm.kernels.warm_up import warm_up
 
-        warm_up(self.layout, self.heads, KV_HEADS, torch.bfloat16, device, self.basis(device), requests, length)
+        warm_up(self.layer(device), self.heads, KV_HEADS, torch.bfloat16, device, requests, length)
 
     def decode_step(self, device: torch.device, requests: int, length: int) -> None:
         """One token of each request, the longest of ``length``; block tables as vLLM makes them."""
         from logquant_vllm.kernels import operations
+        from logquant_vllm.kernels.arguments import window_columns
 
         fmt = self.layout.fmt
-        window = fmt.num_window_blocks(LONGEST, self.layout.window_length, KV_HEADS, torch.bfloat16)
+        columns = LONGEST // fmt.page_size, window_columns(self.layout, KV_HEADS, torch.bfloat16)
         memory = torch.empty(100, fmt.page_bytes(KV_HEADS), dtype=torch.uint8, device=device)
-        tables = (
-            torch.empty(requests, n, dtype=torch.int32, device=device) for n in (LONGEST // fmt.page_size, window)
-        )
+        tables = (torch.empty(requests, n, dtype=torch.int32, device=device) for n in columns)
         starts = torch.empty(requests + 1, dtype=torch.int32, device=device)
         batch = Batch(starts, torch.empty(requests, dtype=torch.int32, device=device), 1, length)
-        q, k, v = (
-            torch.empty(requests, n, self.head_size, dtype=torch.bfloat16, device=device)
-            for n in (self.heads, KV_HEADS, KV_HEADS)
-        )
-        basis = self.basis(device)
-        feedback = None if basis is None else basis.feedback
-        operations.decode_step(q, k, v, PagedCache(memory, memory, *tables), batch, self.layout, 1.0, feedback=feedback)
+        heads = self.heads, KV_HEADS, KV_HEADS
+        q, k, v = (torch.empty(requests, n, self.head_size, dtype=torch.bfloat16, device=device) for n in heads)
+        cache = PagedCache(memory, memory, *tables)
+        operations.step(self.layer(device), q, k, v, cache, batch, torch.empty_like(q))
 
 
-def operations(machine: Machine, gpu: str, layers: list[Layer]) -> None:
+def operations(machine: Machine, gpu: str, cases: list[Case]) -> None:
     """Every operation, without a calibration and with one."""
-    from logquant_vllm.kernels.rounding import round_with_feedback
+    from logquant_vllm.kernels.store.feedback.rounding import round_with_feedback
 
-    for layer in layers:
+    for case in cases:
         with machine.gpu(gpu, "operations") as device:
-            layer.warm_up(device)
-            basis, fmt = layer.basis(device), layer.layout.fmt
+            case.warm_up(device)
+            basis, fmt = case.layer(device).basis, case.layout.fmt
             if basis is not None:
-                keys = torch.empty(1, KV_HEADS, fmt.key_group_size, layer.head_size, device=device)
+                keys = torch.empty(1, KV_HEADS, fmt.key_group_size, case.head_size, device=device)
                 round_with_feedback(keys, quantize_key_group(keys, fmt), fmt.key_bits, basis.feedback)
 
 
-def steps(machine: Machine, gpu: str, layers: list[Layer]) -> None:
+def steps(machine: Machine, gpu: str, cases: list[Case]) -> None:
     """Warming up for 300 requests, then steps of various numbers of them."""
-    for layer in layers[-1:]:
+    for case in cases[-1:]:
         with machine.gpu(gpu, "warm-up") as device:
-            layer.warm_up(device, 300, LONGEST)
+            case.warm_up(device, 300, LONGEST)
         for requests in (1, 2, 3, 16, 31, 32, 33, 100, 256, 257, 300):
             with machine.gpu(gpu, "step") as device:
-                layer.decode_step(device, requests, 8000)
+                case.decode_step(device, requests, 8000)
 
 
-def graphs(machine: Machine, gpu: str, layers: list[Layer]) -> None:
+def graphs(machine: Machine, gpu: str, cases: list[Case]) -> None:
     """Steps as they are, and as a CUDA graph has them: more requests, and the longest that there may be."""
-    for layer in layers[:1]:
+    for case in cases[:1]:
         for requests, captured in BATCHES:
             for length in (300, 20000):
                 with machine.gpu(gpu, f"{requests}x{length} alone") as device:
-                    layer.decode_step(device, requests, length)
+                    case.decode_step(device, requests, length)
                 with machine.gpu(gpu, f"{requests}x{length} captured") as device:
-                    layer.decode_step(device, captured, LONGEST)
+                    case.decode_step(device, captured, LONGEST)
 
 
-CASES = {case.__name__: case for case in (operations, steps, graphs)}
+def full(machine: Machine, gpu: str, cases: list[Case]) -> None:
+    """A step that has work for more programs than a GPU holds."""
+    with machine.gpu(gpu) as device:
+        cases[0].decode_step(device, 256, LONGEST)
+
+
+SCENARIOS = {scenario.__name__: scenario for scenario in (operations, steps, graphs, full)}
 
 
 def entry_kernels() -> set[str]:
@@ -130,13 +133,13 @@ def entry_kernels() -> set[str]:
 
 
 def main() -> None:
-    """Run the case that the command line names."""
+    """Run the scenario that the command line names."""
     import triton
 
-    case, gpu, name = sys.argv[1:]
-    layers = [Layer(name, calibrated) for calibrated in (False, True)]
+    scenario, gpu, name = sys.argv[1:]
+    cases = [Case(name, calibrated) for calibrated in (False, True)]
     with compile_only() as machine:
-        CASES[case](machine, gpu, layers)
+        SCENARIOS[scenario](machine, gpu, cases)
     launches = [launch._asdict() for launch in machine.launches]
     print(json.dumps({"triton": triton.__version__, "kernels": sorted(entry_kernels()), "launches": launches}))
 

@@ -18,39 +18,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.kernels.architecture import architecture_of
+from logquant_vllm.kernels.decode import choice
+from tests.compile_cases import FORMATS
 from tests.compile_only import GPUS, Launch
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 ROOT = Path(__file__).parent.parent
 TRITONS = {"3.8": "what vLLM 0.33 installs", "3.6": "what the results in docs/ were measured with"}
 
-ONLY_ON = {
-    # the kernels laid out by hand read e4m3, which the tensor cores' registers take from Ada on
-    "decode_gluon.decode_kernel": {"sm_89", "sm_90", "sm_100", "sm_120"},
-    "join.join_pieces_kernel": {"sm_89", "sm_90", "sm_100", "sm_120"},
-    # and Triton's do what they cannot
-    "decode.decode_kernel": {"sm_80"},
-    "decode.combine_kernel": {"sm_80"},
-    # two blocks of 107 KiB to a multiprocessor
-    "feedback_gluon.feedback_kernel": {"sm_90", "sm_100"},
-}
-"""Kernels that some GPUs have no use for, in the default format."""
 SPILLS = {
-    # 255 registers of a thread do not hold a group of keys with all its errors
-    "store.quantize_kernel": {"sm_80", "sm_89", "sm_120"},
-    "store_step.store_step_kernel": {"sm_80", "sm_89", "sm_120"},
-    "rounding.round_kernel": set(GPUS),
-    "attention.attention_kernel": {"sm_80", "sm_120"},
-    "decode.decode_kernel": {"sm_80"},
-    "decode_gluon.decode_kernel": {"sm_120"},
-    "past.gather_past_kernel": {"sm_89"},
+    # with error feedback, 255 registers of a lane do not hold a group of keys and all its errors
+    "store.prompt.quantize_kernel": {"sm_80", "sm_89", "sm_100", "sm_120"},
+    "store.step.store_step_kernel": {"sm_80", "sm_89", "sm_120"},
+    "store.feedback.rounding.round_kernel": set(GPUS),
+    "decode.triton_kernel.decode_kernel": {"sm_80"},
+    "decode.gluon.kernel.decode_kernel": {"sm_120"},  # 16 bytes
 }
-"""Kernels that keep a part of their registers in memory: known to be slower there."""
+"""Kernels that keep a part of their registers in memory on some GPUs: known to be slower there."""
 
 
 class Compiled(NamedTuple):
-    """What a case launched; the kernels are those of the package."""
+    """What a scenario launched; the kernels are those of the package."""
 
     kernels: set[str]
     launches: list[Launch]
@@ -71,12 +63,12 @@ def path_of(triton: str) -> str:
 
 
 @functools.cache
-def compiled(triton: str, case: str, gpu: str, name: str = "default") -> Compiled:
-    """Run a case of ``tests.compile_cases``."""
+def compiled(triton: str, scenario: str, gpu: str, name: str = "default") -> Compiled:
+    """Run a scenario of ``tests.compile_cases``."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [path_of(triton), str(ROOT)]))
     env["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-m", "tests.compile_cases", case, gpu, name]
+    command = [sys.executable, "-m", "tests.compile_cases", scenario, gpu, name]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -86,8 +78,22 @@ def compiled(triton: str, case: str, gpu: str, name: str = "default") -> Compile
 
 
 def short(kernel: str) -> str:
-    """The last module and the kernel's name."""
-    return ".".join(kernel.split(".")[-2:])
+    """Its path in ``kernels``."""
+    return kernel.removeprefix("logquant_vllm.kernels.")
+
+
+def unused(gpu: str, name: str) -> set[str]:
+    """Kernels that the package says it has no use for on a GPU, in a format."""
+    from logquant_vllm.kernels.store.feedback import launch
+
+    options, head_size, gqa = FORMATS[name]
+    layout = LogQuantConfig.from_options(options).layout(head_size)
+    this = architecture_of(GPUS[gpu].capability, GPUS[gpu].multiprocessors)
+    decode = "triton_kernel" if choice.why_not_gluon(this, torch.bfloat16, layout, gqa) is None else "gluon.kernel"
+    kernels = {f"decode.{decode}.decode_kernel"}
+    if launch.why_not_gluon(this, torch.bfloat16, layout.fmt):
+        kernels.add("store.feedback.gluon_kernel.feedback_kernel")
+    return kernels
 
 
 ALL = [
@@ -106,22 +112,25 @@ ALL = [
 
 @pytest.mark.parametrize(("triton", "gpu", "name"), ALL)
 def test_kernels_compile(triton: str, gpu: str, name: str) -> None:
-    """Every kernel of the package does, none asks for more shared memory than a block can have, or spills unknown."""
+    """Every kernel that the package has a use for does, none asks for more shared memory than a program can have, and
+    none spills registers that is not known to."""
     kernels, launches = compiled(triton, "operations", gpu, name)
-    known = {kernel for kernel in kernels if gpu in ONLY_ON.get(kernel, GPUS)}
-    launched = {launch.kernel for launch in launches}
-    if name == "default":
-        assert launched == known
-    else:
-        assert launched <= kernels
-    assert ONLY_ON.keys() <= kernels
+    assert unused(gpu, name) <= kernels
+    assert {launch.kernel for launch in launches} == kernels - unused(gpu, name)
     limit = GPUS[gpu].properties.shared_memory_per_block_optin
     assert {launch.kernel: launch.shared for launch in launches if launch.shared > limit} == {}
-    spilled = {launch.kernel: launch.stack for launch in launches if launch.stack}
-    if name == "default":
-        assert {kernel: stack for kernel, stack in spilled.items() if gpu not in SPILLS.get(kernel, ())} == {}
+    spilled = {
+        launch.kernel: launch.stack for launch in launches if launch.stack and gpu not in SPILLS.get(launch.kernel, ())
+    }
+    assert name != "default" or spilled == {}
 
 
+@pytest.mark.parametrize("gpu", GPUS)
+def test_architecture(gpu: str) -> None:
+    assert architecture_of(GPUS[gpu].capability, 1).shared_memory == GPUS[gpu].shared_memory
+
+
+@pytest.mark.slow
 def test_warm_up_leaves_nothing_to_compile() -> None:
     """Whatever number of requests a decode step has."""
     _, launches = compiled("3.8", "steps", "sm_90")
@@ -135,9 +144,9 @@ def test_graphs_round_the_same() -> None:
     joined as without a graph: what a program takes follows from these numbers and from lengths on the device."""
     shapes: dict[str, list[Any]] = defaultdict(list)
     for launch in compiled("3.8", "graphs", "sm_90").launches:
-        if launch.kernel == "decode_gluon.decode_kernel":
+        if launch.kernel == "decode.gluon.kernel.decode_kernel":
             shapes[launch.label].append(launch.grid)
-        elif launch.kernel == "join.join_pieces_kernel":
+        elif launch.kernel == "decode.combine.combine_kernel":
             constants = [launch.constants[name] for name in ("TILE", "CHANNELS", "num_warps")]
             shapes[launch.label].append([launch.grid[2], *constants])
     steps = {label.split()[0] for label in shapes}
@@ -147,10 +156,8 @@ def test_graphs_round_the_same() -> None:
 
 
 @pytest.mark.parametrize("gpu", ["sm_89", "sm_90", "sm_120"])
-def test_persistent_programs_are_resident(gpu: str) -> None:
-    """Programs that take their share of all work: one that waits for another to end would double the step's time."""
-    if gpu in ("sm_89", "sm_120"):
-        pytest.xfail("shares are cut for 228 KiB of shared memory")
-    launches = compiled("3.8", "graphs", gpu).launches
-    decoding = [launch for launch in launches if launch.kernel == "decode_gluon.decode_kernel"]
-    assert max(launch.grid[0] for launch in decoding) == decoding[0].resident() * GPUS[gpu].multiprocessors
+def test_decoding_programs_are_resident(gpu: str) -> None:
+    """They take their share of all work: one that waited for another to end would double the step's time."""
+    launches = compiled("3.8", "full", gpu).launches
+    (decoding,) = (launch for launch in launches if launch.kernel == "decode.gluon.kernel.decode_kernel")
+    assert decoding.grid == [decoding.resident() * GPUS[gpu].multiprocessors]
