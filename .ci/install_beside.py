@@ -39,7 +39,9 @@ def unpack_python(package: str, target: Path) -> None:
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             for file in archive.infolist():
-                if PurePath(file.filename).suffix in PYTHON_FILES and file.file_size <= MAX_BYTES:
+                path = PurePath(file.filename)
+                # without its metadata: our command refuses to start where two vLLMs are installed
+                if path.parts[0] == "vllm" and path.suffix in PYTHON_FILES and file.file_size <= MAX_BYTES:
                     archive.extract(file, target)
 
 
