@@ -28,6 +28,8 @@ FORMATS: dict[str, tuple[dict[str, Any], int, int]] = {
     "k4v2": ({"preset": "k4v2"}, 128, 4),
     "d64-g128": ({"key_group_size": 128, "window_length": 128}, 64, 1),
     "d96-g32-fp16": ({"key_group_size": 32, "value_group_size": 32, "scale_bits": 16}, 96, 8),
+    "d80": ({}, 80, 1),
+    "d192": ({}, 192, 12),
     "d256": ({}, 256, 2),
 }
 LONGEST = 131072

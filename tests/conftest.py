@@ -18,6 +18,8 @@ settings.load_profile("logquant")
 _set_num_threads = torch.set_num_threads
 
 
+if not torch.cuda.is_available():  # Triton is asked when it is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the other processes need the other cores
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from logquant_vllm.bench import store
+from logquant_vllm.bench.decode import Shape
 from logquant_vllm.config import LogQuantConfig
 from tests.calibrations import feedback_of
-from tests.test_triton import DEVICE, RUNS_HERE
-
-if RUNS_HERE:
-    from logquant_vllm.bench import store
-    from logquant_vllm.bench.decode import Shape
-
-pytestmark = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_triton.test_in_interpreter's process")
+from tests.test_triton import DEVICE
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

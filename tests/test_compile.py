@@ -103,8 +103,8 @@ ALL = [
         pytest.param("3.8", gpu, name, id=f"3.8-{gpu}-{name}", marks=pytest.mark.slow)
         for gpu, name in [
             *((gpu, "k4v2") for gpu in GPUS),
-            *(("sm_90", name) for name in ("d64-g128", "d96-g32-fp16", "d256")),
-            *(("sm_120", name) for name in ("d64-g128", "d96-g32-fp16", "d256")),
+            *(("sm_90", name) for name in ("d64-g128", "d96-g32-fp16", "d80", "d192", "d256")),
+            *(("sm_120", name) for name in ("d64-g128", "d96-g32-fp16", "d80", "d192", "d256")),
         ]
     ),
 ]

@@ -18,12 +18,10 @@ from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import Batch, CacheLayout
 from tests.paging import PagedBatch, assert_close, random_qkv
-from tests.test_triton import DEVICE, RUNS_HERE, needs_gpu
+from tests.test_triton import DEVICE, needs_gpu
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("triton", reason="Triton is not installed")
-
-here = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_triton.test_in_interpreter's process")
 
 
 def dense(head_size: int, dtype: torch.dtype, room: int) -> Any:
@@ -76,7 +74,6 @@ ON_GPU = [
 ]
 
 
-@here
 @pytest.mark.parametrize(
     ("head_size", "gqa", "dtype", "room"),
     [*GRID, *(pytest.param(*case, marks=[needs_gpu, pytest.mark.gpu]) for case in ON_GPU if case not in GRID)],

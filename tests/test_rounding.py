@@ -5,22 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from logquant_vllm.bench.decode import Inputs, Shape
+from logquant_vllm.bench.store import inputs_of, store
+from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core import operations as reference
 from logquant_vllm.core import quantizer
 from logquant_vllm.core.page_format import PageFormat
+from logquant_vllm.kernels import operations as kernels
+from logquant_vllm.kernels.architecture import Architecture, architecture
+from logquant_vllm.kernels.store.feedback import launch
+from logquant_vllm.kernels.store.feedback.rounding import round_with_feedback
 from tests.calibrations import feedback_of
-from tests.test_triton import DEVICE, RUNS_HERE, SMALL, Pair, needs_gpu, small_layout
+from tests.test_triton import DEVICE, SMALL, Pair, needs_gpu, small_layout
 
-if RUNS_HERE:
-    from logquant_vllm.bench.decode import Inputs, Shape
-    from logquant_vllm.bench.store import inputs_of, store
-    from logquant_vllm.config import LogQuantConfig
-    from logquant_vllm.kernels import operations as kernels
-    from logquant_vllm.kernels.architecture import Architecture, architecture
-    from logquant_vllm.kernels.store.feedback import launch
-    from logquant_vllm.kernels.store.feedback.rounding import round_with_feedback
-
-pytestmark = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_triton.test_in_interpreter's process")
 # formats whose keys the Gluon kernel quantizes with feedback
 GLUON = [
     (128, 128, 2, 2, 64, 64, 8, 64, 4, torch.bfloat16),

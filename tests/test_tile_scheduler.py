@@ -6,48 +6,46 @@ import itertools
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from logquant_vllm.core.log_selection import num_compactions_tensor
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout, Header, slot_positions
+from logquant_vllm.kernels import cache as device
+from logquant_vllm.kernels.arguments import BatchArgument, Rows
+from logquant_vllm.kernels.decode import combine, tile_scheduler
 from tests.paging import assert_close
-from tests.test_triton import DEVICE, RUNS_HERE
-
-if RUNS_HERE:
-    import triton
-    import triton.language as tl
-
-    from logquant_vllm.kernels import cache as device
-    from logquant_vllm.kernels.arguments import BatchArgument, Rows
-    from logquant_vllm.kernels.decode import combine, tile_scheduler
-
-    @triton.jit
-    def share_out(
-        found, row_starts, batch, num_kv_heads, LAYOUT: tl.constexpr, REQUESTS: tl.constexpr, ONE_LOOK: tl.constexpr
-    ):
-        program, programs, index = tl.program_id(0), tl.num_programs(0), tl.arange(0, REQUESTS)
-        schedule = tile_scheduler.make_schedule(batch, num_kv_heads, programs, index, LAYOUT, ONE_LOOK)
-        request, kv_head, block, count = tile_scheduler.find_share(
-            batch, num_kv_heads, program, schedule, index, LAYOUT, ONE_LOOK
-        )
-        tl.store(found + 4 * program, request)
-        tl.store(found + 4 * program + 1, kv_head)
-        tl.store(found + 4 * program + 2, block)
-        tl.store(found + 4 * program + 3, count)
-        if program == programs - 1:
-            tile_scheduler.write_schedule(row_starts, batch, num_kv_heads, schedule, index, LAYOUT)
-
-    @triton.jit
-    def outside_hole(needed, lengths, num_slots, TILE: tl.constexpr, LAYOUT: tl.constexpr):
-        row = tl.program_id(0)
-        hole = device.find_hole(tl.load(lengths + row), TILE, LAYOUT)
-        slot = device.skip_hole(row * 0, hole)
-        while slot < num_slots:
-            tl.store(needed + row * num_slots + slot + tl.arange(0, TILE), 1)
-            slot = device.skip_hole(slot + TILE, hole)
+from tests.test_triton import DEVICE
 
 
-pytestmark = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_triton.test_in_interpreter's process")
+@triton.jit
+def share_out(
+    found, row_starts, batch, num_kv_heads, LAYOUT: tl.constexpr, REQUESTS: tl.constexpr, ONE_LOOK: tl.constexpr
+):
+    program, programs, index = tl.program_id(0), tl.num_programs(0), tl.arange(0, REQUESTS)
+    schedule = tile_scheduler.make_schedule(batch, num_kv_heads, programs, index, LAYOUT, ONE_LOOK)
+    request, kv_head, block, count = tile_scheduler.find_share(
+        batch, num_kv_heads, program, schedule, index, LAYOUT, ONE_LOOK
+    )
+    tl.store(found + 4 * program, request)
+    tl.store(found + 4 * program + 1, kv_head)
+    tl.store(found + 4 * program + 2, block)
+    tl.store(found + 4 * program + 3, count)
+    if program == programs - 1:
+        tile_scheduler.write_schedule(row_starts, batch, num_kv_heads, schedule, index, LAYOUT)
+
+
+@triton.jit
+def outside_hole(needed, lengths, num_slots, TILE: tl.constexpr, LAYOUT: tl.constexpr):
+    row = tl.program_id(0)
+    hole = device.find_hole(tl.load(lengths + row), TILE, LAYOUT)
+    slot = device.skip_hole(row * 0, hole)
+    while slot < num_slots:
+        tl.store(needed + row * num_slots + slot + tl.arange(0, TILE), 1)
+        slot = device.skip_hole(slot + TILE, hole)
+
+
 LAYOUT = CacheLayout(PageFormat(16, 64, key_group_size=32, value_group_size=32), 32)
 HEADS = 2
 

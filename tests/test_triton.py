@@ -1,18 +1,13 @@
 """The Triton kernels against ``core``: stored bytes exactly, attention within the tests' one tolerance.
 
-With a GPU they run compiled. Without one they run in Triton's interpreter, which must be chosen before Triton is first
-imported: this file then runs itself again in a process of its own.
+With a GPU they run compiled, without one in Triton's interpreter (``tests/conftest.py``).
 """
 
 from __future__ import annotations
 
 import math
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,45 +17,12 @@ from logquant_vllm.core import past as past_reference
 from logquant_vllm.core.calibration import Basis, rotate_heads
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
+from logquant_vllm.kernels import operations as kernels
 from tests.paging import PagedBatch, assert_close, random_qkv
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS_HERE = ON_GPU or INTERPRETED
-
-if RUNS_HERE:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from logquant_vllm.kernels import operations as kernels
-
-here = pytest.mark.skipif(not RUNS_HERE, reason="runs in test_in_interpreter's process")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
-
-
-@pytest.mark.skipif(RUNS_HERE, reason="the tests of this file run in this process")
-@pytest.mark.parametrize("selection", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_in_interpreter(selection: str) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    root = Path(__file__).parent.parent
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        selection,
-        str(Path(__file__)),
-        str(Path(__file__).with_name("test_tile_scheduler.py")),
-        str(Path(__file__).with_name("test_prefill.py")),
-        str(Path(__file__).with_name("test_rounding.py")),
-        str(Path(__file__).with_name("test_bench_store.py")),
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 class Pair:
@@ -147,7 +109,6 @@ def small_layout(case) -> CacheLayout:
     return CacheLayout(PageFormat(head_size, page, key_bits, value_bits, key_group, value_group, scale_bits), window)
 
 
-@here
 @pytest.mark.parametrize("case", [SMALL[0], *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:])], ids=str)
 def test_edges(case) -> None:
     layout = small_layout(case)
@@ -157,7 +118,6 @@ def test_edges(case) -> None:
         pair.step(new, seed=i)
 
 
-@here
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_random_chunks(seed: int) -> None:
@@ -172,7 +132,6 @@ def test_random_chunks(seed: int) -> None:
             pair.step(new, seed=100 * seed + i)
 
 
-@here
 def test_prefix_hit() -> None:
     """A request that starts behind pages of another one: no copies below its start, replayed pages stay as they are."""
     fmt = PageFormat(32, 64, key_group_size=32, value_group_size=32)
@@ -191,7 +150,6 @@ def test_prefix_hit() -> None:
         pair.step([tokens], seed=10 + i)
 
 
-@here
 def test_null_rows_and_long_bounds() -> None:
     """Rows of padding: null blocks, no tokens; the bounds are the model's maximum, as in a captured graph."""
     layout = small_layout(SMALL[0])
@@ -218,7 +176,6 @@ def test_null_rows_and_long_bounds() -> None:
     assert (out == 0).all()
 
 
-@here
 @pytest.mark.parametrize("case", SMALL[:3], ids=str)
 def test_decode_step(case) -> None:
     """Single tokens over the boundaries of groups and windows, stored with one launch."""
@@ -236,7 +193,6 @@ def test_decode_step(case) -> None:
         kernels.store_tokens(keys, keys, pair.actual.cache, batch, layout)
 
 
-@here
 @pytest.mark.parametrize("at_once", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rollback_tokens", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_steps_are_taken_back(rollback_tokens: int, at_once: bool) -> None:
@@ -249,7 +205,6 @@ def test_steps_are_taken_back(rollback_tokens: int, at_once: bool) -> None:
         pair.take_back([min(n, rollback_tokens) for n in back])
 
 
-@here
 @pytest.mark.parametrize(("head_size", "dtype"), [(16, torch.float16), (96, torch.bfloat16), (128, torch.float32)])
 @pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (5, 3), (150, 1), (150, 3)])
 def test_rotate_heads(head_size: int, dtype: torch.dtype, tokens: int, groups: int) -> None:
@@ -287,7 +242,6 @@ def past_of_both(pair: Pair, new: list[int], room: int, whole: bool) -> None:
             assert (x[piece.rows :] == 7).all()
 
 
-@here
 @pytest.mark.parametrize("case", [SMALL[0], *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:])], ids=str)
 def test_gather_past(case) -> None:
     layout = small_layout(case)
@@ -301,7 +255,6 @@ def test_gather_past(case) -> None:
     past_of_both(pair, [1, 70, 2], room=2000, whole=True)
 
 
-@here
 @pytest.mark.parametrize("scale_bits", [8, 16])
 def test_nan_stays_in_its_request(scale_bits: int) -> None:
     fmt = PageFormat(16, 64, key_group_size=32, value_group_size=32, scale_bits=scale_bits)
@@ -318,7 +271,6 @@ def test_nan_stays_in_its_request(scale_bits: int) -> None:
         assert actual[0][new[0] - 1].isnan().any(), "NaN must not be hidden"
 
 
-@here
 def test_flat_and_extreme_groups() -> None:
     """Groups without spread, far from zero, tiny, or at float16's limits: the same bytes as the reference."""
     for scale_bits in (8, 16):
