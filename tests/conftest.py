@@ -25,9 +25,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the other processes need the other co
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With several processes (pytest-xdist) a file's tests stay together, and engines start one after another."""
-    for item in items:
+    for item in items if config.pluginmanager.hasplugin("xdist") else []:
         group = "engines" if item.get_closest_marker("server") else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
 
