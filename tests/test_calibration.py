@@ -21,8 +21,9 @@ from logquant_vllm import calibration
 from logquant_vllm.bench.calibrations import random_moments
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core import operations as reference
-from logquant_vllm.core.calibration import Moments, calibrated_basis, change_basis, rotate_heads, rotation_basis
+from logquant_vllm.core.calibration import Basis, Moments, calibrated_basis, change_basis, rotate_heads, rotation_basis
 from logquant_vllm.core.hadamard import hadamard_matrix
+from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.core.quantizer import dequantize, quantize, round_with_feedback
@@ -135,14 +136,16 @@ def test_cpp_equals_the_reference(head_size: int, key_bits: int, scale_bits: int
     layout, heads = CacheLayout(PageFormat(head_size, key_bits=key_bits, scale_bits=scale_bits)), 2
     for dense in (False, True):
         feedback, _ = feedback_of(head_size, heads, dense)
+        same = torch.eye(head_size, dtype=dtype)[None]
+        fed, unfed = Layer(layout, 1.0, Basis(same, same, feedback)), Layer(layout, 1.0)
         expected, actual, plain = (PagedBatch(layout, heads, 2, 400, dtype) for _ in range(3))
         for i, new in enumerate([[190, 127], [1, 1], [1, 1], [100, 64]]):
             q, k, v = random_qkv(sum(new), heads, heads, head_size, dtype, seed=i)
-            k = k if dense else (k * 8).round() / 8
+            k = k if dense else (k * 8).round() / 8 + 0.0  # no -0, which the basis of ones makes 0
             batch = expected.batch(new)
             reference.store_tokens(k, v, expected.cache, batch, layout, feedback)
-            cpp.step(q, k, v, actual.cache, actual.batch(new), layout, 1.0, feedback)
-            cpp.step(q, k, v, plain.cache, plain.batch(new), layout, 1.0)
+            cpp.step(fed, q, k, v, actual.cache, actual.batch(new), torch.empty_like(q))
+            cpp.step(unfed, q, k, v, plain.cache, plain.batch(new), torch.empty_like(q))
         different = (expected.cache.pages != actual.cache.pages).float().mean()
         by_feedback = (plain.cache.pages != actual.cache.pages).float().mean()
         assert by_feedback > 0.001
