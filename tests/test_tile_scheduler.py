@@ -179,7 +179,7 @@ def test_combine_tile(num_kv_heads: int) -> None:
 def test_hole(window_length: int, rollback_tokens: int) -> None:
     """The tiles of slots outside the hole are those with a token, or the one that the next token goes to; all of them
     where the slots may lack a compaction that attention sees."""
-    layout, tile = CacheLayout(LAYOUT.fmt, window_length, 0, rollback_tokens), 16
+    layout, tile = CacheLayout(LAYOUT.fmt, window_length, rollback_tokens=rollback_tokens), 16
     padded = -(-layout.num_slots // tile) * tile
     edges = {m * window_length + d for m in range(7) for d in (-5, -1, 0, 1, 3, 4, 5, 9, window_length // 2)}
     lengths = torch.tensor(sorted(n for n in edges if n >= 0), dtype=torch.int32)

@@ -113,16 +113,8 @@ def read_request(cache, batch, request, head, LAYOUT: tl.constexpr, chunk=0):
     """All of :class:`Request`, by the header of a KV head and chunk of channels."""
     start, query_len, computed = read_lengths(batch, request)
     block = tl.load(window_row(cache, request))
-    begun, compactions = load_header(cache, block, head, chunk, LAYOUT)
-    return open_request(start, query_len, computed, begun, compactions, block > 0, LAYOUT)
-
-
-@triton.jit
-def open_request(start, query_len, computed, begun, compactions, live, LAYOUT: tl.constexpr):
-    """:class:`Request` from lengths and from the words of a header."""
-    fresh = count_compactions(computed, LAYOUT)  # nothing is stored yet that would lag behind
-    compactions = tl.where(begun > 0, compactions, fresh)
-    return Request(start, query_len, computed, tl.where(begun > 0, begun - 1, computed), compactions, live)
+    window_start, compactions = open_header(load_header(cache, block, head, chunk, LAYOUT), computed, LAYOUT)
+    return Request(start, query_len, computed, window_start, compactions, block > 0)
 
 
 # -- headers ----------------------------------------------------------------------------------------------------------
@@ -135,14 +127,27 @@ def header_address(cache, block, head, chunk, LAYOUT: tl.constexpr):
 
 @triton.jit
 def load_header(cache, block, head, chunk, LAYOUT: tl.constexpr):
-    """``window_start + 1`` and the stored compactions; 0 in a fresh block and in a row of padding."""
-    words = tl.load(header_address(cache, block, head, chunk, LAYOUT), mask=block > 0, other=0)
-    return words.to(tl.int32), (words >> 32).to(tl.int32)
+    """A header; 0 in a fresh block and in a row of padding."""
+    return tl.load(header_address(cache, block, head, chunk, LAYOUT), mask=block > 0, other=0)
 
 
 @triton.jit
-def header_words(window_start, compactions):
-    """What :func:`load_header` is to find."""
+def open_header(header, computed, LAYOUT: tl.constexpr):
+    """The first position with a copy, and the stored compactions.
+
+    These follow from lengths but for the few tokens while which a compaction may be due: a branch, so that otherwise
+    nothing but a mask waits for the header.
+    """
+    begun, compactions = header.to(tl.int32), count_compactions(computed, LAYOUT)
+    if may_be_due(computed, LAYOUT):
+        # nothing is stored yet in a fresh window that would lag behind
+        compactions = tl.where(begun > 0, (header >> 32).to(tl.int32), compactions)
+    return tl.where(begun > 0, begun - 1, computed), compactions
+
+
+@triton.jit
+def make_header(window_start, compactions):
+    """What :func:`open_header` is to find."""
     return (window_start + 1).to(tl.int64) | (compactions.to(tl.int64) << 32)
 
 
@@ -151,6 +156,13 @@ def header_words(window_start, compactions):
 def count_compactions(length, LAYOUT: tl.constexpr):
     """``core.log_selection.num_compactions`` of a length on the device."""
     return tl.maximum(length // LAYOUT.window_length - 2, 0)
+
+
+@triton.jit
+def may_be_due(computed, LAYOUT: tl.constexpr):
+    """Whether the slots may lack a compaction that attention sees: tokens that call for it can still be taken back."""
+    settled = count_compactions(computed - LAYOUT.rollback_tokens, LAYOUT)
+    return count_compactions(computed, LAYOUT) > settled
 
 
 @triton.jit
@@ -252,7 +264,6 @@ def find_hole(computed, TILE: tl.constexpr, LAYOUT: tl.constexpr):
     WINDOW: tl.constexpr = LAYOUT.window_length
     RING: tl.constexpr = LAYOUT.ring_slots
     compactions = count_compactions(computed, LAYOUT)
-    may_be_due = compactions > count_compactions(computed - LAYOUT.rollback_tokens, LAYOUT)
     oldest = WINDOW + (compactions * WINDOW) % RING
     # the new token's slot is the first behind; where the ring has not begun, this is in front of it
     begin = oldest + computed - recent_start(compactions, LAYOUT) + 1
@@ -260,7 +271,7 @@ def find_hole(computed, TILE: tl.constexpr, LAYOUT: tl.constexpr):
     begin = tl.where(wrapped, begin - RING, begin)
     begin = (begin + TILE - 1) // TILE * TILE
     end = tl.where(wrapped, oldest, WINDOW + RING + TILE) // TILE * TILE
-    return tl.where(may_be_due, end, begin), end
+    return tl.where(may_be_due(computed, LAYOUT), end, begin), end
 
 
 @triton.jit

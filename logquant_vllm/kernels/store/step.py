@@ -27,10 +27,12 @@ from logquant_vllm.kernels.cache import (
     count_compactions,
     find_task,
     header_address,
-    header_words,
+    load_header,
     load_lengths,
+    make_header,
     num_reqs,
-    read_request,
+    open_header,
+    read_lengths,
     slot_of_position,
     slot_offset,
     window_row,
@@ -57,25 +59,27 @@ def slots_may_move(seq_len, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def write_headers(request, head, cache, block, LAYOUT: tl.constexpr):
-    """Write a request's headers of the heads ``head``, ``[heads, 1]``, as they are or, in a fresh window, begin."""
+def write_headers(header, head, cache, block, LAYOUT: tl.constexpr):
+    """Write the header of the heads ``head``, ``[heads, 1]``."""
     CHUNKS: tl.constexpr = (LAYOUT.fmt.head_size + HEADER_CHANNELS - 1) // HEADER_CHANNELS
     chunk = tl.arange(0, triton.next_power_of_2(CHUNKS))[None, :]
     address = header_address(cache, block, head, chunk, LAYOUT)
     exists = (head < cache.num_kv_heads) & (chunk < CHUNKS)
-    tl.store(address, header_words(request.window_start, request.compactions), mask=exists)
+    tl.store(address, header, mask=exists)
 
 
 @triton.jit
 def copy_token(index, key, value, cache, batch, LAYOUT: tl.constexpr, HEADS: tl.constexpr):
     """Copy the new token of a request to its slot, all heads, unless the request's slots may move in this step."""
     HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
-    this = read_request(cache, batch, index, 0, LAYOUT)
-    computed, table_row = this.computed, window_row(cache, index)
-    if this.live & (this.query_len > 0) & ~slots_may_move(computed + this.query_len, LAYOUT):
+    start, query_len, computed = read_lengths(batch, index)
+    table_row = window_row(cache, index)
+    block = tl.load(table_row)
+    header = load_header(cache, block, 0, 0, LAYOUT)  # is waited for behind the copies
+    if (block > 0) & (query_len > 0) & ~slots_may_move(computed + query_len, LAYOUT):
         copies = cache.window + slot_offset(slot_of_position(computed, 0, LAYOUT), cache, table_row, LAYOUT)
         channel = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))[None, :]
-        row = this.start.to(tl.int64)
+        row = start.to(tl.int64)
         for first in range(0, cache.num_kv_heads, HEADS):
             head = first + tl.arange(0, HEADS)[:, None]
             exists = (head < cache.num_kv_heads) & (channel < HEAD_SIZE)
@@ -86,8 +90,10 @@ def copy_token(index, key, value, cache, batch, LAYOUT: tl.constexpr, HEADS: tl.
             tl.store(copy, new_key, mask=exists)
             tl.store(copy + HEAD_SIZE, new_value, mask=exists)
         # slots stay as they are; who reads what another warp has written here makes the same of it
+        window_start, compactions = open_header(header, computed, LAYOUT)
+        header = make_header(window_start, compactions)
         for first in range(0, cache.num_kv_heads, HEADS):
-            write_headers(this, first + tl.arange(0, HEADS)[:, None], cache, tl.load(table_row), LAYOUT)
+            write_headers(header, first + tl.arange(0, HEADS)[:, None], cache, block, LAYOUT)
 
 
 @triton.jit

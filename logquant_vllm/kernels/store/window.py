@@ -14,8 +14,8 @@ from logquant_vllm.kernels.cache import (
     HEADER_CHANNELS,
     count_compactions,
     header_address,
-    header_words,
     log_slot_position,
+    make_header,
     read_request,
     recent_start,
     slot_of_position,
@@ -101,7 +101,7 @@ def update_slots(index, head, chunk, key, value, cache, batch, LAYOUT: tl.conste
             tl.store(copies + HEAD_SIZE + offset, new_value, mask=exists)
 
         address = header_address(cache, tl.load(table_row), head, chunk, LAYOUT)
-        tl.store(address, header_words(request.window_start, after))
+        tl.store(address, make_header(request.window_start, after))
 
 
 def window_chunks(head_size: int) -> int:

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.architecture import Architecture
 from logquant_vllm.kernels.arguments import Member, Rows, Step
-from logquant_vllm.kernels.cache import load_header, open_request, page_row, read_lengths, window_row
+from logquant_vllm.kernels.cache import Request, load_header, open_header, page_row, read_lengths, window_row
 from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS, DecodeOutput
 from logquant_vllm.kernels.decode.gluon.copies import block_of, copy_first_keys, load_blocks
 from logquant_vllm.kernels.decode.gluon.pages import attend_pages, columns_of_head
@@ -167,7 +167,7 @@ def decode_kernel(
             # A program's start is a chain of loads: all are on their way before one is waited for, and the short ones
             # before the copies of all programs fill the memory's queues.
             first_page, end_page = gl.maximum(block - WINDOW_BLOCKS, 0), tile.stop - WINDOW_BLOCKS
-            begun, compactions = load_header(cache, tile.window_block, kv_head, 0, LAYOUT)
+            header = load_header(cache, tile.window_block, kv_head, 0, LAYOUT)
             query_row = query.data + tile.start.to(gl.int64) * query.stride
             q = load_queries(query_row, query.head_stride, kv_head * GQA, GQA, COLUMNS, FMT.head_size)
             slabs = cache.pages + kv_head.to(gl.int64) * FMT.head_bytes
@@ -179,8 +179,8 @@ def decode_kernel(
             if end_page > 0:
                 exponent = store_queries(memory.queries, q, FMT.key_words, FMT.key_bits)
             live = gl.max(tile.window_block, 0) > 0
-            begun, compactions = gl.max(begun, 0), gl.max(compactions, 0)
-            this = open_request(tile.start, 1, tile.computed, begun, compactions, live, LAYOUT)
+            window_start, compactions = open_header(gl.max(header, 0), tile.computed, LAYOUT)
+            this = Request(tile.start, 1, tile.computed, window_start, compactions, live)
             sums = no_sums(FMT.head_size // FMT.value_groups)
             # a row of padding attends to nothing, not even to itself
             if live & (block < WINDOW_BLOCKS):

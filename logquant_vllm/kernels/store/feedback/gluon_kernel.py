@@ -33,6 +33,7 @@ from logquant_vllm.kernels.store.quantize import (
 )
 
 BLOCK = gl.constexpr(16)  # channels
+SCATTER = gl.constexpr(5003)  # a prime that is no divisor of a number of programs
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.8's name, and 3.6's
 
 
@@ -246,7 +247,9 @@ def feedback_kernel(
     metadata = gl.allocate_shared_memory(gl.float32, [3, HEAD_SIZE], plain(1))
     lost_high = keys._reinterpret(gl.bfloat16, [BLOCKS, GROUP, BLOCK], plain(2))
     of_blocks = metadata._reinterpret(gl.float32, [3 * BLOCKS, BLOCK], plain(1))
-    for task in range(gl.program_id(0), gl.sum(counts, 0), gl.num_programs(0)):
+    # programs of neighbouring numbers may share a multiprocessor, where two take twice as long: few tasks are scattered
+    first = gl.program_id(0) * SCATTER % gl.num_programs(0)
+    for task in range(first, gl.sum(counts, 0), gl.num_programs(0)):
         request, of_request = find_task(ends, index, num_reqs(batch), task)
         head = of_request % cache.num_kv_heads
         _, _, computed = read_lengths(batch, request)
