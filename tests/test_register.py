@@ -50,6 +50,8 @@ for name, change, arguments in {cases}:
     register()
     register()
     print(vllm.config.CacheConfig(cache_dtype="fp8").cache_dtype)
+    methods = [getattr(type(current_platform), name) for name in dir(type(current_platform))]
+    print("wrapped:", [method for method in methods if hasattr(method, "_logquant_original")])
     try:
         vllm.config.CacheConfig(cache_dtype="logquant")
     except ValueError as error:
@@ -75,6 +77,7 @@ def test_only_who_asks_is_told(name: str, said: dict[str, str]) -> None:
     _, message = CHANGES[name]
     assert "fp8" in said[name] and "refused:" in said[name]
     assert message in said[name]
+    assert "wrapped: []" in said[name]
 
 
 def test_others_see_nothing(said: dict[str, str]) -> None:

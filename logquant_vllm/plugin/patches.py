@@ -10,7 +10,7 @@
                                    is ours, also those of models that choose a backend by themselves.
 =================================  =============================================================================
 
-All act only if the KV cache dtype is ours, and all check first that the function still is what they expect.
+All act only if the KV cache dtype is ours, and none is wrapped unless all still are what is expected.
 """
 
 from __future__ import annotations
@@ -34,11 +34,8 @@ def _expect_parameters(function: Callable[..., Any], expected: list[str]) -> Non
         )
 
 
-def _wrap(owner: type, name: str, parameters: list[str], wrapper: Callable[..., Any]) -> None:
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
     original = getattr(owner, name)
-    if hasattr(original, _MARK):
-        return
-    _expect_parameters(original, parameters)
 
     def wrapped(cls: type, *args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
@@ -47,13 +44,22 @@ def _wrap(owner: type, name: str, parameters: list[str], wrapper: Callable[..., 
     setattr(owner, name, classmethod(wrapped))
 
 
+def _engine_is_ours() -> bool:
+    from vllm.config import get_current_vllm_config_or_none
+
+    vllm_config = get_current_vllm_config_or_none()
+    cache = vllm_config.cache_config if vllm_config is not None else None
+    return cache is not None and cache.cache_dtype == KV_CACHE_DTYPE
+
+
 def _get_attn_backend_cls(
     original: Callable[..., str], selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
 ) -> str:
     if attn_selector_config.kv_cache_dtype != KV_CACHE_DTYPE:
-        from logquant_vllm.plugin.validation import check_layer_dtype
+        if _engine_is_ours():
+            from logquant_vllm.plugin.validation import check_layer_dtype
 
-        check_layer_dtype(attn_selector_config)
+            check_layer_dtype(attn_selector_config)
         return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
     from vllm.platforms import current_platform
 
@@ -93,19 +99,31 @@ def _update_block_size_for_backend(original: Callable[..., None], vllm_config: A
     return original(vllm_config)
 
 
+_PATCHES: dict[str, tuple[list[str], Callable[..., Any]]] = {
+    "get_attn_backend_cls": (["selected_backend", "attn_selector_config", "num_heads"], _get_attn_backend_cls),
+    "check_and_update_config": (["vllm_config"], _check_and_update_config),
+    "update_block_size_for_backend": (["vllm_config"], _update_block_size_for_backend),
+}
+
+
+def _patch(platform: type) -> None:
+    """Wrap the methods of a platform class, all or none of them.
+
+    Raises:
+        RuntimeError: if one has changed.
+    """
+    wanted = [name for name in _PATCHES if not hasattr(getattr(platform, name), _MARK)]
+    for name in wanted:
+        _expect_parameters(getattr(platform, name), _PATCHES[name][0])
+    for name in wanted:
+        _wrap(platform, name, _PATCHES[name][1])
+
+
 def apply_patches() -> None:
     """Register the backend's name and wrap the platform's methods; does nothing the second time."""
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    _patch(type(current_platform))
     if BACKEND_NAME not in AttentionBackendEnum.__members__:
         register_backend(BACKEND_NAME, BACKEND_PATH)
-    platform = type(current_platform)
-    _wrap(
-        platform,
-        "get_attn_backend_cls",
-        ["selected_backend", "attn_selector_config", "num_heads"],
-        _get_attn_backend_cls,
-    )
-    _wrap(platform, "check_and_update_config", ["vllm_config"], _check_and_update_config)
-    _wrap(platform, "update_block_size_for_backend", ["vllm_config"], _update_block_size_for_backend)

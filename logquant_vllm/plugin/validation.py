@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none, get_layers_from_vllm_config
+from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
@@ -141,16 +141,18 @@ def _local_attention(model: Any) -> Iterator[str]:
 
 
 def check_layer_dtype(selector: Any) -> None:
-    """Refuse a layer that is built for another KV cache than the engine's; ``selector`` is vLLM's description of it.
+    """Refuse a layer that is built for another KV cache than the engine's, which is ours.
+
+    Args:
+        selector: vLLM's description of the layer.
 
     Raises:
         ValueError: if vLLM's model does not hand the cache's configuration to its layers.
     """
-    vllm_config = get_current_vllm_config_or_none()
-    cache = vllm_config.cache_config if vllm_config is not None else None
-    if cache is not None and cache.cache_dtype == KV_CACHE_DTYPE and selector.attn_type == AttentionType.DECODER:
+    if selector.attn_type == AttentionType.DECODER:
+        model = get_current_vllm_config().model_config
         raise ValueError(
-            f"{vllm_config.model_config.architecture} in vLLM does not read --kv-cache-dtype (its layers ask for "
+            f"{model.architecture} in vLLM does not read --kv-cache-dtype (its layers ask for "
             f"{selector.kv_cache_dtype}): {FALLBACK}"
         )
 
