@@ -40,8 +40,8 @@ $(VENV)/.project: pyproject.toml $(VENV)/.engine-$(DEVICE)
 	@touch $@
 
 # other versions beside it, of which tests alone know
-$(VENV)/.beside: .ci/install_beside.py $(VENV)/.project
-	$(BIN)/python .ci/install_beside.py triton-3.8 triton-3.6 vllm-0.33
+$(VENV)/.beside: .ci/install_beside.py logquant_vllm/engines.py $(VENV)/.project
+	$(BIN)/python .ci/install_beside.py triton-3.8 triton-3.6 vllm-cuda
 	@touch $@
 
 other-versions: $(VENV)/.beside  ## install what the tests for GPUs' Triton and vLLM need

@@ -1,9 +1,9 @@
 """Install other versions of packages, for tests, into folders of this Python's environment that nothing imports from.
 
-``triton-3.8`` and ``triton-3.6`` are compilers for ``tests/test_compile.py``; ``vllm-0.33`` is what vLLM for CUDA
+``triton-3.8`` and ``triton-3.6`` are compilers for ``tests/test_compile.py``; ``vllm-cuda`` is what vLLM for CUDA
 consists of in Python, and runs on the compiled parts of the CPU wheel (``tests/test_other_vllm.py``)::
 
-    python .ci/install_beside.py triton-3.8 triton-3.6 vllm-0.33
+    python .ci/install_beside.py triton-3.8 triton-3.6 vllm-cuda
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import tempfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path, PurePath
+from runpy import run_path
 
-PACKAGES = {"triton-3.8": "triton==3.8.*", "triton-3.6": "triton==3.6.*", "vllm-0.33": "vllm==0.33.*"}
+REQUIREMENTS = run_path(str(Path(__file__).parents[1] / "logquant_vllm" / "engines.py"))["REQUIREMENTS"]
+PACKAGES = {"triton-3.8": "triton==3.8.*", "triton-3.6": "triton==3.6.*", "vllm-cuda": REQUIREMENTS["cuda"]}
 # where the index holds vLLM for machines with CUDA
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux2014_x86_64")
 PYTHON_FILES = {".py", ".json", ".jinja", ".txt", ".typed", ""}
