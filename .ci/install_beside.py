@@ -18,6 +18,8 @@ from runpy import run_path
 
 REQUIREMENTS = run_path(str(Path(__file__).parents[1] / "logquant_vllm" / "engines.py"))["REQUIREMENTS"]
 PACKAGES = {"triton-3.8": "triton==3.8.*", "triton-3.6": "triton==3.6.*", "vllm-cuda": REQUIREMENTS["cuda"]}
+ALSO_NEEDED = ["orjson"]
+"""What that vLLM requires, and the CPU's does not."""
 # where the index holds vLLM for machines with CUDA
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux2014_x86_64")
 PYTHON_FILES = {".py", ".json", ".jinja", ".txt", ".typed", ""}
@@ -63,6 +65,7 @@ def main() -> None:
         if name.startswith("vllm"):
             unpack_python(PACKAGES[name], target)
             link_compiled("vllm", target)
+            pip("install", "--upgrade", "--target", str(target), *ALSO_NEEDED)
         else:
             pip("install", "--upgrade", "--target", str(target), PACKAGES[name])
 
