@@ -191,6 +191,7 @@ def server() -> Iterator[Server]:
 
 
 @pytest.mark.server
+@pytest.mark.slow
 def test_compare(server: Server, tmp_path: Path) -> None:
     """Both runs, of the same requests, are complete and kept; the second hits the prefixes of the first."""
     url = server.base_url
@@ -212,6 +213,7 @@ def test_compare(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.slow
 def test_missed_threshold(server: Server, tmp_path: Path) -> None:
     thresholds = {"error_rate": 0, "ttft_ms": {"p50": 0.001}, "min_requests_per_s": 0.1}
     code, result = run_small(tmp_path, server.base_url, 120, thresholds=thresholds)
@@ -224,6 +226,7 @@ def test_missed_threshold(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.slow
 def test_wrong_model(server: Server, tmp_path: Path) -> None:
     path = write(tmp_path / "small.yaml", requests=2)
     ended = command("run", path, "--base-url", server.base_url, "--model", "other", "--output", tmp_path)

@@ -144,6 +144,7 @@ def test_long_sequences(tmp_path: Path) -> None:
     assert kl["chunked"] < kl["unrelated"] / 4, kl
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(tmp_path: Path) -> None:
     """``torch.compile`` (and CUDA graphs, on a GPU) give the distributions of eager execution."""
     path = write_model(tmp_path / "model", **MODELS["mistral-128-gqa2"])

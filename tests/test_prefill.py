@@ -76,7 +76,11 @@ ON_GPU = [
 
 @pytest.mark.parametrize(
     ("head_size", "gqa", "dtype", "room"),
-    [*GRID, *(pytest.param(*case, marks=[needs_gpu, pytest.mark.gpu]) for case in ON_GPU if case not in GRID)],
+    [
+        GRID[0],
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in GRID[1:]),
+        *(pytest.param(*case, marks=[needs_gpu, pytest.mark.gpu]) for case in ON_GPU if case not in GRID),
+    ],
 )
 def test_prefill(head_size: int, gqa: int, dtype: torch.dtype, room: int) -> None:
     """Requests that decode, that have a past (a slice, many, or one with the new tokens), and that have none."""

@@ -28,7 +28,9 @@ GLUON = [
 ]
 
 
-@pytest.mark.parametrize(("head_size", "tokens", "bits", "scale_bits"), [(32, 32, 2, 8), (48, 8, 4, 16)])
+@pytest.mark.parametrize(
+    ("head_size", "tokens", "bits", "scale_bits"), [pytest.param(32, 32, 2, 8, marks=pytest.mark.slow), (48, 8, 4, 16)]
+)
 @pytest.mark.parametrize("dense", [False, True])
 def test_round_with_feedback(head_size: int, tokens: int, bits: int, scale_bits: int, dense: bool) -> None:
     """Equal codes where no sum is rounded, and nearly all where sums are; a group with a NaN keeps its codes."""

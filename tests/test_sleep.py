@@ -23,6 +23,7 @@ from logquant_vllm.demo import tasks
 from tests.models import write_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.server
 
 Answers = list[tuple[list[int], torch.Tensor]]
 SHAPE = {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
