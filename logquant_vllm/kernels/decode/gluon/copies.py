@@ -65,17 +65,24 @@ def copy_bytes(memory, address, wanted):
 
 
 @gluon.jit
+def matrices(tiles, dtype: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Memory of 16-bit elements as all the matrices that it holds, of which some may be of no use: it can be seen as
+    another shape of the same size only."""
+    SIZE: gl.constexpr = tiles.numel
+    MEMORY: gl.constexpr = rows_memory(COLUMNS)
+    return tiles._reinterpret(dtype, [SIZE // (ROWS * COLUMNS), ROWS, COLUMNS], MEMORY)
+
+
+@gluon.jit
 def key_tile(memory, FMT: gl.constexpr):
     """The first tile as the words of a page's keys; ``memory`` is ``state.Memory``."""
-    MEMORY: gl.constexpr = rows_memory(FMT.key_words)
-    return memory.tiles.index(0)._reinterpret(gl.uint16, [FMT.page_size, FMT.key_words], MEMORY)
+    return matrices(memory.tiles.index(0), gl.uint16, FMT.page_size, FMT.key_words).index(0)
 
 
 @gluon.jit
 def value_tile(memory, FMT: gl.constexpr):
     """The second tile as the words of a page's values."""
-    MEMORY: gl.constexpr = rows_memory(FMT.value_words)
-    return memory.tiles.index(1)._reinterpret(gl.uint16, [FMT.head_size, FMT.value_words], MEMORY)
+    return matrices(memory.tiles.index(1), gl.uint16, FMT.head_size, FMT.value_words).index(0)
 
 
 @gluon.jit

@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from logquant_vllm.kernels.cache import compaction_due, find_hole, free_slot, holds_copy, skip_hole, slot_offset
+from logquant_vllm.kernels.decode.gluon.copies import matrices
 from logquant_vllm.kernels.decode.gluon.state import Sums, raise_maximum
 from logquant_vllm.kernels.decode.gluon.tiles import (
     BY_HEAD,
@@ -23,7 +24,6 @@ from logquant_vllm.kernels.decode.gluon.tiles import (
     exp2,
     lane_maxima,
     reference_of,
-    rows_memory,
     scale_and_shift,
     transpose_tiles,
 )
@@ -88,9 +88,8 @@ def attend_window(
     VALUE_GROUPS: gl.constexpr = FMT.value_groups
     CHANNELS: gl.constexpr = HEAD_SIZE // VALUE_GROUPS
     dtype: gl.constexpr = q.dtype
-    MEMORY: gl.constexpr = rows_memory(HEAD_SIZE)
     ones = gl.full((16, ROWS), 1.0, dtype, LEFT)
-    slots = tiles._reinterpret(dtype, [2, ROWS, HEAD_SIZE], MEMORY)
+    slots = matrices(tiles, dtype, ROWS, HEAD_SIZE)
     copies, new_key, new_value, blocks = rows
     due = compaction_due(request, LAYOUT)
     # offsets from the copies, which the new token need not be near to
