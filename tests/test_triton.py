@@ -207,7 +207,9 @@ def test_steps_are_taken_back(rollback_tokens: int, at_once: bool) -> None:
         pair.take_back([min(n, rollback_tokens) for n in back])
 
 
-@pytest.mark.parametrize(("head_size", "dtype"), [(16, torch.float16), (96, torch.bfloat16), (128, torch.float32)])
+@pytest.mark.parametrize(
+    ("head_size", "dtype"), [(16, torch.float16), (96, torch.bfloat16), (128, torch.float32), (192, torch.float16)]
+)
 @pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (5, 3), (150, 1), (150, 3)])
 def test_rotate_heads(head_size: int, dtype: torch.dtype, tokens: int, groups: int) -> None:
     generator = torch.Generator().manual_seed(0)

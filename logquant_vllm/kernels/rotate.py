@@ -18,6 +18,7 @@ from logquant_vllm.kernels.architecture import architecture
 from logquant_vllm.kernels.arguments import Member, Rows, copy_operand
 
 FEW_ROWS = 2048
+MOST_CHANNELS = tl.constexpr(128)  # of the products' inner dimension: more do not fit 100 KiB of shared memory
 
 
 class Rotation(NamedTuple):
@@ -45,16 +46,21 @@ def rotate_rows(
     OF_GROUP: tl.constexpr = HEADS // GROUPS
     row = tile * ROWS + tl.arange(0, ROWS)
     token, head = (row // OF_GROUP).to(tl.int64)[:, None], (group * OF_GROUP + row % OF_GROUP)[:, None]
-    channel = tl.arange(0, max(triton.next_power_of_2(HEAD_SIZE), 16))
-    in_head = channel < HEAD_SIZE
-    mask = (row < num_tokens * OF_GROUP)[:, None] & in_head[None, :]
-    address = source.data + token * source.stride + head * source.head_stride + channel[None, :]
-    x = tl.load(address, mask=mask, other=0.0)
-    square = in_head[:, None] & in_head[None, :]
-    matrix = matrices + group * HEAD_SIZE * HEAD_SIZE + channel[:, None] * HEAD_SIZE + channel[None, :]
-    m = tl.load(matrix, mask=square, other=0.0)
-    y = tl.dot(x.to(OPERAND), m.to(OPERAND), input_precision="ieee")
-    tl.store(target + (token * HEADS + head) * HEAD_SIZE + channel[None, :], y.to(target.dtype.element_ty), mask=mask)
+    PAD: tl.constexpr = max(triton.next_power_of_2(HEAD_SIZE), 16)
+    PART: tl.constexpr = min(PAD, MOST_CHANNELS)
+    channel = tl.arange(0, PAD)[None, :]
+    exists = (row < num_tokens * OF_GROUP)[:, None]
+    address = source.data + token * source.stride + head * source.head_stride
+    y = tl.zeros((ROWS, PAD), tl.float32)
+    for part in tl.static_range(PAD // PART):
+        inner = part * PART + tl.arange(0, PART)
+        x = tl.load(address + inner[None, :], mask=exists & (inner < HEAD_SIZE)[None, :], other=0.0)
+        square = (inner < HEAD_SIZE)[:, None] & (channel < HEAD_SIZE)
+        matrix = matrices + group * HEAD_SIZE * HEAD_SIZE + inner[:, None] * HEAD_SIZE + channel
+        m = tl.load(matrix, mask=square, other=0.0)
+        y = tl.dot(x.to(OPERAND), m.to(OPERAND), y, input_precision="ieee")
+    mask = exists & (channel < HEAD_SIZE)
+    tl.store(target + (token * HEADS + head) * HEAD_SIZE + channel, y.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
