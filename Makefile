@@ -11,7 +11,7 @@ PYTHON ?= python3
 # vLLM's CPU and CUDA wheels hold the same module, so each device has an environment of its own
 VENV ?= $(if $(filter cuda,$(DEVICE)),.venv-cuda,.venv)
 # a process for each core, where tests do not share a GPU
-PYTEST_PARALLEL ?= $(if $(filter cpu,$(DEVICE)),-n auto --maxprocesses 8 --dist loadgroup)
+PYTEST_PARALLEL ?= $(if $(filter cpu,$(DEVICE)),-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 PYTEST_ARGS ?= -m "not slow" $(PYTEST_PARALLEL)
 PYTEST = $(if $(findstring -n auto,$(PYTEST_ARGS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest
 EXTRAS ?= dev

@@ -20,16 +20,16 @@ _set_num_threads = torch.set_num_threads
 
 if not torch.cuda.is_available():  # Triton is asked when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # the other processes need the other cores
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # the other processes need the other cores
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[int(worker.removeprefix("gw")) % len(cores)]))
+
+LONG = ("test_triton", "test_compile", "test_prefill", "test_lab")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several processes (pytest-xdist) a file's tests stay together, and engines start one after another."""
-    for item in items if config.pluginmanager.hasplugin("xdist") else []:
-        group = "engines" if item.get_closest_marker("server") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engines and other long files first: with several processes, none is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("server") is None and item.path.stem not in LONG)
 
 
 def refuse_skip(report: pytest.CollectReport | pytest.TestReport, gpu: bool) -> None:

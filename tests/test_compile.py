@@ -97,7 +97,10 @@ def unused(gpu: str, name: str) -> set[str]:
 
 
 ALL = [
-    *(pytest.param("3.8", gpu, "default", id=f"3.8-{gpu}") for gpu in GPUS),
+    *(
+        pytest.param("3.8", gpu, "default", id=f"3.8-{gpu}", marks=[pytest.mark.slow] * (gpu in ("sm_89", "sm_100")))
+        for gpu in GPUS
+    ),
     pytest.param("3.8", "sm_90", "k4v2", id="3.8-sm_90-k4v2"),
     *(pytest.param("3.6", gpu, "default", id=f"3.6-{gpu}", marks=pytest.mark.slow) for gpu in GPUS),
     *(
@@ -156,7 +159,7 @@ def test_graphs_round_the_same() -> None:
         assert shapes[f"{step} alone"] == shapes[f"{step} captured"], step
 
 
-@pytest.mark.parametrize("gpu", ["sm_89", "sm_90", "sm_120"])
+@pytest.mark.parametrize("gpu", ["sm_90", "sm_120", pytest.param("sm_89", marks=pytest.mark.slow)])
 def test_decoding_programs_are_resident(gpu: str) -> None:
     """They take their share of all work: one that waited for another to end would double the step's time."""
     launches = compiled("3.8", "full", gpu).launches

@@ -50,12 +50,13 @@ def prompts(runner: Runner, lengths: tuple[int, ...]) -> list[list[int]]:
     ("method", "config"),
     [
         ("logquant-w64", LogQuantConfig()),
-        ("logquant-w32", None),
-        ("log-w64-k4v2", LogQuantConfig(key_bits=4)),
         ("calibrated-w64", LogQuantConfig()),
-        (
+        pytest.param("logquant-w32", None, marks=pytest.mark.slow),
+        pytest.param("log-w64-k4v2", LogQuantConfig(key_bits=4), marks=pytest.mark.slow),
+        pytest.param(
             "log-w64-kivi32",
             LogQuantConfig(key_group_size=32, value_group_size=32, scale_bits=16, range_shrink=1.0, rotation=False),
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -223,6 +224,7 @@ def test_paired_tests() -> None:
 
 
 @needs_model
+@pytest.mark.slow
 def test_quick_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "logquant_vllm.cli", "eval", "--quick", "--no-plots", "--output", str(tmp_path)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True)

@@ -173,6 +173,7 @@ def slow_server() -> Iterator[str]:
         connection.close()
 
 
+@pytest.mark.slow
 def test_slow_server(tmp_path: Path, slow_server: str) -> None:
     changes = {"timeout_s": 1, "give_up_s": 3, "warmup": 0, "settle_s": 0, "requests": 4, "poll_s": 30}
     code, result = run_small(tmp_path, slow_server, 120, **changes)

@@ -54,7 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "starcoder2-64-gqa2": {**STARCODER2, "num_attention_heads": 4, "num_key_value_heads": 2},
     "phi2-80-gqa1": {**PHI2, "head_dim": 80, "num_attention_heads": 4, "num_key_value_heads": 4},
 }
-SLOW = ("phi3-long-96-gqa1", "starcoder2-64-gqa2", "phi2-80-gqa1")
+SLOW = ("mistral-128-gqa2", "llama-128-gqa8", "phi3-96-gqa2", "phi3-long-96-gqa1", "starcoder2-64-gqa2", "phi2-80-gqa1")
 
 
 def prompts(lengths: list[int]) -> list[dict[str, list[int]]]:
@@ -155,6 +155,7 @@ def test_compiled_equals_eager(tmp_path: Path) -> None:
         assert_close(c[0], e[0], tolerance=3e-2, what="compiled")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() == 1 or os.cpu_count() == 1, reason="needs two GPUs or two cores")
 def test_tensor_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks with one KV head each give the distributions of one rank with two, each with its head's calibration."""
