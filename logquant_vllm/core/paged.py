@@ -32,9 +32,9 @@ class CacheLayout:
         window_length: ``W`` of the paper: ``W`` log-selected tokens and a recent window of up to ``2W``.
         prefix_replay_tokens: tokens before the end of a prefix hit that are computed again. Their pages belong to every
             request that shares the prefix and are not written again.
+        rollback_tokens: the newest tokens that may be taken back, to be computed again with other tokens; see
+            ``docs/design.md`` for how many vLLM takes.
         prefix_caching: whether there are prefix hits at all.
-        rollback_tokens: the newest tokens that may be taken back, to be computed again with other tokens: with
-            speculative decoding one more than the drafts of a step.
 
     Raises:
         ValueError: if a group of tokens could outgrow the recent window, from which it is quantized, or more tokens
@@ -44,8 +44,8 @@ class CacheLayout:
     fmt: PageFormat
     window_length: int = 64
     prefix_replay_tokens: int = 0
-    prefix_caching: bool = True
     rollback_tokens: int = 1
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         if self.window_length < self.fmt.key_group_size:
