@@ -27,11 +27,9 @@ from logquant_vllm.kernels.cache import (
     count_compactions,
     find_task,
     header_address,
-    load_header,
     load_lengths,
     make_header,
     num_reqs,
-    open_header,
     read_lengths,
     slot_of_position,
     slot_offset,
@@ -59,13 +57,15 @@ def slots_may_move(seq_len, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def write_headers(header, head, cache, block, LAYOUT: tl.constexpr):
-    """Write the header of the heads ``head``, ``[heads, 1]``."""
+def begin_window(computed, head, cache, block, LAYOUT: tl.constexpr):
+    """Write the headers of the heads ``head``, ``[heads, 1]``, where there are none yet: whoever writes one has looked
+    at that one, so no warp takes another's for a sign that its own are there."""
     CHUNKS: tl.constexpr = (LAYOUT.fmt.head_size + HEADER_CHANNELS - 1) // HEADER_CHANNELS
     chunk = tl.arange(0, triton.next_power_of_2(CHUNKS))[None, :]
     address = header_address(cache, block, head, chunk, LAYOUT)
     exists = (head < cache.num_kv_heads) & (chunk < CHUNKS)
-    tl.store(address, header, mask=exists)
+    fresh = tl.load(address, mask=exists, other=1) == 0
+    tl.store(address, make_header(computed, count_compactions(computed, LAYOUT)), mask=exists & fresh)
 
 
 @triton.jit
@@ -75,13 +75,13 @@ def copy_token(index, key, value, cache, batch, LAYOUT: tl.constexpr, HEADS: tl.
     start, query_len, computed = read_lengths(batch, index)
     table_row = window_row(cache, index)
     block = tl.load(table_row)
-    header = load_header(cache, block, 0, 0, LAYOUT)  # is waited for behind the copies
     if (block > 0) & (query_len > 0) & ~slots_may_move(computed + query_len, LAYOUT):
         copies = cache.window + slot_offset(slot_of_position(computed, 0, LAYOUT), cache, table_row, LAYOUT)
         channel = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))[None, :]
         row = start.to(tl.int64)
         for first in range(0, cache.num_kv_heads, HEADS):
             head = first + tl.arange(0, HEADS)[:, None]
+            begin_window(computed, head, cache, block, LAYOUT)
             exists = (head < cache.num_kv_heads) & (channel < HEAD_SIZE)
             new_keys, new_values = key.data + row * key.stride, value.data + row * value.stride
             new_key = tl.load(new_keys + head * key.head_stride + channel, mask=exists, other=0.0)
@@ -89,11 +89,6 @@ def copy_token(index, key, value, cache, batch, LAYOUT: tl.constexpr, HEADS: tl.
             copy = copies + head * (2 * HEAD_SIZE) + channel
             tl.store(copy, new_key, mask=exists)
             tl.store(copy + HEAD_SIZE, new_value, mask=exists)
-        # slots stay as they are; who reads what another warp has written here makes the same of it
-        window_start, compactions = open_header(header, computed, LAYOUT)
-        header = make_header(window_start, compactions)
-        for first in range(0, cache.num_kv_heads, HEADS):
-            write_headers(header, first + tl.arange(0, HEADS)[:, None], cache, block, LAYOUT)
 
 
 @triton.jit
