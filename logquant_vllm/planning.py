@@ -32,6 +32,8 @@ class ModelShape:
     num_kv_heads: int
     head_size: int
     dtype: str = "bfloat16"
+    num_heads: int | None = None
+    """Query heads; the cache does without, kernels differ by them."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_size"):
@@ -237,6 +239,7 @@ def shape_of_config(model: str, config: Any, dtype: str = "auto", max_model_len:
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
         dtype=dtype,
+        num_heads=heads,
     )
 
 

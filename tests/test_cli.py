@@ -282,6 +282,44 @@ def test_doctor_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "vLLM is not installed" in result.stdout
 
 
+@pytest.mark.usefixtures("healthy")
+@pytest.mark.parametrize(
+    ("heads", "options", "capability", "status", "found"),
+    [
+        ({}, "{}", (9, 0), "ok", "Gluon on sm_90"),
+        ({"num_attention_heads": 32}, "{}", (9, 0), "note", "a KV head has 16 query heads, more than 8"),
+        ({"head_dim": 256}, "{}", (12, 0), "note", "heads have 256 channels, not 64 or 128"),
+        ({}, '{"scale_bits": 16}', (9, 0), "note", "scale_bits is 16, not 8"),
+        ({}, "{}", (8, 0), "note", "sm_80 has no instruction"),
+        ({}, "{}", None, "ok", "C++"),
+    ],
+)
+def test_doctor_names_the_kernel(
+    heads: dict[str, int],
+    options: str,
+    capability: tuple[int, int] | None,
+    status: str,
+    found: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("transformers")
+    gpu = None if capability is None else environment.Gpu("a GPU", capability, 80 << 30, 1)
+    monkeypatch.setattr(environment, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(environment, "installed_engine", lambda: CPU if gpu is None else CUDA)
+    path = write_config(tmp_path / "model", **heads)
+    result = runner.invoke(app, ["doctor", str(path), "--options", options, "--json"])
+    assert result.exit_code == 0, result.output
+    check = next(c for c in json.loads(result.stdout)["checks"] if c["name"] == "decode kernel")
+    assert check["status"] == status and found in check["found"]
+
+
+def test_doctor_of_a_model_that_is_not_there() -> None:
+    pytest.importorskip("transformers")
+    result = runner.invoke(app, ["doctor", "/nonexistent"])
+    assert result.exit_code == 2 and "no config.json in /nonexistent" in result.stderr
+
+
 def test_doctor_sees_that_the_plugin_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "another")
     check = environment._plugin()

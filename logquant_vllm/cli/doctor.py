@@ -10,14 +10,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from logquant_vllm.cli.environment import examine
+from logquant_vllm.cli.bench import parse_json
+from logquant_vllm.cli.environment import examine, kernels_of
+from logquant_vllm.cli.errors import user_errors
 
 _STYLE = {"ok": "green", "note": "yellow", "missing": "bold red"}
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor(
+    model: Annotated[
+        str,
+        typer.Argument(help='Model directory or hub name, or "demo": which kernels would serve it.', metavar="[MODEL]"),
+    ] = "",
+    options: Annotated[str, typer.Option(help="LogQuant's options as JSON, for MODEL.")] = "{}",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Check this machine; exit code 1 when something that a server needs is missing."""
     report = examine()
+    if model:
+        with user_errors():
+            report.checks.extend(kernels_of(model, parse_json("--options", options)))
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=2))
     else:

@@ -96,6 +96,38 @@ def find_gpu() -> Gpu | None:
     )
 
 
+def kernels_of(model: str, options: dict[str, Any]) -> Iterator[Check]:
+    """Which kernels would serve a model on this machine's GPU, and why not the fastest.
+
+    Raises:
+        ValueError: if there is no such model, or it or the options are not supported.
+    """
+    import torch
+
+    from logquant_vllm.cli.arguments import model_directory
+    from logquant_vllm.config import LogQuantConfig
+    from logquant_vllm.kernels.architecture import architecture_of
+    from logquant_vllm.kernels.decode.choice import why_not_gluon
+    from logquant_vllm.planning import model_shape
+
+    shape = model_shape(model_directory(model))
+    layout = LogQuantConfig.from_options(options).layout(shape.head_size)
+    heads = shape.num_heads or shape.num_kv_heads
+    found = f"{heads} query and {shape.num_kv_heads} KV heads of {shape.head_size}"
+    yield Check("model", "ok", f"{model}: {found}, {layout.fmt.bits_per_element:.2f} bits an element")
+    gpu = find_gpu()
+    if gpu is None or gpu.capability < MIN_CAPABILITY:
+        yield Check("decode kernel", "ok", "C++ operations: no GPU for the others")
+        return
+    architecture = architecture_of(gpu.capability, 1)
+    reason = why_not_gluon(architecture, getattr(torch, shape.dtype), layout, heads // shape.num_kv_heads)
+    if reason is None:
+        yield Check("decode kernel", "ok", f"Gluon on {architecture.name}: the fastest")
+    else:
+        advice = "it is slower, for some shapes than vLLM's bfloat16 cache: compare with `logquant-vllm bench decode`"
+        yield Check("decode kernel", "note", f"Triton on {architecture.name}, as {reason}", advice)
+
+
 def _python() -> Check:
     return Check("Python", "ok", platform.python_version())
 
