@@ -15,6 +15,7 @@ from tests.models import write_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+pytestmark = pytest.mark.server
 WINDOW, VOCABULARY = 64, 512
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -197,10 +196,19 @@ def test_decode_step(case) -> None:
 
 @pytest.mark.parametrize("at_once", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rollback_tokens", [3, pytest.param(1, marks=pytest.mark.slow)])
-def test_steps_are_taken_back(rollback_tokens: int, at_once: bool) -> None:
+@pytest.mark.parametrize(
+    ("fmt", "gqa"),
+    [
+        pytest.param(small_layout(SMALL[2]).fmt, 1, id="small"),
+        # on Hopper, the Gluon kernel
+        pytest.param(PageFormat(128), 4, id="128", marks=[needs_gpu, pytest.mark.gpu]),
+        pytest.param(PageFormat(64), 8, id="64", marks=[needs_gpu, pytest.mark.gpu]),
+    ],
+)
+def test_steps_are_taken_back(fmt: PageFormat, gqa: int, rollback_tokens: int, at_once: bool) -> None:
     """Tokens that ask for a compaction, or complete a group, are computed again with other ones."""
-    layout = replace(small_layout(SMALL[2]), rollback_tokens=rollback_tokens)
-    pair, w = Pair(layout, 1, 1, 2, 400, torch.float16), layout.window_length
+    layout = CacheLayout(fmt, 64, rollback_tokens=rollback_tokens)
+    pair, w = Pair(layout, gqa, 1, 2, 400, torch.float16), layout.window_length
     pair.step([4 * w - 1, 3 * w + 1])
     for i, (new, back) in enumerate([([1, 1], [1, 0]), ([1, 1], [0, 1]), ([3, 1], [3, 0]), ([1, 1], [0, 0])]):
         pair.step(new, seed=i, at_once=at_once)
