@@ -21,6 +21,8 @@ from logquant_vllm.kernels.cache import (
 )
 from logquant_vllm.kernels.scales import load_scale_zero
 
+TOKENS = tl.constexpr(SLICE_STEP)  # of a program: divides every group of tokens
+
 
 @triton.jit
 def page_keys(slab, first, token, channel, in_head, FMT: tl.constexpr):
@@ -70,8 +72,8 @@ def gather_kernel(
     first,  # first position of the slice
     rows,  # rows to write
     LAYOUT: tl.constexpr,
-    TOKENS: tl.constexpr,  # tokens of a program; divides key_group_size and ``first``
 ):
+    """A program for each ``TOKENS`` rows of a request and KV head."""
     FMT: tl.constexpr = LAYOUT.fmt
     GROUPS: tl.constexpr = FMT.value_groups
     index, chunk = find_request(start_loc, tl.program_id(0), count, TOKENS)
@@ -146,6 +148,5 @@ def gather(step: Step, keys: Tensor, values: Tensor, piece: PastSlice, first_req
         piece.first,
         piece.rows,
         LAYOUT=step.layout,
-        TOKENS=SLICE_STEP,
         num_warps=4,
     )
