@@ -209,7 +209,7 @@ def model_shape(model: str, dtype: str = "auto", max_model_len: int | None = Non
         raise ValueError(f"no config.json in {model}: name the model's directory, or its name on the hub")
     try:
         config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a damaged file makes of the library that reads it
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"cannot read the configuration of model {model!r}: {reason}") from None
     return shape_of_config(model, config.get_text_config(), dtype, max_model_len)
@@ -229,7 +229,7 @@ def shape_of_config(model: str, config: Any, dtype: str = "auto", max_model_len:
         raise ValueError(f"{model} has {', '.join(sorted(kinds))} layers; logquant supports full attention only")
     heads = getattr(config, "num_attention_heads", None)
     layers = getattr(config, "num_hidden_layers", None)
-    if not isinstance(heads, int) or not isinstance(layers, int):
+    if not isinstance(heads, int) or not isinstance(layers, int) or heads < 1:
         raise ValueError(f"the configuration of {model} names no num_attention_heads or num_hidden_layers")
     if dtype == "auto":
         own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")

@@ -132,6 +132,22 @@ def test_serve_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert slow.index("--enforce-eager") < slow.index("--no-enforce-eager")  # which wins
 
 
+@pytest.mark.parametrize("flag", ["--hos", "--api_k=x", "--kv-cache-d", "--shutdown-time=3"])
+def test_abbreviated_flags(flag: str) -> None:
+    """vLLM would take them for what we set or look at."""
+    with pytest.raises(ValueError, match=r"is short for --.*: write it out"):
+        server_command("m", [flag, "1"], CPU)
+    assert server_command("m", ["--host", "::1", "--port", "1", "-tp", "2"], CPU).count("--host") == 1
+
+
+@pytest.mark.parametrize("allowed", ["", "other"])
+def test_plugins_that_leave_us_out(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_module, "installed_engine", lambda: CPU)
+    monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    result = runner.invoke(app, ["serve", "m"])
+    assert result.exit_code == 2 and "leaves this plugin out" in result.stderr
+
+
 def test_serve_replaces_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
     monkeypatch.setattr(serve_module, "installed_engine", lambda: CPU)
@@ -312,6 +328,20 @@ def test_doctor_names_the_kernel(
     assert result.exit_code == 0, result.output
     check = next(c for c in json.loads(result.stdout)["checks"] if c["name"] == "decode kernel")
     assert check["status"] == status and found in check["found"]
+
+
+@pytest.mark.parametrize(
+    "damage", [{"num_attention_heads": 0}, {"head_dim": "128"}, {"torch_dtype": "float8"}], ids=str
+)
+def test_a_damaged_configuration(damage: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    result = runner.invoke(app, ["doctor", str(write_config(tmp_path / "model", **damage))])
+    assert result.exit_code == 2 and result.stderr.startswith("error: "), result.output
+
+
+def test_options_without_a_model() -> None:
+    result = runner.invoke(app, ["doctor", "--options", '{"window_length": 64}'])
+    assert result.exit_code == 2 and "name it" in result.stderr
 
 
 def test_doctor_of_a_model_that_is_not_there() -> None:

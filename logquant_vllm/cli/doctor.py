@@ -27,9 +27,12 @@ def doctor(
 ) -> None:
     """Check this machine; exit code 1 when something that a server needs is missing."""
     report = examine()
-    if model:
-        with user_errors():
-            report.checks.extend(kernels_of(model, parse_json("--options", options)))
+    with user_errors():
+        chosen = parse_json("--options", options)
+        if model:
+            report.checks.extend(kernels_of(model, chosen))
+        elif chosen:
+            raise ValueError("--options are those of a MODEL: name it")
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=2))
     else:

@@ -63,6 +63,7 @@ def serve(
     """
     with user_errors():
         engine = installed_engine()
+        _check_plugins(os.environ.get("VLLM_PLUGINS"))
         command = server_command(model, context.args, engine)
         typer.echo(reachability(context.args), err=True)
     if reads_images(model) and find_spec("torchvision") is None:
@@ -97,6 +98,7 @@ def server_command(model: str, flags: Sequence[str], engine: Engine) -> list[str
     if engine.problem:
         raise ValueError(engine.problem)
     defaults: dict[str, str | None] = {"--kv-cache-dtype": KV_CACHE_DTYPE, **SERVER_FLAGS}
+    _refuse_abbreviations(flags, [*defaults, "--api-key", "--additional-config", "--config", "--uds"])
     dtype = setting(flags, "--kv-cache-dtype") or KV_CACHE_DTYPE
     if dtype != KV_CACHE_DTYPE:
         raise ValueError(
@@ -117,6 +119,21 @@ def server_command(model: str, flags: Sequence[str], engine: Engine) -> list[str
     # is deprecated in favour of that command, and says so in a warning that would only confuse.
     quiet = ["-W", "ignore::DeprecationWarning:__main__"]
     return [sys.executable, *quiet, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
+
+
+def _refuse_abbreviations(flags: Sequence[str], names: Sequence[str]) -> None:
+    """vLLM takes ``--hos`` for ``--host``: what is looked at must be written out, or a default stands beside it."""
+    for flag in flags:
+        given = flag.partition("=")[0].replace("_", "-")
+        meant = [name for name in names if len(given) > 3 and name.startswith(given) and name != given]
+        if given.startswith("--") and meant and given not in names:
+            raise ValueError(f"{flag.partition('=')[0]} is short for {' or '.join(meant)}: write it out")
+
+
+def _check_plugins(allowed: str | None) -> None:
+    """vLLM would say half a minute later that it knows no such KV cache dtype."""
+    if allowed is not None and "logquant" not in allowed.split(","):
+        raise ValueError(f"VLLM_PLUGINS={allowed!r} leaves this plugin out: unset it, or add logquant to it")
 
 
 def plugin_names() -> list[str]:
@@ -170,7 +187,8 @@ def _configured(flags: Sequence[str]) -> dict[str, str]:
         found = yaml.safe_load(Path(path).read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return {f"--{key}".replace("_", "-"): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+    given = found.items() if isinstance(found, dict) else ()
+    return {f"--{key}".replace("_", "-"): str(value) for key, value in given if value is not None}
 
 
 def reachability(flags: Sequence[str]) -> str:

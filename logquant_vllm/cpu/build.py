@@ -121,9 +121,13 @@ def _is_private(path: Path, shared: int = 0) -> bool:
 
 def _directories(name: str) -> list[Path]:
     """Where the library may lie, the usual place first."""
-    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
-    usual = Path(chosen) if chosen else Path.home() / ".cache" / "torch_extensions"
-    return [usual / name, Path(tempfile.gettempdir()) / f"logquant-vllm-{os.geteuid()}" / name]
+    own = Path(tempfile.gettempdir()) / f"logquant-vllm-{os.geteuid()}" / name
+    if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return [Path(chosen) / name, own]
+    try:
+        return [Path.home() / ".cache" / "torch_extensions" / name, own]
+    except RuntimeError:  # a user without a name, in a container without HOME
+        return [own]
 
 
 def _obstacle(directory: Path) -> str | None:
