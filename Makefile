@@ -13,6 +13,7 @@ VENV ?= $(if $(filter cuda,$(DEVICE)),.venv-cuda,.venv)
 # a process for each core, where tests do not share a GPU
 PYTEST_PARALLEL ?= $(if $(filter cpu,$(DEVICE)),-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 PYTEST_ARGS ?= -m "not slow" $(PYTEST_PARALLEL)
+SLOW ?= slow
 PYTEST = $(if $(findstring -n auto,$(PYTEST_ARGS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest
 EXTRAS ?= dev
 
@@ -58,7 +59,7 @@ test: setup  ## run the fast test suite
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: setup  ## run the tests that `make test` leaves out
-	$(PYTEST) -m slow $(PYTEST_PARALLEL)
+	$(PYTEST) -m "$(SLOW)" $(PYTEST_PARALLEL)
 
 test-all: test test-slow  ## run all tests
 
