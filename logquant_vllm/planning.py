@@ -13,7 +13,7 @@ LogQuant a request holds pages of 128 tokens and, from the same pool, a few wind
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class ModelShape:
     num_kv_heads: int
     head_size: int
     dtype: str = "bfloat16"
-    num_heads: int | None = None
+    num_heads: int | None = field(default=None, compare=False)
     """Query heads; the cache does without, kernels differ by them."""
 
     def __post_init__(self) -> None:

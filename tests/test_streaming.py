@@ -95,11 +95,11 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Streamin
     if current_platform.is_cpu():  # which turns asynchronous scheduling off: "not required on CPU"
         check = type(current_platform).check_and_update_config
 
-        def asynchronous(vllm_config: Any) -> None:
+        def asynchronous(cls: type, vllm_config: Any) -> None:
             check(vllm_config)
             vllm_config.scheduler_config.async_scheduling = True
 
-        monkeypatch.setattr(type(current_platform), "check_and_update_config", asynchronous)
+        monkeypatch.setattr(type(current_platform), "check_and_update_config", classmethod(asynchronous))
     yield Streaming(write_model(tmp_path / "model"), monkeypatch)
     cleanup_dist_env_and_memory()
 
