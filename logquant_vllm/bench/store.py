@@ -69,11 +69,14 @@ def check(inputs: Inputs, layout: CacheLayout, feedback: Tensor | None) -> None:
 def inputs_of(
     requests: int, new: int, completing: int, shape: Shape, layout: CacheLayout, seed: int, device: str = "cuda"
 ) -> Inputs:
-    """A step of ``new`` tokens of each request, one of which completes a group for the first ``completing`` only."""
+    """A step of ``new`` tokens of each request, one of which completes a group for the first ``completing`` only.
+
+    In a decode step no request's slots move: that is the first step behind a window length, here a group's first token.
+    """
     group = layout.fmt.key_group_size
     begin = CONTEXT - CONTEXT % group if new == 1 else 0
     inputs = random_inputs(requests, begin + max(new, group), shape, layout, seed, device)
-    lens = [begin + (group if i < completing else 1 + i % (group - 1)) if new == 1 else new for i in range(requests)]
+    lens = [begin + (group if i < completing else 2 + i % (group - 2)) if new == 1 else new for i in range(requests)]
     g = torch.Generator(device=device).manual_seed(seed)
     tokens = (2, requests * new, shape.num_kv_heads, shape.head_dim)
     key, value = torch.randn(tokens, device=device, generator=g).bfloat16()
