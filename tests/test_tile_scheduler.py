@@ -15,6 +15,7 @@ from logquant_vllm.core.paged import CacheLayout, Header, slot_positions
 from logquant_vllm.kernels import cache as device
 from logquant_vllm.kernels.arguments import BatchArgument, Rows
 from logquant_vllm.kernels.decode import combine, tile_scheduler
+from logquant_vllm.kernels.decode.vectors import Vectors
 from tests.paging import assert_close
 from tests.test_triton import DEVICE
 
@@ -156,7 +157,7 @@ def test_combine(programs: int, grain: int, tile: int) -> None:
     )
     batch = BatchArgument(starts, seq_lens, 16 * len(lens))
     combine.combine_kernel[(tokens, heads, 1)](
-        target, batch, tokens, LAYOUT=LAYOUT, GQA=gqa, CHANNELS=size, TILE=tile, PDL=False
+        target, batch, tokens, LAYOUT=LAYOUT, VECTORS=Vectors(gqa, 1, gqa), CHANNELS=size, TILE=tile, PDL=False
     )
     assert_close(out, expected)
     assert torch.equal(out_lse[-1].cpu(), expected_lse[-1])

@@ -15,7 +15,7 @@ from logquant_vllm.core import operations as reference
 from logquant_vllm.core import past as past_reference
 from logquant_vllm.core.calibration import Basis, rotate_heads
 from logquant_vllm.core.page_format import PageFormat
-from logquant_vllm.core.paged import CacheLayout
+from logquant_vllm.core.paged import Batch, CacheLayout
 from logquant_vllm.kernels import operations as kernels
 from tests.paging import PagedBatch, assert_close, random_qkv
 
@@ -39,12 +39,20 @@ class Pair:
         )
 
     def step(
-        self, new: list[int], seed: int = 0, qkv=None, nan_rows=None, max_seq_len: int | None = None, at_once=False
+        self,
+        new: list[int],
+        seed: int = 0,
+        qkv=None,
+        nan_rows=None,
+        max_seq_len: int | None = None,
+        at_once=False,
+        queries=0,
     ):
         """One step of both; returns the outputs and LSEs of the reference and of the kernels.
 
         Args:
             at_once: ``decode_step`` instead of three operations, where that is allowed.
+            queries: attention by ``decode``, compiled for so many new tokens of a request.
         """
         q, k, v = qkv or self.qkv(sum(new), seed)
         a, b = self.expected.batch(new), self.actual.batch(new)
@@ -58,6 +66,8 @@ class Pair:
             self.same_bytes(f"pages after {new}")
         attend = "decode_step" if at_once else "attention"
         expected = getattr(reference, attend)(q, k, v, self.expected.cache, a, self.layout, self.scale)
+        if queries:
+            attend, b = "decode", b._replace(max_query_len=queries)
         actual = getattr(kernels, attend)(*on_device, self.actual.cache, b, self.layout, self.scale)
         if not at_once:
             self.same_bytes(f"attention of {new} wrote to the cache")
@@ -192,6 +202,39 @@ def test_decode_step(case) -> None:
     keys, batch = pair.qkv(4, 0)[1].to(DEVICE), pair.actual.batch([2, 2])
     with pytest.raises(ValueError, match="one new token per request"):
         kernels.store_tokens(keys, keys, pair.actual.cache, batch, layout)
+
+
+@pytest.mark.parametrize(
+    ("gqa", "queries"),
+    [(6, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 2), (4, 5), (3, 8), (16, 4), (1, 16)])],
+)
+def test_several_queries(gqa: int, queries: int) -> None:
+    """Up to ``queries`` new tokens of each request, some of which are taken back, over every boundary of the window;
+    more vectors than a program takes, idle requests and short ones."""
+    fmt = PageFormat(32, 64, key_group_size=32, value_group_size=32)
+    layout = CacheLayout(fmt, 32, rollback_tokens=2 * queries - 1)
+    pair = Pair(layout, gqa, 1, 3, 32 * 8, torch.float16)
+    pair.step([32 * 3 - 2, 32 * 5 + layout.rollback_tokens - 2, 1])
+    for i, new in enumerate(([queries] * 3, [queries, 1, 0], [1, queries, queries - 1], [queries] * 3)):
+        pair.step(new, seed=i, queries=queries)
+        pair.take_back([max(n - 1 - i, 0) for n in new])
+
+
+def test_several_queries_of_padding() -> None:
+    """Rows of padding beside a request with tokens, and rows of no request at all: zeros, and nothing is written."""
+    layout = small_layout(SMALL[0])
+    pair = Pair(layout, 2, 1, 2, 256, torch.float16)
+    pair.actual.cache.window_block_table[1] = 0
+    q, k, v = (x.to(DEVICE) for x in pair.qkv(8, 9))
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
+    lens = torch.tensor([2, 3], dtype=torch.int32, device=DEVICE)
+    before = pair.actual.cache.pages.clone()
+    out, lse = kernels.decode(q, k, v, pair.actual.cache, Batch(starts, lens, 3, 256), layout, 1.0)
+    assert torch.equal(before, pair.actual.cache.pages)
+    assert (out[2:] == 0).all() and lse[2:].eq(-torch.inf).all()
+    assert out[:2].isfinite().all() and lse[:2].isfinite().all()
+    # the first token sees itself alone
+    assert_close(out[0], v[0].repeat_interleave(2, 0), what="first token")
 
 
 @pytest.mark.parametrize("at_once", [True, pytest.param(False, marks=pytest.mark.slow)])

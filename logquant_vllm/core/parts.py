@@ -22,7 +22,7 @@ class Part(NamedTuple):
 class Parts(NamedTuple):
     """A step, in vLLM's order of requests: by and large, prompts that are continued come before those that begin."""
 
-    decoding: Part | None = None  # one new token each
+    decoding: Part | None = None  # few new tokens each, ``batch.max_query_len`` at most
     continued: Part | None = None  # longer queries, of which some have a past
     begun: Part | None = None  # longer queries without one
 

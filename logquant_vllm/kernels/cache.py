@@ -255,6 +255,21 @@ def free_slot(request, due, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def new_token_in(slot, request, due, QUERIES: tl.constexpr, LAYOUT: tl.constexpr):
+    """Which of its request's new tokens stands in a slot; none does where this is negative or ``query_len`` or more.
+
+    A single one stands in a free slot. For several there need not be so many: they have slots behind the window's.
+
+    Args:
+        QUERIES: new tokens of a request, at most.
+    """
+    if QUERIES == 1:
+        return tl.where(slot == free_slot(request, due, LAYOUT), 0, -1)
+    else:
+        return slot - LAYOUT.num_slots
+
+
+@triton.jit
 def find_hole(computed, TILE: tl.constexpr, LAYOUT: tl.constexpr):
     """Tiles of slots that attention needs none of, from the first to below the second: those behind the newest token,
     up to the oldest of the ring or to its end. Tiles begin at multiples of ``TILE``.

@@ -15,7 +15,7 @@ from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
 from logquant_vllm.core.parts import Part, Parts
 from logquant_vllm.core.past import PastSlice, past_of
 from logquant_vllm.kernels.arguments import Step
-from logquant_vllm.kernels.decode.launch import decode
+from logquant_vllm.kernels.decode import launch
 from logquant_vllm.kernels.prefill.attention import DenseAttention
 from logquant_vllm.kernels.prefill.gather import gather
 from logquant_vllm.kernels.rotate import rotate_heads
@@ -24,6 +24,7 @@ from logquant_vllm.kernels.store.step import store_step
 
 __all__ = [
     "attention",
+    "decode",
     "decode_step",
     "gather_past",
     "quantize_pages",
@@ -107,12 +108,32 @@ def _float32(device: torch.device, *buffers: tuple[tuple[int, ...], torch.dtype]
     return [torch.empty(shape, dtype=torch.float32, device=device) for shape, _ in buffers]
 
 
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    layout: CacheLayout,
+    scale: float,
+    output: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``core.operations.attention`` of a few new tokens per request, for which the kernels of decoding are: up to 64
+    or so. They are compiled for each ``batch.max_query_len``; requests may have fewer tokens, or none."""
+    args = Step.of(key, value, cache, batch, layout)
+    if output is None:
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if args.is_empty:
+        return output.zero_(), torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
+    return output, _decode(args, query, output, scale)
+
+
 def _decode(args: Step, query: Tensor, output: Tensor, scale: float) -> Tensor:
-    """Attention of one token per request, into ``output``; the LSEs."""
+    """Attention of a few tokens per request, into ``output``; the LSEs."""
     if query.dtype != args.dtype or query.stride(-1) != 1:
         raise ValueError(f"query must have the dtype of key and a contiguous last dimension, got {query.dtype}")
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-    decode(args, query, output, lse, scale * LOG2E)
+    launch.decode(args, query, output, lse, scale * LOG2E)
     return lse
 
 
@@ -154,7 +175,7 @@ def step(
     """A whole step of a layer, into ``output``; see ``core.operations.step``.
 
     Args:
-        parts: of the batch, unless every request has one new token.
+        parts: of the batch; without, all its requests are decoded together.
     """
     layout, basis = layer.layout, layer.basis
     feedback = None if basis is None else basis.feedback
@@ -186,7 +207,8 @@ def _attend_parts(
     query, key, stored_key, value = new
     decoding, continued, begun = parts
     if decoding is None and continued is None and begun is None:
-        decoding = Part(slice(args.num_tokens), 0, Batch(args.batch.query_start_loc, args.batch.seq_lens, 1, 0))
+        batch = Batch(args.batch.query_start_loc, args.batch.seq_lens, args.max_query_len, 0)
+        decoding = Part(slice(args.num_tokens), 0, batch)
     if begun is not None:  # the scores of a prompt that begins are the same in either basis
         t = begun.tokens
         layer.dense.attend_new(output[t], query[t], key[t], value[t], begun.batch, layer.scale)

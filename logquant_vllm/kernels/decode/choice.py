@@ -8,12 +8,15 @@ from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.kernels.architecture import Architecture
 
 
-def why_not_gluon(architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int) -> str | None:
+def why_not_gluon(
+    architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int = 1
+) -> str | None:
     """Why the Gluon kernel cannot serve, and the slower Triton kernel has to; None if it can.
 
     Args:
         dtype: of the queries.
         gqa: query heads of a KV head.
+        queries: new tokens of a request, at most.
     """
     fmt = layout.fmt
     if not architecture.is_gpu:
@@ -26,6 +29,8 @@ def why_not_gluon(architecture: Architecture, dtype: torch.dtype, layout: CacheL
         return f"heads have {fmt.head_size} channels, not 64 or 128"
     if gqa > 8:
         return f"a KV head has {gqa} query heads, more than 8"
+    if queries > 1:
+        return f"requests have up to {queries} new tokens, more than 1"
     if fmt.scale_bits != 8:
         return f"scale_bits is {fmt.scale_bits}, not 8"
     if fmt.key_group_size < 64:

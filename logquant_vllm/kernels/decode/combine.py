@@ -11,6 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from logquant_vllm.kernels.arguments import Member, Rows, Step, padded
 from logquant_vllm.kernels.cache import num_reqs
 from logquant_vllm.kernels.decode.tile_scheduler import PARTIALS, pad_blocks, program_of, tile_blocks
+from logquant_vllm.kernels.decode.vectors import Vectors, place_vectors
 
 LN2 = tl.constexpr(0.6931471805599453)
 NUM_PARTIALS = tl.constexpr(PARTIALS)
@@ -29,21 +30,21 @@ class DecodeOutput(NamedTuple):
     output: Rows
     lse: Member  # float32 [num_tokens, num_heads]
     lse_stride: Member
-    partial: Member  # float32 [programs, PARTIALS, GQA, head_size]: normalized outputs
-    partial_lse: Member  # float32 [programs, PARTIALS, GQA], in units of log2; -inf where there was no token
+    partial: Member  # float32 [programs, PARTIALS, block of vectors, head_size]: normalized outputs
+    partial_lse: Member  # float32 [programs, PARTIALS, block], in units of log2; -inf where there was no token
     row_starts: Member  # as in tile_scheduler.write_schedule
 
 
-def combine_tile(programs: int, rows: int, gqa: int, head_size: int) -> tuple[int, int]:
+def combine_tile(programs: int, rows: int, block: int, head_size: int) -> tuple[int, int]:
     """Partials and channels that a program of :func:`combine_kernel` takes at a time, powers of two.
 
     Args:
         programs: those that decode, of which any may hold partials.
-        rows: requests times KV heads.
+        rows: requests times KV heads times blocks of ``block`` vectors.
     """
     # about as many partials as a tile has if all are equally long; a longer one takes several turns
     partials = min(padded(programs // rows + 2, COMBINE_PARTIALS[0]), COMBINE_PARTIALS[1])
-    enough = padded(-(-rows * gqa * head_size // COMBINE_PROGRAMS))
+    enough = padded(-(-rows * block * head_size // COMBINE_PROGRAMS))
     return partials, min(COMBINE_ELEMENTS // partials, padded(head_size), enough)
 
 
@@ -53,15 +54,18 @@ def combine_kernel(
     batch,
     num_tokens,
     LAYOUT: tl.constexpr,
-    GQA: tl.constexpr,
+    VECTORS: tl.constexpr,  # vectors.Vectors
     CHANNELS: tl.constexpr,
     TILE: tl.constexpr,  # partials that are looked at together
     PDL: tl.constexpr,  # waits for the kernel that writes the partials, and lets the next start
 ):
-    """Weigh the partials of one request and query head, ``CHANNELS`` of it, if there are several; rows of no request
+    """Weigh the partials of one request and query vector, ``CHANNELS`` of it, if there are several; rows of no request
     get zeros and ``-inf``."""
     HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
-    request, head = tl.program_id(0), tl.program_id(1)
+    request, kv_head = tl.program_id(0), tl.program_id(1) // VECTORS.count
+    vector = tl.program_id(1) % VECTORS.count
+    token, head = place_vectors(vector, VECTORS)
+    head += kv_head * VECTORS.gqa
     count = num_reqs(batch)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     in_head = channel < HEAD_SIZE
@@ -77,16 +81,18 @@ def combine_kernel(
     if is_request:
         share, larger = tl.load(out.row_starts + count), tl.load(out.row_starts + count + 1)
         padded = pad_blocks(blocks, tl.load(out.row_starts + count + 2))
-        begin = tl.load(out.row_starts + request) + head // GQA * padded
+        tile = kv_head * VECTORS.blocks + vector // VECTORS.block
+        begin = tl.load(out.row_starts + request) + tile * padded
         first, last = program_of(begin, share, larger), program_of(begin + blocks - 1, share, larger)
-        if (blocks > 0) & (first < last):
+        if (blocks > 0) & (first < last) & (token < query_len):
             maximum = tl.full((), float("-inf"), tl.float32)
             weights = tl.zeros((), tl.float32)
             acc = tl.zeros((CHANNELS,), tl.float32)
-            for tile in range(first, last + 1, TILE):
-                program = tile + tl.arange(0, TILE)
+            for few in range(first, last + 1, TILE):
+                program = few + tl.arange(0, TILE)
                 # the partial that begins a row is its program's second
-                index = (program * NUM_PARTIALS + (program == first).to(tl.int32)) * GQA + head % GQA
+                second = (program == first).to(tl.int32)
+                index = (program * NUM_PARTIALS + second) * VECTORS.block + vector % VECTORS.block
                 exists = program <= last
                 lse = tl.load(out.partial_lse + index, mask=exists, other=float("-inf"))
                 outputs = tl.load(
@@ -102,10 +108,12 @@ def combine_kernel(
                 weights = weights * decay + tl.sum(weight, 0)
                 maximum = new_maximum
             positive = tl.where(weights == 0.0, 1.0, weights)
-            store_row(out, start, head, channel, in_head, acc / positive, (maximum + tl.log2(positive)) * LN2)
+            lse = (maximum + tl.log2(positive)) * LN2
+            store_row(out, start + token, head, channel, in_head, acc / positive, lse)
     # requests lie one after another: rows from their end on belong to none
-    if (request >= end) & (request < num_tokens):
-        store_row(out, request, head, channel, in_head, tl.zeros((CHANNELS,), tl.float32), float("-inf"))
+    row = request * VECTORS.queries + token
+    if (row >= end) & (row < num_tokens):
+        store_row(out, row, head, channel, in_head, tl.zeros((CHANNELS,), tl.float32), float("-inf"))
 
 
 @triton.jit
@@ -117,18 +125,19 @@ def store_row(out, row, head, channel, in_head, result, lse):
     tl.store(out.lse + row.to(tl.int64) * out.lse_stride + head, lse)
 
 
-def combine(step: Step, out: DecodeOutput, programs: int, rows: int, gqa: int) -> None:
+def combine(step: Step, out: DecodeOutput, programs: int, rows: int, vectors: Vectors) -> None:
     """Launch :func:`combine_kernel` behind a decode kernel of ``programs`` programs; ``rows`` as in
     :func:`combine_tile`."""
     head_size, pdl = step.layout.fmt.head_size, step.architecture.dependent_launch
-    tile, channels = combine_tile(programs, rows, gqa, head_size)
-    grid = (max(step.num_reqs, step.num_tokens), step.num_kv_heads * gqa, -(-head_size // channels))
+    tile, channels = combine_tile(programs, rows, vectors.block, head_size)
+    requests = max(step.num_reqs, -(-step.num_tokens // vectors.queries))
+    grid = (requests, step.num_kv_heads * vectors.count, -(-head_size // channels))
     combine_kernel[grid](
         out,
         step.batch,
         step.num_tokens,
         LAYOUT=step.layout,
-        GQA=gqa,
+        VECTORS=vectors,
         CHANNELS=channels,
         TILE=tile,
         PDL=pdl,

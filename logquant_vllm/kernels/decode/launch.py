@@ -15,14 +15,15 @@ from logquant_vllm.kernels.arguments import Rows, Step, next_power_of_2
 from logquant_vllm.kernels.decode.choice import why_not_gluon
 from logquant_vllm.kernels.decode.combine import DecodeOutput, combine
 from logquant_vllm.kernels.decode.tile_scheduler import PARTIALS, REQUESTS, tile_blocks_bound
+from logquant_vllm.kernels.decode.vectors import Vectors
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 
 
 @functools.cache
-def _choose(architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int) -> ModuleType:
+def _choose(architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int) -> ModuleType:
     """The module of the kernel that serves; a slower one is logged, once, with the reason."""
-    reason = why_not_gluon(architecture, dtype, layout, gqa)
+    reason = why_not_gluon(architecture, dtype, layout, gqa, queries)
     if reason is None:
         from logquant_vllm.kernels.decode.gluon import kernel as gluon_kernel  # needs the Triton that vLLM has on GPUs
 
@@ -35,9 +36,10 @@ def _choose(architecture: Architecture, dtype: torch.dtype, layout: CacheLayout,
 
 
 def decode(step: Step, query: Tensor, output: Tensor, lse: Tensor, qk_scale: float) -> None:
-    """Attention of one token per request, into ``output`` and ``lse``.
+    """Attention of a few tokens per request, into ``output`` and ``lse``.
 
-    Two launches: a kernel whose programs share out all KV blocks (``tile_scheduler``), and ``combine``.
+    Two launches: a kernel whose programs share out all KV blocks (``tile_scheduler``), and ``combine``. Both are
+    compiled for each ``max_query_len`` of a step, so a server should have two: 1, and that of speculation.
 
     Args:
         query, output: ``[num_tokens, num_heads, head_size]``.
@@ -45,21 +47,23 @@ def decode(step: Step, query: Tensor, output: Tensor, lse: Tensor, qk_scale: flo
         qk_scale: factor on the scores in units of log2.
     """
     layout, fmt = step.layout, step.layout.fmt
-    gqa = query.shape[1] // step.num_kv_heads
-    kernel = _choose(step.architecture, step.dtype, layout, gqa)
+    gqa, queries = query.shape[1] // step.num_kv_heads, step.max_query_len
+    kernel = _choose(step.architecture, step.dtype, layout, gqa, queries)
+    vectors = Vectors(gqa, queries, kernel.most_vectors(fmt))
     # Shares, and the order in which partials are combined, must be the same in a captured graph, which pads the batch
     # (not beyond the next power of two) and has to assume the longest requests: the tokens would differ in rounding.
-    rows = next_power_of_2(step.num_reqs) * step.num_kv_heads
+    rows = next_power_of_2(step.num_reqs) * step.num_kv_heads * vectors.blocks
     blocks = rows * tile_blocks_bound(step.cache.block_table.shape[1] * fmt.page_size, layout.num_slots, fmt.page_size)
-    programs = min(kernel.resident_programs(step.architecture, fmt) * step.architecture.multiprocessors, blocks)
+    resident = kernel.resident_programs(step.architecture, fmt, vectors)
+    programs = min(resident * step.architecture.multiprocessors, blocks)
     out = DecodeOutput(
         Rows.of(output),
         lse,
         lse.stride(0),
-        torch.empty(programs, PARTIALS, gqa, fmt.head_size, dtype=torch.float32, device=step.device),
-        torch.empty(programs, PARTIALS, gqa, dtype=torch.float32, device=step.device),
+        torch.empty(programs, PARTIALS, vectors.block, fmt.head_size, dtype=torch.float32, device=step.device),
+        torch.empty(programs, PARTIALS, vectors.block, dtype=torch.float32, device=step.device),
         torch.empty(step.num_reqs + 3, dtype=torch.int32, device=step.device),
     )
     requests = REQUESTS[step.num_reqs > REQUESTS[0]]
-    kernel.launch(step, out, Rows.of(query), gqa, qk_scale, programs, requests)
-    combine(step, out, programs, rows, gqa)
+    kernel.launch(step, out, Rows.of(query), vectors, qk_scale, programs, requests)
+    combine(step, out, programs, rows, vectors)

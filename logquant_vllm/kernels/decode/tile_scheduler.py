@@ -1,6 +1,7 @@
 """The tile scheduler of decoding: every program takes the same number of KV blocks, whatever the lengths (stream-K).
 
-A *tile* of the output is one request and KV head. Its *KV blocks* are ``WINDOW_BLOCK`` slots of the window each, then
+A *tile* of the output is one request, KV head and block of its query vectors (``vectors``); in these functions a head
+is a KV head's block. A tile's *KV blocks* are ``WINDOW_BLOCK`` slots of the window each, then
 a page each: things that take about as long. The tiles' blocks lie one after another, request by request, head by head,
 and are cut into consecutive shares that differ by one block at most (arXiv 2301.03598 cuts matrix products so). So one
 long request among short ones is spread over the GPU. Where shares are small, every tile begins a share of its own if
@@ -25,6 +26,7 @@ from logquant_vllm.kernels.cache import find_task, load_lengths, num_reqs, read_
 WINDOW_BLOCK = 32  # slots
 REQUESTS = (32, 256)  # requests that are looked at together: few, or many
 PARTIALS = 2  # of a program
+WINDOW_SLOTS = tl.constexpr(WINDOW_BLOCK)
 SMALL_SHARE = tl.constexpr(8)  # blocks: beginning in a second tile costs about one
 
 
@@ -56,6 +58,17 @@ def tile_blocks_bound(max_seq_len: int, num_slots: int, page_size: int) -> int:
 def count_window_blocks(layout):
     """:func:`window_blocks` of a layout, a constant."""
     return (layout.num_slots + WINDOW_BLOCK - 1) // WINDOW_BLOCK
+
+
+@triton.jit
+def end_of_slots(stop, QUERIES: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where the slots of a tile's blocks below ``stop`` end; with the last of the window's go those of new tokens, if
+    they have any (``cache.new_token_in``)."""
+    END: tl.constexpr = LAYOUT.num_slots + (QUERIES if QUERIES > 1 else 0)
+    if QUERIES == 1:
+        return tl.minimum(stop * WINDOW_SLOTS, END)
+    else:
+        return tl.where(stop < count_window_blocks(LAYOUT), stop * WINDOW_SLOTS, END)
 
 
 @triton.jit

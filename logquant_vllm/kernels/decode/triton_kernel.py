@@ -1,18 +1,19 @@
-"""Attention of one new token per request: split over the cache, then combined.
+"""Attention of a few new tokens per request: split over the cache, then combined.
 
-Tokens are on the rows of every product and the query heads of one KV head on its few columns: codes so become the large
-operand straight from their words, and scales never touch them. In a group of tokens
+Tokens are on the rows of every product and the query vectors of one KV head (``vectors``) on its few columns: codes so
+become the large operand straight from their words, and scales never touch them. In a group of tokens
 
-- keys have one scale per channel: ``q * scale`` takes the place of ``q``, and ``sum(q * zero)`` is one number per head;
-- values have one scale per token: ``p * scale`` takes the place of ``p``, and ``sum(p * zero)`` is one number per head
-  and group of channels.
+- keys have one scale per channel: ``q * scale`` takes the place of ``q``, and ``sum(q * zero)`` is one number per
+  vector;
+- values have one scale per token: ``p * scale`` takes the place of ``p``, and ``sum(p * zero)`` is one number per
+  vector and group of channels.
 
 A code is not even converted: masked in place within its word and read as float16 it is a subnormal,
 ``code * 2**(shift - 24)``, which the matrix units take exactly; the power of two goes into the other operand and into
 the float32 result.
 
-A program takes its share of ``decode.tile_scheduler``. The token of this step needs no place of its own: it stands in a
-free slot of the window.
+A program takes its share of ``decode.tile_scheduler``. The tokens of this step are read with the window
+(``cache.new_token_in``).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from logquant_vllm.kernels.architecture import Architecture
 from logquant_vllm.kernels.arguments import Rows, Step, copy_operand, next_power_of_2, padded
 from logquant_vllm.kernels.cache import (
     compaction_due,
-    free_slot,
     holds_copy,
+    new_token_in,
     page_row,
     page_slab,
     pages_end,
@@ -40,20 +41,22 @@ from logquant_vllm.kernels.cache import (
 )
 from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS, DecodeOutput
 from logquant_vllm.kernels.decode.tile_scheduler import (
-    WINDOW_BLOCK,
+    WINDOW_SLOTS,
     count_window_blocks,
+    end_of_slots,
     find_share,
     make_schedule,
     tile_blocks,
     write_schedule,
 )
+from logquant_vllm.kernels.decode.vectors import Vectors, place_vectors, split_head
 from logquant_vllm.kernels.scales import load_scale_zero
 
 # Of a multiprocessor, more than run at a time. On an H100 (16 requests of 32k tokens) attention took 621, 502 and 452
 # us with 8, 16 and 31, and more with 2 or 3 stages, whose shared memory lets fewer be resident.
 PROGRAMS = 31
 STAGES = 1
-SLOTS = tl.constexpr(WINDOW_BLOCK)
+MOST_VECTORS = 16
 WINDOW_TOKENS = tl.constexpr(16)  # slots of a product
 CODE_UNIT = tl.constexpr(2.0**24)  # one over the smallest float16
 
@@ -81,40 +84,43 @@ def code_weight(slot, BITS: tl.constexpr):
 
 
 @triton.jit
-def group_scores(slab, group, query_row, head_offset, head_mask, qk_scale, FMT: tl.constexpr, PLAN: tl.constexpr):
-    """Scores ``[key_group_size, heads]`` of one group of a page in units of log2.
+def group_scores(slab, group, query_row, vectors, qk_scale, FMT: tl.constexpr, PLAN: tl.constexpr):
+    """Scores ``[key_group_size, vectors]`` of one group of a page in units of log2.
 
     Args:
-        query_row: pointer to the query's first channel of head 0; ``head_offset`` ``[heads]`` leads to the heads.
+        query_row: pointer to the first channel of the request's first query and of head 0.
+        vectors: offsets of the vectors from there, and which there are.
     """
+    offsets, exist = vectors
+    COLUMNS: tl.constexpr = PLAN.columns
     GROUP: tl.constexpr = FMT.key_group_size
     WORDS_PAD: tl.constexpr = PLAN.key_words
     token, word = tl.arange(0, GROUP)[:, None], tl.arange(0, WORDS_PAD)
     exists = word < FMT.key_words
     address = (slab + FMT.key_codes_offset).to(tl.pointer_type(tl.uint16)) + (group * GROUP + token) * FMT.key_words
     words = tl.load(address + word[None, :], mask=exists[None, :], other=0)
-    scores = tl.zeros((GROUP, head_offset.shape[0]), tl.float32)
-    offset = tl.zeros((WORDS_PAD, head_offset.shape[0]), tl.float32)
+    scores = tl.zeros((GROUP, COLUMNS), tl.float32)
+    zeros = tl.zeros((WORDS_PAD, COLUMNS), tl.float32)
     for s in tl.static_range(16 // FMT.key_bits):
         slot = tl.full((WORDS_PAD,), s, tl.int32)
         channel = s * FMT.key_words + word
         scale, zero = load_scale_zero(
             slab, FMT.key_scale_offset, FMT.key_zero_offset, group * FMT.head_size + channel, exists, FMT
         )
-        mask = exists[:, None] & head_mask[None, :]
-        q = tl.load(query_row + channel[:, None] + head_offset[None, :], mask=mask, other=0.0).to(tl.float32) * qk_scale
-        offset += q * zero[:, None]
+        mask = exists[:, None] & exist[None, :]
+        q = tl.load(query_row + channel[:, None] + offsets[None, :], mask=mask, other=0.0).to(tl.float32) * qk_scale
+        zeros += q * zero[:, None]
         scaled = q * (scale * code_weight(slot, FMT.key_bits))[:, None]
         scores = tl.dot(code_operand(words, slot[None, :], FMT.key_bits), scaled.to(tl.float16), scores)
-    return scores * CODE_UNIT + tl.sum(offset, 0)[None, :]
+    return scores * CODE_UNIT + tl.sum(zeros, 0)[None, :]
 
 
 @triton.jit
 def group_output(slab, group, weights, valid, FMT: tl.constexpr, PLAN: tl.constexpr):
-    """Weighted sum of one group's values, ``[channels, heads]``.
+    """Weighted sum of one group's values, ``[channels, vectors]``.
 
     Args:
-        weights: float32 ``[key_group_size, heads]``, at most 1, and 0 where a token is not ``valid``.
+        weights: float32 ``[key_group_size, vectors]``, at most 1, and 0 where a token is not ``valid``.
         valid: ``[key_group_size]``.
     """
     VALUE_GROUPS: tl.constexpr = PLAN.value_groups
@@ -123,7 +129,7 @@ def group_output(slab, group, weights, valid, FMT: tl.constexpr, PLAN: tl.conste
     GROUP: tl.constexpr = FMT.key_group_size
     WORDS: tl.constexpr = FMT.value_words_per_group
     PIECES: tl.constexpr = GROUP // STEP
-    HEADS: tl.constexpr = weights.shape[1]
+    COLUMNS: tl.constexpr = PLAN.columns
     value_group = tl.arange(0, VALUE_GROUPS)
     token = tl.arange(0, GROUP)
     in_head = value_group < FMT.value_groups
@@ -136,21 +142,21 @@ def group_output(slab, group, weights, valid, FMT: tl.constexpr, PLAN: tl.conste
     largest = tl.maximum(tl.max(scale, 1), 2.0**-30)
     unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     scaled = weights[None, :, :] * (scale * (16384.0 / unit)[:, None])[:, :, None]
-    pieces = tl.reshape(scaled, (VALUE_GROUPS, PIECES, STEP, HEADS))
+    pieces = tl.reshape(scaled, (VALUE_GROUPS, PIECES, STEP, COLUMNS))
 
     row, step = tl.arange(0, VALUE_ROWS), tl.arange(0, STEP)
     channel = value_group[:, None] * FMT.value_group_size + row[None, :]
     exists = (row < FMT.value_group_size)[None, :] & (channel < FMT.head_size)
     address = (slab + FMT.value_codes_offset).to(tl.pointer_type(tl.uint16)) + channel[:, :, None] * FMT.value_words
     words = tl.load(address + (group * WORDS + step % WORDS)[None, None, :], mask=exists[:, :, None], other=0)
-    out = tl.zeros((VALUE_GROUPS, VALUE_ROWS, HEADS), tl.float32)
+    out = tl.zeros((VALUE_GROUPS, VALUE_ROWS, COLUMNS), tl.float32)
     index = tl.arange(0, PIECES)[None, :, None, None]
     for i in tl.static_range(PIECES):
         slot = i * (STEP // WORDS) + step // WORDS
         piece = tl.sum(tl.where(index == i, pieces, 0.0), 1) * code_weight(slot, FMT.value_bits)[None, :, None]
         out = tl.dot(code_operand(words, slot[None, None, :], FMT.value_bits), piece.to(tl.float16), out)
     out = out * (unit * (CODE_UNIT / 16384.0))[:, None, None] + offset[:, None, :]
-    return tl.reshape(out, (VALUE_GROUPS * VALUE_ROWS, HEADS))
+    return tl.reshape(out, (VALUE_GROUPS * VALUE_ROWS, COLUMNS))
 
 
 @triton.jit
@@ -164,52 +170,47 @@ def softmax_step(scores, maximum, total):
 
 
 @triton.jit
-def load_copies(copies, offset, held, new_row, is_new, channel, in_head):
-    """Full-precision keys or values of window slots, the new token's where ``is_new``; the arguments broadcast."""
+def load_copies(copies, offset, held, new_rows, is_new, channel, in_head):
+    """Full-precision keys or values of window slots, a new token's where ``is_new``; the arguments broadcast."""
     cached = tl.load(copies + offset + channel, mask=held & in_head, other=0.0)
-    new = tl.load(new_row + offset * 0 + channel, mask=is_new & in_head, other=0.0)
+    new = tl.load(new_rows + channel, mask=is_new & in_head, other=0.0)
     return tl.where(is_new, new, cached)
 
 
 @triton.jit
 def attend_slots(
-    sums, q, rows, cache, first_slot, end_slot, this, table_row, qk_scale, LAYOUT: tl.constexpr, OPERAND: tl.constexpr
+    sums, q, token, rows, cache, slots, this, table_row, qk_scale, VECTORS: tl.constexpr, LAYOUT: tl.constexpr
 ):
-    """``sums`` (maximum, total, and ``[channels, heads]``) with the window's slots from ``first_slot`` to ``end_slot``.
+    """``sums`` (maximum, total, and ``[channels, vectors]``) with the window's slots from ``slots[0]`` to ``slots[1]``.
 
     Args:
-        rows: the window's copies of this KV head, its new key and its new value (pointers).
+        q: ``[channels, vectors]``, and ``token`` ``[vectors]`` which of the new tokens a vector is of.
+        rows: the window's copies of this KV head (a pointer), its new keys and its new values (``Rows`` of one head).
     """
-    copies, new_key, new_value = rows
+    copies, new_keys, new_values = rows
+    OPERAND: tl.constexpr = q.dtype
     maximum, total, acc = sums
     HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
     channel = tl.arange(0, q.shape[0])
     in_head = channel < HEAD_SIZE
-    # a row of padding attends to nothing, not even to itself
     due = compaction_due(this, LAYOUT)
-    new_slot, num_slots = (
-        tl.where(this.live, free_slot(this, due, LAYOUT), -1),
-        tl.where(this.live, LAYOUT.num_slots, 0),
-    )
-    for first in range(first_slot, end_slot, WINDOW_TOKENS):
+    # a row of padding attends to nothing, not even to itself
+    num_slots, query_len = tl.where(this.live, LAYOUT.num_slots, 0), tl.where(this.live, this.query_len, 0)
+    for first in range(slots[0], slots[1], WINDOW_TOKENS):
         slot = first + tl.arange(0, WINDOW_TOKENS)
-        new = slot == new_slot
-        held = (slot < num_slots) & (slot != new_slot) & holds_copy(slot, this, due, LAYOUT)
+        index = new_token_in(slot, this, due, VECTORS.queries, LAYOUT)
+        new = (index >= 0) & (index < query_len)
+        held = (slot < num_slots) & ~new & holds_copy(slot, this, due, LAYOUT)
         offset = slot_offset(slot, cache, table_row, LAYOUT)
-        k = load_copies(
-            copies, offset[:, None], held[:, None], new_key, new[:, None], channel[None, :], in_head[None, :]
-        )
+        keys = new_keys.data + index[:, None] * new_keys.stride
+        k = load_copies(copies, offset[:, None], held[:, None], keys, new[:, None], channel[None, :], in_head[None, :])
         scores = tl.dot(k.to(OPERAND), q, input_precision="ieee") * qk_scale
-        scores = tl.where((held | new)[:, None], scores, float("-inf"))
+        attended = held[:, None] | (new[:, None] & (index[:, None] <= token[None, :]))
+        scores = tl.where(attended, scores, float("-inf"))
         maximum, total, weights, decay = softmax_step(scores, maximum, total)
+        values, copied = new_values.data + index[None, :] * new_values.stride, copies + HEAD_SIZE
         v = load_copies(
-            copies + HEAD_SIZE,
-            offset[None, :],
-            held[None, :],
-            new_value,
-            new[None, :],
-            channel[:, None],
-            in_head[:, None],
+            copied, offset[None, :], held[None, :], values, new[None, :], channel[:, None], in_head[:, None]
         )
         acc = tl.dot(v.to(OPERAND), weights.to(OPERAND), acc * decay[None, :], input_precision="ieee")
     return maximum, total, acc
@@ -217,23 +218,32 @@ def attend_slots(
 
 @triton.jit
 def attend_groups(
-    sums, query_row, heads, cache, kv_head, groups, this, table_row, qk_scale, LAYOUT: tl.constexpr, PLAN: tl.constexpr
+    sums,
+    query_row,
+    vectors,
+    cache,
+    kv_head,
+    groups,
+    this,
+    table_row,
+    qk_scale,
+    LAYOUT: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
     """``sums`` with the groups of tokens from ``groups[0]`` to ``groups[1]`` added, as their pages store them.
 
     Args:
-        heads: offsets of the query heads from ``query_row``, and which there are.
+        query_row, vectors: as in :func:`group_scores`.
     """
     FMT: tl.constexpr = LAYOUT.fmt
     GROUP: tl.constexpr = FMT.key_group_size
     maximum, total, acc = sums
-    head_offset, head_mask = heads
     end = tl.where(this.live, pages_end(this, LAYOUT), 0)
     for group in range(groups[0], tl.minimum(groups[1], tl.cdiv(tl.maximum(end, 0), GROUP))):
         block = tl.load(table_row + group // FMT.groups_per_page)
         slab, in_page = page_slab(cache, block, kv_head, LAYOUT), group % FMT.groups_per_page
         valid = read_from_page(group * GROUP + tl.arange(0, GROUP), end, this, LAYOUT)
-        scores = group_scores(slab, in_page, query_row, head_offset, head_mask, qk_scale, FMT, PLAN)
+        scores = group_scores(slab, in_page, query_row, vectors, qk_scale, FMT, PLAN)
         scores = tl.where(valid[:, None], scores, float("-inf"))
         maximum, total, weights, decay = softmax_step(scores, maximum, total)
         acc = acc * decay[None, :] + group_output(slab, in_page, weights, valid, FMT, PLAN)
@@ -244,7 +254,7 @@ def attend_groups(
 class Plan:
     """Padded sizes, powers of two."""
 
-    heads: int  # query heads of a KV head, at least 8
+    columns: int  # for the vectors of a block, at least 8
     head_size: int
     key_words: int  # of a token, at least 16
     value_groups: int
@@ -264,76 +274,84 @@ def decode_kernel(
     batch,
     qk_scale,
     LAYOUT: tl.constexpr,
-    GQA: tl.constexpr,
+    VECTORS: tl.constexpr,  # vectors.Vectors
     PLAN: tl.constexpr,
 ):
     """One program for each share of all requests' KV blocks."""
     FMT: tl.constexpr = LAYOUT.fmt
     WINDOW_BLOCKS: tl.constexpr = count_window_blocks(LAYOUT)
-    HEADS: tl.constexpr = PLAN.heads
+    COLUMNS: tl.constexpr = PLAN.columns
     HEAD_PAD: tl.constexpr = PLAN.head_size
-    program, num_kv_heads = tl.program_id(0), cache.num_kv_heads
+    program, heads = tl.program_id(0), cache.num_kv_heads * VECTORS.blocks
     index = tl.arange(0, PLAN.requests)
-    schedule = make_schedule(batch, num_kv_heads, tl.num_programs(0), index, LAYOUT, PLAN.one_look)
-    request, kv_head, block, count = find_share(batch, num_kv_heads, program, schedule, index, LAYOUT, PLAN.one_look)
+    schedule = make_schedule(batch, heads, tl.num_programs(0), index, LAYOUT, PLAN.one_look)
+    request, tile_head, block, count = find_share(batch, heads, program, schedule, index, LAYOUT, PLAN.one_look)
     if program == tl.num_programs(0) - 1:  # no program takes fewer blocks
-        write_schedule(out.row_starts, batch, num_kv_heads, schedule, index, LAYOUT)
-    column = tl.arange(0, HEADS)
-    head_mask = column < GQA
+        write_schedule(out.row_starts, batch, heads, schedule, index, LAYOUT)
+    column = tl.arange(0, COLUMNS)
     channel = tl.arange(0, HEAD_PAD)
-    mask = (channel < FMT.head_size)[:, None] & head_mask[None, :]
     while count > 0:
+        kv_head, first = split_head(tile_head, VECTORS)
         this = read_request(cache, batch, request, kv_head, LAYOUT)
         blocks = tile_blocks(this.query_len, this.computed, LAYOUT)
         stop = tl.minimum(block + count, blocks)
         if stop > block:
-            start, head = this.start.to(tl.int64), kv_head * GQA + column
-            query_row, head_offset = query.data + start * query.stride, head * query.head_stride
-            q = tl.load(query_row + channel[:, None] + head_offset[None, :], mask=mask, other=0.0).to(PLAN.operand)
-            maximum = tl.full((HEADS,), float("-inf"), tl.float32)
-            sums = maximum, tl.zeros((HEADS,), tl.float32), tl.zeros((HEAD_PAD, HEADS), tl.float32)
+            vector, start = first + column, this.start.to(tl.int64)
+            token, head = place_vectors(vector, VECTORS)
+            head += kv_head * VECTORS.gqa
+            exist = (column < VECTORS.block) & (vector < VECTORS.count) & (token < this.query_len)
+            mask = (channel < FMT.head_size)[:, None] & exist[None, :]
+            query_row, offset = query.data + start * query.stride, token * query.stride + head * query.head_stride
+            q = tl.load(query_row + channel[:, None] + offset[None, :], mask=mask, other=0.0).to(PLAN.operand)
+            maximum = tl.full((COLUMNS,), float("-inf"), tl.float32)
+            sums = maximum, tl.zeros((COLUMNS,), tl.float32), tl.zeros((HEAD_PAD, COLUMNS), tl.float32)
             rows = (
                 cache.window + kv_head.to(tl.int64) * (2 * FMT.head_size),
-                key.data + start * key.stride + kv_head * key.head_stride,
-                value.data + start * value.stride + kv_head * value.head_stride,
+                Rows(key.data + start * key.stride + kv_head * key.head_stride, key.stride, 0),
+                Rows(value.data + start * value.stride + kv_head * value.head_stride, value.stride, 0),
             )
-            first_slot, end_slot = block * SLOTS, tl.minimum(stop * SLOTS, LAYOUT.num_slots)
+            slots = block * WINDOW_SLOTS, end_of_slots(stop, VECTORS.queries, LAYOUT)
             window_blocks = window_row(cache, request)
-            sums = attend_slots(
-                sums, q, rows, cache, first_slot, end_slot, this, window_blocks, qk_scale, LAYOUT, PLAN.operand
-            )
+            sums = attend_slots(sums, q, token, rows, cache, slots, this, window_blocks, qk_scale, VECTORS, LAYOUT)
             first_page, end_page = tl.maximum(block - WINDOW_BLOCKS, 0), stop - WINDOW_BLOCKS
             groups = first_page * FMT.groups_per_page, end_page * FMT.groups_per_page
-            heads, page_blocks = (head_offset, head_mask), page_row(cache, request)
+            vectors, page_blocks = (offset, exist), page_row(cache, request)
             maximum, total, acc = attend_groups(
-                sums, query_row, heads, cache, kv_head, groups, this, page_blocks, qk_scale, LAYOUT, PLAN
+                sums, query_row, vectors, cache, kv_head, groups, this, page_blocks, qk_scale, LAYOUT, PLAN
             )
             total = tl.where(total == 0.0, 1.0, total)
             acc, lse = acc / total[None, :], maximum + tl.log2(total)
             if (block == 0) & (stop == blocks):
-                address = out.output.data + start * out.output.stride + (head * out.output.head_stride)[None, :]
-                tl.store(address + channel[:, None], acc.to(out.output.data.dtype.element_ty), mask=mask)
-                tl.store(out.lse + start * out.lse_stride + head, lse * LN2, mask=head_mask)
+                row = start + token
+                address = out.output.data + row * out.output.stride + head * out.output.head_stride
+                result = acc.to(out.output.data.dtype.element_ty)
+                tl.store(address[None, :] + channel[:, None], result, mask=mask)
+                tl.store(out.lse + row * out.lse_stride + head, lse * LN2, mask=exist)
             else:
-                partial = (program * NUM_PARTIALS + (block == 0).to(tl.int32)) * GQA + column
+                partial = (program * NUM_PARTIALS + (block == 0).to(tl.int32)) * VECTORS.block + column
                 tl.store(out.partial + partial[None, :] * FMT.head_size + channel[:, None], acc, mask=mask)
-                tl.store(out.partial_lse + partial, lse, mask=head_mask)
+                tl.store(out.partial_lse + partial, lse, mask=exist)
         count -= stop - block
-        last = (kv_head + 1 == num_kv_heads) | (blocks == 0)
+        last = (tile_head + 1 == heads) | (blocks == 0)
         request += last.to(tl.int32)
-        kv_head = tl.where(last, 0, kv_head + 1)
+        tile_head = tl.where(last, 0, tile_head + 1)
         block = block * 0
 
 
-def resident_programs(architecture: Architecture, fmt: PageFormat) -> int:
+def resident_programs(architecture: Architecture, fmt: PageFormat, vectors: Vectors) -> int:
     """Programs of a multiprocessor."""
     return PROGRAMS
 
 
-def plan(layout: CacheLayout, gqa: int, operand: tl.dtype, requests: int, one_look: bool) -> Plan:
+def most_vectors(fmt: PageFormat) -> int:
+    """Query vectors that a program takes, at most."""
+    return MOST_VECTORS
+
+
+def plan(layout: CacheLayout, vectors: Vectors, operand: tl.dtype, requests: int, one_look: bool) -> Plan:
     fmt = layout.fmt
     return Plan(
-        padded(gqa, 8),
+        padded(vectors.block, 8),
         padded(fmt.head_size),
         padded(fmt.key_words),
         next_power_of_2(fmt.value_groups),
@@ -344,7 +362,9 @@ def plan(layout: CacheLayout, gqa: int, operand: tl.dtype, requests: int, one_lo
     )
 
 
-def launch(step: Step, out: DecodeOutput, query: Rows, gqa: int, qk_scale: float, programs: int, requests: int) -> None:
+def launch(
+    step: Step, out: DecodeOutput, query: Rows, vectors: Vectors, qk_scale: float, programs: int, requests: int
+) -> None:
     """Launch :func:`decode_kernel`; ``requests`` is how many are looked at together."""
     decode_kernel[(programs,)](
         out,
@@ -355,8 +375,8 @@ def launch(step: Step, out: DecodeOutput, query: Rows, gqa: int, qk_scale: float
         step.batch,
         qk_scale,
         LAYOUT=step.layout,
-        GQA=gqa,
-        PLAN=plan(step.layout, gqa, copy_operand(step.dtype), requests, step.num_reqs <= requests),
+        VECTORS=vectors,
+        PLAN=plan(step.layout, vectors, copy_operand(step.dtype), requests, step.num_reqs <= requests),
         num_warps=1 if step.layout.fmt.head_size <= 128 else 2,
         num_stages=STAGES,
     )

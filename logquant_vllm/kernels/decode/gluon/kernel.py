@@ -26,7 +26,7 @@ from logquant_vllm.kernels.decode.gluon.pages import attend_pages, columns_of_he
 from logquant_vllm.kernels.decode.gluon.queries import load_queries, store_queries
 from logquant_vllm.kernels.decode.gluon.scales import PRODUCT_UNIT
 from logquant_vllm.kernels.decode.gluon.state import allocate, memory_bytes, no_sums
-from logquant_vllm.kernels.decode.gluon.tiles import BY_HEAD, LANES, WEIGHT_UNIT, exp2, of_heads, reference_of
+from logquant_vllm.kernels.decode.gluon.tiles import BY_HEAD, HEADS, LANES, WEIGHT_UNIT, exp2, of_heads, reference_of
 from logquant_vllm.kernels.decode.gluon.window import attend_window
 from logquant_vllm.kernels.decode.tile_scheduler import (
     WINDOW_BLOCK,
@@ -36,12 +36,18 @@ from logquant_vllm.kernels.decode.tile_scheduler import (
     tile_blocks,
     write_schedule,
 )
+from logquant_vllm.kernels.decode.vectors import Vectors
 
 SLOTS = gl.constexpr(WINDOW_BLOCK)
 REGISTERS = 168  # of a lane: each quarter of a multiprocessor has 16,384, for three programs
 
 
-def resident_programs(architecture: Architecture, fmt: PageFormat) -> int:
+def most_vectors(fmt: PageFormat) -> int:
+    """Query vectors that a program takes, at most."""
+    return HEADS
+
+
+def resident_programs(architecture: Architecture, fmt: PageFormat, vectors: Vectors) -> int:
     """Programs that a multiprocessor holds at a time."""
     return architecture.resident_programs(REGISTERS, memory_bytes(fmt))
 
@@ -204,7 +210,9 @@ def decode_kernel(
             tile = open_tile(cache, batch, request, block, count, LAYOUT)
 
 
-def launch(step: Step, out: DecodeOutput, query: Rows, gqa: int, qk_scale: float, programs: int, requests: int) -> None:
+def launch(
+    step: Step, out: DecodeOutput, query: Rows, vectors: Vectors, qk_scale: float, programs: int, requests: int
+) -> None:
     """Launch :func:`decode_kernel`; ``requests`` is how many are looked at together."""
     pdl = step.architecture.dependent_launch
     decode_kernel[(programs,)](
@@ -216,7 +224,7 @@ def launch(step: Step, out: DecodeOutput, query: Rows, gqa: int, qk_scale: float
         step.batch,
         qk_scale,
         LAYOUT=step.layout,
-        GQA=gqa,
+        GQA=vectors.gqa,
         REQUESTS=requests,
         ONE_LOOK=step.num_reqs <= requests,
         PDL=pdl,

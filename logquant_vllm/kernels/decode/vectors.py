@@ -1,0 +1,61 @@
+"""Query vectors that attend to the same cached tokens, and the blocks in which decode kernels take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The query heads of one KV head, of each new token of a request; a constant of the kernels.
+
+    Vector ``token * gqa + head`` is query head ``head`` of the request's new token ``token``. All of them see the same
+    pages and copies, as these follow from the computed tokens; of the new tokens each sees those up to its own. Where
+    they are more than a program takes at a time, they are cut into equal blocks, each of which reads the cache anew.
+
+    Args:
+        gqa: query heads of a KV head.
+        queries: new tokens of a request, at most.
+        most: vectors that a program takes, at most.
+    """
+
+    gqa: int
+    queries: int
+    most: int
+
+    @property
+    def count(self) -> int:
+        """Vectors of a KV head."""
+        return self.gqa * self.queries
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of them."""
+        return -(-self.count // self.most)
+
+    @property
+    def block(self) -> int:
+        """Vectors of a block; the last one may have fewer."""
+        return -(-self.count // self.blocks)
+
+
+@triton.jit
+def split_head(tile_head, VECTORS: tl.constexpr):
+    """The KV head of a tile, and its block's first vector; tiles of a request are numbered head by head, block by
+    block."""
+    if VECTORS.blocks == 1:
+        return tile_head, 0
+    else:
+        return tile_head // VECTORS.blocks, tile_head % VECTORS.blocks * VECTORS.block
+
+
+@triton.jit
+def place_vectors(vector, VECTORS: tl.constexpr):
+    """The new token of vectors, and which query head of their KV head they are."""
+    if VECTORS.queries == 1:
+        return vector * 0, vector
+    else:
+        return vector // VECTORS.gqa, vector % VECTORS.gqa
