@@ -58,12 +58,18 @@ class LogQuantConfig(BaseModel):
     scale_bits: Literal[8, 16] = Field(
         8, description="8: scales as e4m3 and zeros as int8 quarters of the scale; 16: float16 both"
     )
-    range_shrink: float = Field(
-        0.9, ge=0.5, le=1.0, description="the quantizer's range as a share of the data's range, about its middle"
+    range_shrink: float | None = Field(
+        None,
+        ge=0.5,
+        le=1.0,
+        description="of keys, the quantizer's range as a share of the data's range, about its middle; null: what was "
+        "measured to be best for their bits",
     )
+    value_range_shrink: float | None = Field(None, ge=0.5, le=1.0, description="likewise of values")
     rotation: bool = Field(
         True, description="rotate queries and keys by a Hadamard matrix, so that no channel's outliers fill the range"
     )
+    value_rotation: bool = Field(True, description="rotate values by one, too, and outputs back")
     calibration: str | None = Field(
         "auto",
         description="a file of `logquant-vllm calibrate`: keys in the model's own basis, rounded with error feedback; "
@@ -129,6 +135,7 @@ class LogQuantConfig(BaseModel):
             value_group_size=self.value_group_size,
             scale_bits=self.scale_bits,
             range_shrink=self.range_shrink,
+            value_range_shrink=self.value_range_shrink,
         )
 
     def layout(self, head_size: int, *, prefix_caching: bool = True, rollback_tokens: int = 1) -> CacheLayout:

@@ -15,7 +15,7 @@ import torch
 
 from logquant_vllm.bench.calibrations import random_moments
 from logquant_vllm.config import LogQuantConfig
-from logquant_vllm.core.calibration import Basis, calibrated_basis
+from logquant_vllm.core.calibration import Basis, calibrated_basis, rotation_basis
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
 from logquant_vllm.core.quantizer import quantize_key_group
@@ -44,15 +44,15 @@ class Case:
         options, self.head_size, gqa = FORMATS[name]
         self.heads = gqa * KV_HEADS
         self.layout: CacheLayout = LogQuantConfig.from_options(options).layout(self.head_size)
-        self._basis = calibrated_basis(random_moments(self.head_size, KV_HEADS)) if calibrated else None
+        self._basis = rotation_basis(self.head_size, torch.bfloat16, "cpu")
+        if calibrated:
+            basis = calibrated_basis(random_moments(self.head_size, KV_HEADS))
+            self._basis = Basis(basis.query.bfloat16(), basis.key.bfloat16(), basis.feedback, self._basis.value)
 
     def layer(self, device: torch.device) -> Layer:
-        """With a calibration as a model in bfloat16 holds it."""
-        if self._basis is None:
-            return Layer(self.layout, 1.0)
-        dtypes = torch.bfloat16, torch.bfloat16, torch.float32
-        tensors = (torch.empty(t.shape, dtype=d, device=device) for t, d in zip(self._basis, dtypes, strict=True))
-        return Layer(self.layout, 1.0, Basis(*tensors))
+        """As a model in bfloat16 holds it."""
+        tensors = (None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device) for t in self._basis)
+        return Layer(self.layout, 1.0, Basis(*tensors))  # type: ignore[arg-type]
 
     def warm_up(self, device: torch.device, requests: int = 2, length: int = 0) -> None:
         """What a server does before its first request."""
@@ -85,7 +85,7 @@ def operations(machine: Machine, gpu: str, cases: list[Case]) -> None:
         with machine.gpu(gpu, "operations") as device:
             case.warm_up(device)
             basis, fmt = case.layer(device).basis, case.layout.fmt
-            if basis is not None:
+            if basis is not None and basis.feedback is not None:
                 keys = torch.empty(1, KV_HEADS, fmt.key_group_size, case.head_size, device=device)
                 round_with_feedback(keys, quantize_key_group(keys, fmt), fmt.key_bits, basis.feedback)
 

@@ -27,13 +27,13 @@ class LogWindow:
             self.selected, self.recent = (self.selected + self.recent[:w])[::2], self.recent[w:]
 
 
-def _two_bit(group: Tensor, bits: int, fmt: PageFormat) -> Tensor:
+def _two_bit(group: Tensor, bits: int, share: float, fmt: PageFormat) -> Tensor:
     """Quantize and read back one group (1-D, any float), from the definition in the format's docstring."""
     x = group.float()
     levels = 2**bits - 1
     low, high = x.min(), x.max()
     middle = (low + high) / 2
-    step = (high - low) * torch.tensor(fmt.range_shrink / levels)
+    step = (high - low) * torch.tensor(share / levels)
     if fmt.scale_bits == 8:
         divisor = (127 - 15 - 2 * levels) / 4
         step = torch.maximum(step, middle.abs() * torch.tensor(1 / divisor)).clamp(2.0**-9, 448.0)
@@ -77,11 +77,11 @@ class Sequence:
             key_image = torch.empty(key.shape, dtype=torch.float64)
             for h in range(key.shape[1]):
                 for c in range(fmt.head_size):
-                    key_image[:, h, c] = _two_bit(key[:, h, c], fmt.key_bits, fmt)
+                    key_image[:, h, c] = _two_bit(key[:, h, c], fmt.key_bits, fmt.key_range, fmt)
                 for c in range(0, fmt.head_size, fmt.value_group_size):
                     part = slice(c, c + fmt.value_group_size)
                     for t in range(len(value)):
-                        value[t, h, part] = _two_bit(value[t, h, part], fmt.value_bits, fmt)
+                        value[t, h, part] = _two_bit(value[t, h, part], fmt.value_bits, fmt.value_range, fmt)
             self.images[start] = key_image, value
         return self.images[start]
 

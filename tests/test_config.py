@@ -60,6 +60,7 @@ def test_replay_tokens(window: int, given: int | None, tokens: int) -> None:
         ({"scale_bits": 4}, ["scale_bits", "8 or 16", "got 4"]),
         ({"range_shrink": 0.2}, ["range_shrink", "0.5", "got 0.2"]),
         ({"range_shrink": float("nan")}, ["range_shrink", "got nan"]),
+        ({"value_range_shrink": 1.1}, ["value_range_shrink", "1", "got 1.1"]),
         ({"rotation": 1}, ["rotation", "boolean", "got 1"]),
         ({"prefix_replay_tokens": -1}, ["prefix_replay_tokens", "got -1"]),
         ({"prefix_replay_tokens": 513}, ["prefix_replay_tokens 513", "window_length 64", "Use at most 512"]),

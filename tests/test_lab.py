@@ -55,7 +55,15 @@ def prompts(runner: Runner, lengths: tuple[int, ...]) -> list[list[int]]:
         pytest.param("log-w64-k4v2", LogQuantConfig(key_bits=4), marks=pytest.mark.slow),
         pytest.param(
             "log-w64-kivi32",
-            LogQuantConfig(key_group_size=32, value_group_size=32, scale_bits=16, range_shrink=1.0, rotation=False),
+            LogQuantConfig(
+                key_group_size=32,
+                value_group_size=32,
+                scale_bits=16,
+                range_shrink=1.0,
+                value_range_shrink=1.0,
+                rotation=False,
+                value_rotation=False,
+            ),
             marks=pytest.mark.slow,
         ),
     ],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from logquant_vllm.core import operations as reference
+from logquant_vllm.core.calibration import rotation_basis
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.log_selection import num_compactions
 from logquant_vllm.core.operations import merge_states
@@ -105,6 +106,23 @@ def test_cpp_equals_the_reference(name: str, gqa: int, dtype: torch.dtype) -> No
         cpp.step(Layer(layout, size**-0.5), q, k, v, fused.cache, fused.batch(new), fused_output)
         assert torch.equal(fused_output, cpp_output)
         assert torch.equal(fused.cache.pages, actual.cache.pages)
+
+
+@every_implementation
+@pytest.mark.parametrize("keys", [True, False])
+@pytest.mark.parametrize("values", [True, False])
+def test_step_leaves_the_basis(ops: ModuleType, keys: bool, values: bool) -> None:
+    """As long as all tokens have a copy, rotations make no difference; the matrix is not its own transpose."""
+    layout, size, scale = CacheLayout(PageFormat(96)), 96, 96**-0.5
+    basis = rotation_basis(size, torch.float32, "cpu", keys=keys, values=values)
+    plain, turned = (PagedBatch(layout, 2, 2, 180, torch.float32) for _ in range(2))
+    for step, new in enumerate([[130, 60], [1, 1], [1, 100], [40, 1]]):
+        qkv = random_qkv(sum(new), 6, 2, size, torch.float32, seed=step)
+        expected, actual = (torch.full_like(qkv[0], torch.nan) for _ in range(2))
+        ops.step(Layer(layout, scale), *qkv, plain.cache, plain.batch(new), expected)
+        ops.step(Layer(layout, scale, basis), *qkv, turned.cache, turned.batch(new), actual)
+        assert_close(actual, expected, 1e-5, f"step {step}")
+        assert torch.equal(turned.cache.pages, plain.cache.pages) == (not keys and not values)
 
 
 @pytest.mark.parametrize(("head_size", "threads"), [(16, 1), (80, 1), (96, 2), (128, 1), (160, 1), (192, 2), (256, 2)])

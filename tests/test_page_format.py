@@ -104,6 +104,7 @@ def test_window_blocks_grow_and_saturate(window_length: int, num_kv_heads: int, 
         ("range_shrink", 0.4),
         ("range_shrink", 1.1),
         ("range_shrink", float("nan")),
+        ("value_range_shrink", 0.4),
     ],
 )
 def test_bad_fields_are_named(field: str, value: float) -> None:

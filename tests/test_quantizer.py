@@ -162,7 +162,7 @@ def test_ragged_value_groups(head_size: int, group: int, scale_bits: int) -> Non
     read = dequantize_values(q, fmt)
     for first in range(0, head_size, group):
         part = slice(first, min(first + group, head_size))
-        alone = dequantize(quantize(values[..., part], -1, fmt.value_bits, scale_bits, fmt.range_shrink), -1)
+        alone = dequantize(quantize(values[..., part], -1, fmt.value_bits, scale_bits, fmt.value_range), -1)
         assert torch.equal(read[..., part], alone)
 
 

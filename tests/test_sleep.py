@@ -91,7 +91,8 @@ def buffers(llm: Any) -> dict[str, torch.Tensor]:
 
 def expected_basis(model: Path, layer: int) -> tuple[torch.Tensor, ...]:
     basis = calibrated_basis(calibration.load(model / calibration.FILE_NAME)[layer])
-    return basis.query, basis.key, basis.feedback
+    assert basis.feedback is not None
+    return basis.query, basis.key, basis.feedback, rotation_basis(64, torch.bfloat16, "cpu").key
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_weights_are_loaded_again(models: dict[str, Path]) -> None:
     def reload(llm: Any) -> None:
         of_a = answers(llm, prompts)
         addresses = {name: x.data_ptr() for name, x in buffers(llm).items()}
-        assert len(addresses) == 6  # query, key and feedback of two layers
+        assert len(addresses) == 8  # query, key, feedback and value of two layers
         for x in buffers(llm).values():
             x.fill_(torch.nan)
         llm.collective_rpc("reload_weights")

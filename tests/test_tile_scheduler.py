@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from logquant_vllm.core.hadamard import hadamard_matrix
 from logquant_vllm.core.log_selection import num_compactions_tensor
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout, Header, slot_positions
@@ -109,13 +110,14 @@ def test_every_block_has_one_program(lens: list[int], programs: int, whole: bool
     assert row_starts[:-3].tolist() == before
 
 
-@pytest.mark.parametrize("tile", [8, 32])
+@pytest.mark.parametrize(("tile", "hadamard"), [(8, False), (8, True), (32, True)])
 @pytest.mark.parametrize(("programs", "grain"), [(1, 1), (5, 1), (40, 1), (40, 2), (20, 4)])
-def test_combine(programs: int, grain: int, tile: int) -> None:
-    """Partials of random scores: combined they are the softmax over all; whole tiles and their outputs are left alone.
+def test_combine(programs: int, grain: int, tile: int, hadamard: bool) -> None:
+    """Partials of random scores: combined they are the softmax over all; outputs of whole tiles are there already.
 
     Args:
         grain: blocks of a program; 1 if all blocks are shared out evenly, whatever their tile.
+        hadamard: whether all outputs are rotated back; otherwise those of whole tiles are left alone.
     """
     lens, gqa, size = [700, 40, 0, 90], 2, LAYOUT.fmt.head_size
     starts, seq_lens = starts_and_lens(lens)
@@ -130,10 +132,11 @@ def test_combine(programs: int, grain: int, tile: int) -> None:
     output, lse = torch.full((tokens, heads, size), 7.0), torch.full((tokens, heads), 7.0)
     expected, expected_lse = output.clone(), lse.clone()
     expected[-1], expected_lse[-1] = 0.0, -torch.inf
-    begin = 0
+    begin, matrix = 0, hadamard_matrix(size)
     for r, n in enumerate(rows):
         for h in range(HEADS):
             partials = []
+            token, columns = int(starts[r]), slice(h * gqa, (h + 1) * gqa)
             for p in range(programs):
                 low, high = max(edges[p], begin), min(edges[p + 1], begin + n)
                 if low < high:
@@ -143,10 +146,11 @@ def test_combine(programs: int, grain: int, tile: int) -> None:
                 scores = 3 * torch.randn(len(partials), gqa, generator=g)
                 for (p, slot), value, score in zip(partials, values, scores, strict=True):
                     partial[p, slot], partial_lse[p, slot] = value, score
-                token, columns = int(starts[r]), slice(h * gqa, (h + 1) * gqa)
                 weights = torch.softmax(scores * 0.6931471805599453, 0)
                 expected[token, columns] = (weights[..., None] * values).sum(0)
                 expected_lse[token, columns] = torch.logsumexp(scores * 0.6931471805599453, 0)
+            if hadamard and n:
+                expected[token, columns] = expected[token, columns] @ matrix
             begin += padded[r]
     assert begin <= edges[-1]
     row_starts = [HEADS * sum(padded[:r]) for r in range(len(rows))]
@@ -157,7 +161,15 @@ def test_combine(programs: int, grain: int, tile: int) -> None:
     )
     batch = BatchArgument(starts, seq_lens, 16 * len(lens))
     combine.combine_kernel[(tokens, heads, 1)](
-        target, batch, tokens, LAYOUT=LAYOUT, VECTORS=Vectors(gqa, 1, gqa), CHANNELS=size, TILE=tile, PDL=False
+        target,
+        batch,
+        tokens,
+        LAYOUT=LAYOUT,
+        VECTORS=Vectors(gqa, 1, gqa),
+        CHANNELS=size,
+        TILE=tile,
+        HADAMARD=hadamard,
+        PDL=False,
     )
     assert_close(out, expected)
     assert torch.equal(out_lse[-1].cpu(), expected_lse[-1])
@@ -166,13 +178,15 @@ def test_combine(programs: int, grain: int, tile: int) -> None:
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 3, 5, 6, 8, 10, 12])
 def test_combine_tile(num_kv_heads: int) -> None:
-    """Whatever the heads, a tile is a power of two of partials and of channels, no larger than one warp can hold."""
-    for requests, gqa, head_size in itertools.product((1, 2, 4, 16, 64, 512), (1, 3, 4, 7, 8), (64, 128)):
+    """Whatever the heads, a tile is a power of two of partials and of channels, no larger than its warps can hold."""
+    for requests, gqa, head_size in itertools.product((1, 2, 4, 16, 64, 512), (1, 3, 4, 7, 8), (64, 128, 256)):
         rows = requests * num_kv_heads
         for programs in (1, rows, 1188, 1584):
-            partials, channels = combine.combine_tile(programs, rows, gqa, head_size)
-            assert partials.bit_count() == channels.bit_count() == 1
-            assert partials * channels <= combine.COMBINE_ELEMENTS and channels <= head_size
+            for hadamard in (False, True):
+                partials, channels, warps = combine.combine_tile(programs, rows, gqa, head_size, hadamard)
+                assert partials.bit_count() == channels.bit_count() == warps.bit_count() == 1
+                assert partials * channels <= warps * combine.COMBINE_ELEMENTS and warps <= 8
+                assert channels == head_size if hadamard else channels <= head_size and warps == 1
 
 
 @pytest.mark.parametrize("rollback_tokens", [1, 4])

@@ -42,7 +42,7 @@ class Moments(NamedTuple):
 
 
 class Basis(NamedTuple):
-    """What multiplies a layer's queries and keys (rows: ``x @ matrix``), and the feedback between channels.
+    """What multiplies a layer's queries, keys and values (rows: ``x @ matrix``), and the feedback between channels.
 
     All are ``[num_kv_heads, head_size, head_size]``; one head stands for all of them without calibration.
     """
@@ -51,12 +51,22 @@ class Basis(NamedTuple):
     key: Tensor
     feedback: Tensor | None = None
     """float32, zero but below the diagonal: ``[d, c]`` is the share of the error in channel ``c`` that ``d`` takes."""
+    value: Tensor | None = None
+    """The Hadamard matrix, one for all heads, whose transpose takes outputs back; None: values stay as they come."""
 
 
-def rotation_basis(head_size: int, dtype: torch.dtype, device: torch.device | str) -> Basis:
-    """The basis without calibration: a Hadamard matrix for queries and keys of all heads."""
+def rotation_basis(
+    head_size: int, dtype: torch.dtype, device: torch.device | str, *, keys: bool = True, values: bool = True
+) -> Basis:
+    """The basis without calibration: a Hadamard matrix for all heads.
+
+    Args:
+        keys: whether queries and keys are rotated.
+        values: whether values are.
+    """
     matrix = hadamard_matrix(head_size, dtype, device)[None]
-    return Basis(matrix, matrix)
+    same = matrix if keys else torch.eye(head_size, dtype=dtype, device=device)[None]
+    return Basis(same, same, None, matrix if values else None)
 
 
 def _equal_pivots(moments: Tensor) -> Tensor:
@@ -122,6 +132,17 @@ def change_basis(x: Tensor, matrices: Tensor) -> Tensor:
     return torch.einsum("...hgd,hde->...hge", grouped, matrices).flatten(-3, -2)
 
 
-def rotate_heads(query: Tensor, key: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
-    """A step's queries ``[tokens, num_heads, head_size]`` and keys ``[tokens, num_kv_heads, head_size]`` in a basis."""
-    return change_basis(query, basis.query), change_basis(key, basis.key)
+def rotate_heads(query: Tensor, key: Tensor, value: Tensor, basis: Basis) -> tuple[Tensor, Tensor, Tensor]:
+    """A step's queries ``[tokens, num_heads, head_size]``, keys and values ``[tokens, num_kv_heads, head_size]`` in a
+    basis."""
+    return change_basis(query, basis.query), change_basis(key, basis.key), rotate_values(value, basis)
+
+
+def rotate_values(value: Tensor, basis: Basis | None) -> Tensor:
+    """Values ``[..., num_kv_heads, head_size]`` as a basis stores them."""
+    return value if basis is None or basis.value is None else change_basis(value, basis.value)
+
+
+def rotate_back(output: Tensor, basis: Basis | None) -> Tensor:
+    """What was summed of :func:`rotate_values`'s, ``[..., heads, head_size]``, as a sum of the values."""
+    return output if basis is None or basis.value is None else change_basis(output, basis.value.mT)

@@ -6,7 +6,8 @@ The order within a step is fixed (a request may hit a prefix that another reques
 2. :func:`attention`: cached tokens from pages and window, this step's own tokens as they come;
 3. :func:`update_window`: compact the log-selected set, copy the new tokens to the recent window.
 
-Kernels have the same names and signatures. All tensors are on one device; keys and queries are already rotated.
+Kernels have the same names and signatures. All tensors are on one device; queries, keys and values are already rotated,
+and outputs are still (``core.calibration.Basis``): only :func:`step` has them as the model does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.calibration import rotate_heads
+from logquant_vllm.core.calibration import Basis, rotate_back, rotate_heads
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.log_selection import is_log_selected, log_slot_position, num_compactions_tensor
 from logquant_vllm.core.paged import (
@@ -272,12 +273,17 @@ def decode_step(
     layout: CacheLayout,
     scale: float,
     output: Tensor | None = None,
-    feedback: Tensor | None = None,
+    basis: Basis | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention` of a step of one token per request, then :func:`store_tokens`; the former's results."""
-    results = attention(query, key, value, cache, batch, layout, scale, output)
-    store_tokens(key, value, cache, batch, layout, feedback)
-    return results
+    """:func:`attention` of a step of one token per request, then :func:`store_tokens`; the former's results.
+
+    Args:
+        basis: that queries, keys and values are in; its feedback is used, and the output is taken back from it.
+    """
+    result, lse = attention(query, key, value, cache, batch, layout, scale)
+    store_tokens(key, value, cache, batch, layout, None if basis is None else basis.feedback)
+    result = rotate_back(result, basis)
+    return result if output is None else output.copy_(result), lse
 
 
 def step(
@@ -299,10 +305,11 @@ def step(
     """
     feedback = None
     if layer.basis is not None:
-        query, key = rotate_heads(query, key, layer.basis)
+        query, key, value = rotate_heads(query, key, value, layer.basis)
         feedback = layer.basis.feedback
     quantize_pages(key, value, cache, batch, layer.layout, feedback)
-    attention(query, key, value, cache, batch, layer.layout, layer.scale, output)
+    result, _ = attention(query, key, value, cache, batch, layer.layout, layer.scale)
+    output.copy_(rotate_back(result, layer.basis))
     update_window(key, value, cache, batch, layer.layout)
 
 

@@ -154,7 +154,7 @@ def quantize_key_group(keys: Tensor, fmt: PageFormat, feedback: Tensor | None = 
     Args:
         feedback: of :class:`logquant_vllm.core.calibration.Basis`.
     """
-    q = quantize(keys, -2, fmt.key_bits, fmt.scale_bits, fmt.range_shrink)
+    q = quantize(keys, -2, fmt.key_bits, fmt.scale_bits, fmt.key_range)
     return q if feedback is None else round_with_feedback(keys, q, fmt.key_bits, feedback)
 
 
@@ -164,7 +164,7 @@ def quantize_value_group(values: Tensor, fmt: PageFormat) -> Quantized:
     Scales and zeros have shape ``[..., value_groups, key_group_size]``, as they are stored.
     """
     parts = [
-        quantize(channels, -1, fmt.value_bits, fmt.scale_bits, fmt.range_shrink)
+        quantize(channels, -1, fmt.value_bits, fmt.scale_bits, fmt.value_range)
         for channels in values.split(fmt.value_group_size, -1)
     ]
     codes, scales, zeros = zip(*parts, strict=True)

@@ -22,7 +22,7 @@ constexpr int64_t kNumConstants = sizeof(Layout) / sizeof(int64_t);
 
 // float32 constants of the quantizer, likewise
 struct Quantizer {
-    double key_spread, value_spread;  // range_shrink / levels
+    double key_spread, value_spread;  // share of the range / levels
     double key_floor, value_floor;    // least 8-bit scale per unit of |middle|
     double scale_min, scale_max;      // smallest and largest stored scale
 };

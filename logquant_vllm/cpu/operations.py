@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.calibration import rotate_heads
+from logquant_vllm.core.calibration import rotate_back, rotate_heads
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.page_format import HEADER_CHANNELS, HEADER_SLOTS
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
@@ -29,7 +29,7 @@ def _constants(layout: CacheLayout) -> tuple[Tensor, Tensor]:
         *(f.value_scale_offset, f.value_zero_offset),
         *(HEADER_SLOTS, HEADER_CHANNELS, layout.window_length, layout.prefix_replay_tokens, layout.rollback_tokens),
     ]
-    spread = [f.range_shrink / ((1 << bits) - 1) for bits in (f.key_bits, f.value_bits)]
+    spread = [f.key_range / ((1 << f.key_bits) - 1), f.value_range / ((1 << f.value_bits) - 1)]
     floor = [1.0 / scale_floor_divisor(bits) for bits in (f.key_bits, f.value_bits)]
     limits = (E4M3_TINY, E4M3_MAX) if f.scale_bits == 8 else (FP16_TINY, FP16_MAX)
     return torch.tensor(integers), torch.tensor([*spread, *floor, *limits], dtype=torch.float64)
@@ -77,8 +77,9 @@ def step(
     """See :func:`logquant_vllm.core.operations.step`. One call: a decode step is short enough for Python to show."""
     feedback = None
     if layer.basis is not None:
-        query, key = rotate_heads(query, key, layer.basis)
+        query, key, value = rotate_heads(query, key, value, layer.basis)
         feedback = layer.basis.feedback
     constants = _constants(layer.layout)
     lengths = batch.query_start_loc, batch.seq_lens
-    output.copy_(load().step(query, key, value, *cache, *lengths, *constants, layer.scale, feedback))
+    result = load().step(query, key, value, *cache, *lengths, *constants, layer.scale, feedback)
+    output.copy_(rotate_back(result, layer.basis))

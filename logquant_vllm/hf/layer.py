@@ -9,7 +9,15 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from logquant_vllm.config import LogQuantConfig
-from logquant_vllm.core.calibration import Basis, Moments, calibrated_basis, change_basis, rotation_basis
+from logquant_vllm.core.calibration import (
+    Basis,
+    Moments,
+    calibrated_basis,
+    change_basis,
+    rotate_back,
+    rotate_values,
+    rotation_basis,
+)
 from logquant_vllm.core.log_selection import num_compactions
 from logquant_vllm.core.operations import quantize_pages, read_cached_tokens, update_window
 from logquant_vllm.core.paged import Batch, read_header, window_slots_view, write_header
@@ -44,18 +52,22 @@ class LogQuantLayer(CacheLayerMixin):
         batch_size, num_kv_heads, _, head_size = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         self.layout = self.config.layout(head_size)
-        # keys are rotated, and rotated back, in at least float32: a copy is then off by its storage's rounding alone
+        # rotated, and rotated back, in at least float32: a copy is then off by its storage's rounding alone
         self.compute = torch.promote_types(self.dtype, torch.float32)
-        self.basis = self._make_basis(head_size) if self.config.rotation else None
+        self.basis = self._make_basis(head_size)
         self.blocks = BlockColumns(self.layout, batch_size, num_kv_heads, self.dtype, self.device)
         self.seq_len = 0
         self.is_initialized = True
 
     def _make_basis(self, head_size: int) -> Basis:
-        if self.moments is None:
-            return rotation_basis(head_size, self.compute, self.device)
+        config = self.config
+        rotation = rotation_basis(
+            head_size, self.compute, self.device, keys=config.rotation, values=config.value_rotation
+        )
+        if self.moments is None or not config.rotation:
+            return rotation
         basis = calibrated_basis(Moments(*(x.to(self.device) for x in self.moments)))
-        return Basis(basis.query.to(self.compute), basis.key.to(self.compute), basis.feedback)
+        return Basis(basis.query.to(self.compute), basis.key.to(self.compute), basis.feedback, rotation.value)
 
     @property
     def batch_size(self) -> int:
@@ -77,7 +89,7 @@ class LogQuantLayer(CacheLayerMixin):
         return Batch(starts, lens, new, seq_len)
 
     def _read(self) -> tuple[Tensor, Tensor]:
-        """What attention sees of the cached tokens: keys (rotated) and values, each ``[batch, tokens, num_kv_heads,
+        """What attention sees of the cached tokens: keys and values, rotated, each ``[batch, tokens, num_kv_heads,
         head_size]`` in the computing dtype."""
         lens = torch.full((self.blocks.batch_size,), self.seq_len, dtype=torch.int32, device=self.device)
         cached = read_cached_tokens(self.blocks.paged(), lens, self.layout, self.blocks.num_kv_heads, self.dtype)
@@ -115,21 +127,21 @@ class LogQuantLayer(CacheLayerMixin):
         cache, batch = self.blocks.paged(), self._batch(self.seq_len, seq_len)
         # [batch, heads, tokens, channels] to [batch * tokens, heads, channels]: the sequences' tokens one after another
         key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
-        if self.basis is not None:
-            key = change_basis(key.to(self.compute), self.basis.key).to(self.dtype)
-        quantize_pages(key, value, cache, batch, self.layout, self.basis.feedback if self.basis else None)
+        key = change_basis(key.to(self.compute), self.basis.key).to(self.dtype)
+        value = rotate_values(value.to(self.compute), self.basis).to(self.dtype)
+        quantize_pages(key, value, cache, batch, self.layout, self.basis.feedback)
         result = self._returned(key_states, value_states)
         update_window(key, value, cache, batch, self.layout)
         self.seq_len = seq_len
         return result
 
     def _returned(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Cached tokens, keys turned back to the model's own basis, followed by the new ones."""
+        """Cached tokens, turned back to the model's own basis, followed by the new ones."""
         if self.seq_len == 0:
             return key_states, value_states
         keys, values = self._read()
-        if self.basis is not None:  # a query's matrix, transposed, undoes the key's
-            keys = change_basis(keys, self.basis.query.mT)
+        # a query's matrix, transposed, undoes the key's
+        keys, values = change_basis(keys, self.basis.query.mT), rotate_back(values, self.basis)
         keys, values = (x.to(self.dtype).transpose(1, 2) for x in (keys, values))
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.calibration import change_basis
+from logquant_vllm.core.calibration import Basis, change_basis, rotate_back, rotate_values
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
 from logquant_vllm.core.parts import Part, Parts
@@ -128,12 +128,12 @@ def decode(
     return output, _decode(args, query, output, scale)
 
 
-def _decode(args: Step, query: Tensor, output: Tensor, scale: float) -> Tensor:
-    """Attention of a few tokens per request, into ``output``; the LSEs."""
+def _decode(args: Step, query: Tensor, output: Tensor, scale: float, basis: Basis | None = None) -> Tensor:
+    """Attention of a few tokens per request, into ``output``, taken back from ``basis``; the LSEs."""
     if query.dtype != args.dtype or query.stride(-1) != 1:
         raise ValueError(f"query must have the dtype of key and a contiguous last dimension, got {query.dtype}")
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-    launch.decode(args, query, output, lse, scale * LOG2E)
+    launch.decode(args, query, output, lse, scale * LOG2E, None if basis is None else basis.value)
     return lse
 
 
@@ -146,7 +146,7 @@ def decode_step(
     layout: CacheLayout,
     scale: float,
     output: Tensor | None = None,
-    feedback: Tensor | None = None,
+    basis: Basis | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token per request, which is then stored; see ``core.operations.decode_step``.
 
@@ -157,8 +157,8 @@ def decode_step(
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if args.is_empty:
         return output, torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-    lse = _decode(args, query, output, scale)
-    store_step(args, feedback, quantize=True, update=True, beside=True)
+    lse = _decode(args, query, output, scale, basis)
+    store_step(args, None if basis is None else basis.feedback, quantize=True, update=True, beside=True)
     return output, lse
 
 
@@ -178,23 +178,23 @@ def step(
         parts: of the batch; without, all its requests are decoded together.
     """
     layout, basis = layer.layout, layer.basis
-    feedback = None if basis is None else basis.feedback
     if batch.max_query_len == 1 and layout.may_store_last:  # as few launches as can be
         if basis is not None:
-            query, key = rotate_heads(query, key, basis)
-        decode_step(query, key, value, cache, batch, layout, layer.scale, output, feedback)
+            query, key, value = rotate_heads(query, key, value, basis)
+        decode_step(query, key, value, cache, batch, layout, layer.scale, output, basis)
         return
-    stored_key = key if basis is None else change_basis(key, basis.key)
-    args = Step.of(stored_key, value, cache, batch, layout)
-    prompt.quantize_pages(args, feedback)
-    _attend_parts(layer, args, (query, key, stored_key, value), cache, output, parts or Parts())
+    stored = key if basis is None else change_basis(key, basis.key), rotate_values(value, basis)
+    args = Step.of(*stored, cache, batch, layout)
+    prompt.quantize_pages(args, None if basis is None else basis.feedback)
+    _attend_parts(layer, args, (query, key, value), stored, cache, output, parts or Parts())
     prompt.update_window(args)
 
 
 def _attend_parts(
     layer: Layer,
     args: Step,
-    new: tuple[Tensor, Tensor, Tensor, Tensor],
+    new: tuple[Tensor, Tensor, Tensor],
+    stored: tuple[Tensor, Tensor],
     cache: PagedCache,
     output: Tensor,
     parts: Parts,
@@ -202,23 +202,28 @@ def _attend_parts(
     """Attention of the parts of a step, into ``output``.
 
     Args:
-        new: the step's queries and keys as they come, keys as they are stored, and values.
+        new: the step's queries, keys and values as they come.
+        stored: keys and values as they are stored.
     """
-    query, key, stored_key, value = new
+    query, key, value = new
+    stored_key, stored_value = stored
     decoding, continued, begun = parts
     if decoding is None and continued is None and begun is None:
         batch = Batch(args.batch.query_start_loc, args.batch.seq_lens, args.max_query_len, 0)
         decoding = Part(slice(args.num_tokens), 0, batch)
-    if begun is not None:  # the scores of a prompt that begins are the same in either basis
+    if begun is not None:  # a prompt that begins reads no cache: its attention is the same in either basis
         t = begun.tokens
         layer.dense.attend_new(output[t], query[t], key[t], value[t], begun.batch, layer.scale)
         query = query[: t.start]
     rotated = query if layer.basis is None else change_basis(query, layer.basis.query)
     if continued is not None:
         t = continued.tokens
-        layer.dense.attend_with_past(output[t], rotated[t], stored_key[t], value[t], args, continued, layer.scale)
+        new_rows = rotated[t], stored_key[t], stored_value[t]
+        layer.dense.attend_with_past(output[t], *new_rows, args, continued, layer.scale)
+        if layer.basis is not None and layer.basis.value is not None:
+            output[t] = rotate_back(output[t], layer.basis)
     if decoding is not None:
         t, n = decoding.tokens, len(decoding.batch.seq_lens)
         tables = cache._replace(block_table=cache.block_table[:n], window_block_table=cache.window_block_table[:n])
-        few = Step.of(stored_key[t], value[t], tables, decoding.batch, layer.layout)
-        _decode(few, rotated[t], output[t], layer.scale)
+        few = Step.of(stored_key[t], stored_value[t], tables, decoding.batch, layer.layout)
+        _decode(few, rotated[t], output[t], layer.scale, layer.basis)

@@ -1,4 +1,4 @@
-"""The basis of a decode step's queries and keys with one launch; ``core.calibration.rotate_heads`` in Triton.
+"""The basis of a decode step with one launch, and the way back; ``core.calibration.rotate_heads`` in Triton.
 
 Programmatic dependent launch: the decode kernel may be launched while this one runs, and waits for the results itself.
 """
@@ -24,9 +24,16 @@ MOST_CHANNELS = tl.constexpr(128)  # of the products' inner dimension: more do n
 class Rotation(NamedTuple):
     """Heads, and what they are multiplied with."""
 
-    target: Member  # [tokens, heads, head_size], contiguous
+    target: Member  # Rows, may be the source
     source: Member  # Rows
-    matrices: Member  # [groups, head_size, head_size], contiguous: groups of heads that share a matrix
+    matrices: Member  # [groups, head_size, head_size], contiguous but for the groups: heads that share a matrix
+    matrix_stride: Member  # 0: all share one
+
+    @classmethod
+    def of(cls, target: Tensor, source: Tensor, matrices: Tensor, groups: int) -> Rotation:
+        """Of tensors ``[tokens, heads, head_size]``, and of as many matrices as groups or one for all."""
+        matrices = matrices.expand(groups, -1, -1)
+        return cls(Rows.of(target), Rows.of(source), matrices, matrices.stride(0))
 
 
 @triton.jit
@@ -40,9 +47,10 @@ def rotate_rows(
     HEAD_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     OPERAND: tl.constexpr,
+    BACK: tl.constexpr = False,
 ):
-    """A tile of ``ROWS`` rows, which are tokens times heads of a group, times the group's matrix."""
-    target, source, matrices = rotation
+    """A tile of ``ROWS`` rows, which are tokens times heads of a group, times the group's matrix, or its transpose."""
+    target, source, matrices, matrix_stride = rotation
     OF_GROUP: tl.constexpr = HEADS // GROUPS
     row = tile * ROWS + tl.arange(0, ROWS)
     token, head = (row // OF_GROUP).to(tl.int64)[:, None], (group * OF_GROUP + row % OF_GROUP)[:, None]
@@ -56,17 +64,19 @@ def rotate_rows(
         inner = part * PART + tl.arange(0, PART)
         x = tl.load(address + inner[None, :], mask=exists & (inner < HEAD_SIZE)[None, :], other=0.0)
         square = (inner < HEAD_SIZE)[:, None] & (channel < HEAD_SIZE)
-        matrix = matrices + group * HEAD_SIZE * HEAD_SIZE + inner[:, None] * HEAD_SIZE + channel
-        m = tl.load(matrix, mask=square, other=0.0)
+        element = inner[:, None] + channel * HEAD_SIZE if BACK else inner[:, None] * HEAD_SIZE + channel
+        m = tl.load(matrices + group * matrix_stride + element, mask=square, other=0.0)
         y = tl.dot(x.to(OPERAND), m.to(OPERAND), y, input_precision="ieee")
     mask = exists & (channel < HEAD_SIZE)
-    tl.store(target + (token * HEADS + head) * HEAD_SIZE + channel, y.to(target.dtype.element_ty), mask=mask)
+    address = target.data + token * target.stride + head * target.head_stride
+    tl.store(address + channel, y.to(target.data.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def rotate_kernel(
     query,  # Rotation
     key,  # Rotation
+    value,  # Rotation, or None
     num_tokens,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -76,28 +86,67 @@ def rotate_kernel(
     OPERAND: tl.constexpr,
     PDL: tl.constexpr,  # launches its dependent, the decode kernel, at once
 ):
-    """First programs for the queries, then programs for the keys."""
+    """First programs for the queries, then programs for the keys, then for the values."""
     if PDL:
         gdc_launch_dependents()
     query_tiles = tl.cdiv(num_tokens * (NUM_HEADS // GROUPS), ROWS)
+    key_tiles = tl.cdiv(num_tokens * (NUM_KV_HEADS // GROUPS), ROWS)
     tile, group = tl.program_id(0), tl.program_id(1)
     # pointers that come out of a branch are not known to be aligned: each branch does everything
     if tile < query_tiles:
         rotate_rows(query, tile, group, num_tokens, NUM_HEADS, GROUPS, HEAD_SIZE, ROWS, OPERAND)
-    else:
+    elif tile < query_tiles + key_tiles:
         rotate_rows(key, tile - query_tiles, group, num_tokens, NUM_KV_HEADS, GROUPS, HEAD_SIZE, ROWS, OPERAND)
+    elif value is not None:
+        tile -= query_tiles + key_tiles
+        rotate_rows(value, tile, group, num_tokens, NUM_KV_HEADS, GROUPS, HEAD_SIZE, ROWS, OPERAND)
 
 
-def rotate_heads(query: Tensor, key: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
-    """Queries and keys times the matrices of their heads, contiguous; see ``core.calibration.rotate_heads``."""
+@triton.jit(do_not_specialize=["num_tokens"])
+def rotate_output_kernel(
+    output,  # Rotation
+    num_tokens,
+    NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """A program for each tile of rows, all heads alike."""
+    rotate_rows(output, tl.program_id(0), 0, num_tokens, NUM_HEADS, 1, HEAD_SIZE, ROWS, OPERAND, BACK=True)
+
+
+@triton.constexpr_function
+def count_bits(size):
+    """Bits of an index below ``size``, a power of two."""
+    return size.bit_length() - 1
+
+
+@triton.jit
+def hadamard_of(x):
+    """``x @ core.hadamard.hadamard_matrix`` of ``[channels]``, a power of two: butterflies over one bit of the index
+    after another, each of which is the lowest when its turn comes."""
+    SIZE: tl.constexpr = x.shape[0]
+    for _ in tl.static_range(count_bits(SIZE)):
+        even, odd = tl.split(tl.reshape(x, (SIZE // 2, 2)))
+        x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (1, 0)), (SIZE,))
+    return x * (1.0 / SIZE**0.5)
+
+
+def rows_of_tile(rows: int) -> int:
+    """Rows of a tile, where there are so many in all."""
+    return 16 if rows <= FEW_ROWS else 64
+
+
+def rotate_heads(query: Tensor, key: Tensor, value: Tensor, basis: Basis) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values times the matrices of their heads, contiguous; see ``core.calibration.rotate_heads``."""
     groups, head_size, _ = basis.query.shape
-    rotated = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
-    rows = [x.shape[0] * x.shape[1] // groups for x in (query, key)]
-    tile = 16 if sum(rows) <= FEW_ROWS else 64
+    given = list(zip((query, key, value), (basis.query, basis.key, basis.value), strict=True))
+    rotated = [x if m is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, m in given]
+    rows = [0 if m is None else x.shape[0] * x.shape[1] // groups for x, m in given]
+    tile = rows_of_tile(sum(rows))
     if query.shape[0]:
         rotate_kernel[(sum(-(-n // tile) for n in rows), groups)](
-            Rotation(rotated[0], Rows.of(query), basis.query),
-            Rotation(rotated[1], Rows.of(key), basis.key),
+            *(None if m is None else Rotation.of(y, x, m, groups) for y, (x, m) in zip(rotated, given, strict=True)),
             query.shape[0],
             NUM_HEADS=query.shape[1],
             NUM_KV_HEADS=key.shape[1],
@@ -108,4 +157,20 @@ def rotate_heads(query: Tensor, key: Tensor, basis: Basis) -> tuple[Tensor, Tens
             PDL=architecture(query.device).dependent_launch,
             num_warps=4,
         )
-    return rotated[0], rotated[1]
+    return rotated[0], rotated[1], rotated[2]
+
+
+def rotate_output(output: Tensor, matrix: Tensor) -> None:
+    """Multiply ``output``, ``[tokens, heads, head_size]``, by the transpose of ``matrix``, ``[1, head_size,
+    head_size]``, in place; see ``core.calibration.rotate_back``."""
+    tokens, heads, head_size = output.shape
+    tile = rows_of_tile(tokens * heads)
+    rotate_output_kernel[(-(-tokens * heads // tile),)](
+        Rotation.of(output, output, matrix, 1),
+        tokens,
+        NUM_HEADS=heads,
+        HEAD_SIZE=head_size,
+        ROWS=tile,
+        OPERAND=copy_operand(output.dtype),
+        num_warps=4,
+    )

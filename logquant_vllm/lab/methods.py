@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -77,13 +77,14 @@ class Method:
         return total / seq_len
 
 
-PLAIN = Quantizer(key_axis="token", scale_bits=16, shrink=1.0, rotation=False)
+MIN_MAX = Quantizer(scale_bits=16, shrink=1.0, value_shrink=1.0, rotation=False, value_rotation=False)
+PLAIN = replace(MIN_MAX, key_axis="token")
 """The paper's quantizer, as in Hugging Face's cache: keys and values per token, groups of 64, fp16 scales."""
 
 
 def kivi_quantizer(group: int = 32) -> Quantizer:
     """KIVI's: keys per channel, min-max, fp16."""
-    return Quantizer(key_group=group, value_group=group, scale_bits=16, shrink=1.0, rotation=False)
+    return replace(MIN_MAX, key_group=group, value_group=group)
 
 
 K4V2 = Quantizer(key_bits=4)
@@ -114,8 +115,9 @@ def all_methods() -> dict[str, Method]:
         Method("log-w64-g32", LogSelection(64), Quantizer(key_group=32, value_group=32)),
         Method("log-w64-g128", LogSelection(64), Quantizer(key_group=128, value_group=128)),
         Method("log-w64-s16", LogSelection(64), Quantizer(scale_bits=16)),
-        Method("log-w64-unrotated", LogSelection(64), Quantizer(rotation=False)),
-        Method("log-w64-x1", LogSelection(64), Quantizer(shrink=1.0)),
+        Method("log-w64-unrotated", LogSelection(64), Quantizer(rotation=False, value_rotation=False)),
+        Method("log-w64-unrotated-values", LogSelection(64), Quantizer(value_rotation=False)),
+        Method("log-w64-x1", LogSelection(64), Quantizer(shrink=1.0, value_shrink=1.0)),
         # one quantizer, several selections
         Method("partial-log-w64", LogSelection(64, partial=True)),
         Method("random-w64", RandomSelection(64)),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from logquant_vllm.core.calibration import Basis
 from logquant_vllm.core.hadamard import hadamard_matrix, rotate
+from logquant_vllm.core.page_format import RANGE_SHRINK, VALUE_RANGE_SHRINK
 from logquant_vllm.core.quantizer import E4M3_MAX, Quantized, dequantize, quantize, round_with_feedback
 
 
@@ -24,8 +25,8 @@ class Quantizer:
             channels.
         key_group, value_group: elements that share a scale; values are per token.
         scale_bits: 8 or 16 for scale and zero each.
-        shrink: factor on a group's range.
-        rotation: quantize keys in a Hadamard basis.
+        shrink, value_shrink: factor on a group's range, of keys and of values; None: the product's for that many bits.
+        rotation, value_rotation: quantize keys, and values, in a Hadamard basis.
         calibrated: quantize keys in the model's own basis and with error feedback.
     """
 
@@ -35,8 +36,10 @@ class Quantizer:
     key_group: int = 64
     value_group: int = 64
     scale_bits: int = 8
-    shrink: float = 0.9
+    shrink: float | None = None
+    value_shrink: float | None = None
     rotation: bool = True
+    value_rotation: bool = True
     calibrated: bool = False
 
     @property
@@ -45,8 +48,19 @@ class Quantizer:
             return "fp8"
         axis = "ch" if self.key_axis == "channel" else "tok"
         parts = [f"k{self.key_bits}v{self.value_bits}", f"{axis}{self.key_group}-t{self.value_group}"]
-        parts += [f"s{self.scale_bits}", f"x{self.shrink:g}"]
-        return "-".join(parts + (["C"] if self.calibrated else ["H"] if self.rotation else []))
+        parts += [f"s{self.scale_bits}", f"x{self.key_range:g}/{self.value_range:g}"]
+        parts += ["C"] if self.calibrated else ["H"] if self.rotation else []
+        return "-".join(parts + (["HV"] if self.value_rotation else []))
+
+    @property
+    def key_range(self) -> float:
+        """Quantized range of a group of keys, as a share of its own."""
+        return RANGE_SHRINK[self.key_bits] if self.shrink is None else self.shrink
+
+    @property
+    def value_range(self) -> float:
+        """Quantized range of a group of values, as a share of its own."""
+        return VALUE_RANGE_SHRINK[self.value_bits] if self.value_shrink is None else self.value_shrink
 
     @property
     def unit(self) -> int:
@@ -79,26 +93,36 @@ class Quantizer:
         if self.calibrated:
             assert basis is not None and basis.feedback is not None
             stored = (x.float() @ basis.key).to(x.dtype).unflatten(-2, (-1, self.key_group)).transpose(-4, -3)
-            q = quantize(stored, -2, self.key_bits, self.scale_bits, self.shrink)
+            q = quantize(stored, -2, self.key_bits, self.scale_bits, self.key_range)
             q = _rounding(x.device)(stored, q, self.key_bits, basis.feedback)
             return (dequantize(q, -2).transpose(-4, -3).flatten(-3, -2) @ basis.query.mT).to(x.dtype)
-        matrix = hadamard_matrix(x.shape[-1], torch.float32, x.device) if self.rotation else None
-        # a rotated key passes through the model's dtype on its way to the cache
-        rotated = x if matrix is None else rotate(x.float(), matrix).to(x.dtype)
-        if self.key_axis == "channel":
-            grouped, dim = rotated.unflatten(-2, (-1, self.key_group)), -2
-            image = dequantize(quantize(grouped, dim, self.key_bits, self.scale_bits, self.shrink), dim).flatten(-3, -2)
-        else:
-            image = self._per_token(rotated, self.key_bits, self.key_group)
-        return (image if matrix is None else rotate(image, matrix.T)).to(x.dtype)
+        return _in_hadamard(x, self.rotation, self._plain_keys)
+
+    def _plain_keys(self, x: Tensor) -> Tensor:
+        if self.key_axis == "token":
+            return self._per_token(x, self.key_bits, self.key_group, self.key_range)
+        grouped = x.unflatten(-2, (-1, self.key_group))
+        return dequantize(quantize(grouped, -2, self.key_bits, self.scale_bits, self.key_range), -2).flatten(-3, -2)
 
     def values(self, x: Tensor) -> Tensor:
         """What is read back of values ``[..., tokens, channels]``, in x's dtype."""
-        return _fp8(x) if self.key_bits == 8 else self._per_token(x, self.value_bits, self.value_group).to(x.dtype)
+        if self.key_bits == 8:
+            return _fp8(x)
+        group, shrink = self.value_group, self.value_range
+        return _in_hadamard(x, self.value_rotation, lambda y: self._per_token(y, self.value_bits, group, shrink))
 
-    def _per_token(self, x: Tensor, bits: int, group: int) -> Tensor:
+    def _per_token(self, x: Tensor, bits: int, group: int, shrink: float) -> Tensor:
         grouped = x.unflatten(-1, (-1, min(group, x.shape[-1])))
-        return dequantize(quantize(grouped, -1, bits, self.scale_bits, self.shrink), -1).flatten(-2)
+        return dequantize(quantize(grouped, -1, bits, self.scale_bits, shrink), -1).flatten(-2)
+
+
+def _in_hadamard(x: Tensor, rotated: bool, image: Callable[[Tensor], Tensor]) -> Tensor:
+    """What ``image`` makes of ``x``, of its rotation where ``rotated``, in the dtype of ``x``."""
+    if not rotated:
+        return image(x).to(x.dtype)
+    matrix = hadamard_matrix(x.shape[-1], torch.float32, x.device)
+    # what is rotated passes through the model's dtype on its way to the cache
+    return rotate(image(rotate(x.float(), matrix).to(x.dtype)), matrix.T).to(x.dtype)
 
 
 def _rounding(device: torch.device) -> Callable[[Tensor, Quantized, int, Tensor], Quantized]:

@@ -221,7 +221,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         """
         name, layer = next((n, m) for n, m in self._layers.items() if getattr(m, "impl", None) is self)
         vllm_config = get_current_vllm_config()
-        if self.config.rotation:
+        if self.config.rotation or self.config.value_rotation:
             model = vllm_config.model_config  # of these weights: vLLM reloads from other places, too
             basis = load_basis(layer, name, self.config, model, act_dtype, current_platform.device_type)
             self._layer = self._layer._replace(basis=basis)

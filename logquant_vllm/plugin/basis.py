@@ -20,7 +20,7 @@ from logquant_vllm import calibration
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core.calibration import Basis, Moments, calibrated_basis, rotation_basis
 
-BUFFERS = ("logquant_query_basis", "logquant_key_basis", "logquant_feedback")
+BUFFERS = ("logquant_query_basis", "logquant_key_basis", "logquant_feedback", "logquant_value_basis")
 """A layer's buffers that hold its basis, in the order of :class:`Basis`."""
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
@@ -55,8 +55,8 @@ def _calibrated(path: Path, name: str, num_kv_heads: int, model: Any) -> Basis:
 
 def held_basis(layer: nn.Module) -> Basis | None:
     """The basis in a layer's buffers; None before its weights were loaded."""
-    query, key, feedback = (getattr(layer, name, None) for name in BUFFERS)
-    return None if query is None or key is None else Basis(query, key, feedback)
+    query, key, *others = (getattr(layer, name, None) for name in BUFFERS)
+    return None if query is None or key is None else Basis(query, key, *others)
 
 
 def hold(layer: nn.Module, basis: Basis) -> Basis:
@@ -91,7 +91,7 @@ def load_basis(layer: Any, name: str, config: LogQuantConfig, model: Any, dtype:
     held = held_basis(layer)
     path = calibration.find(config, model.model, model.revision)
     if path is None:
-        if config.calibration is not None:
+        if config.calibration is not None and config.rotation:
             logger.info_once(
                 "LogQuant: no calibration beside %s: keys are rotated; run `logquant-vllm calibrate` for more accuracy",
                 model.model,
@@ -105,8 +105,9 @@ def load_basis(layer: Any, name: str, config: LogQuantConfig, model: Any, dtype:
         path = None
     else:
         logger.info_once("LogQuant: keys are quantized with the calibration %s", path)
+    rotation = rotation_basis(layer.head_size, dtype, device, keys=config.rotation, values=config.value_rotation)
     if path is None:
-        return hold(layer, rotation_basis(layer.head_size, dtype, device))
+        return hold(layer, rotation)
     basis = _calibrated(path, name, layer.num_kv_heads, model)
     feedback = None if basis.feedback is None else basis.feedback.to(device)
-    return hold(layer, Basis(basis.query.to(device, dtype), basis.key.to(device, dtype), feedback))
+    return hold(layer, Basis(basis.query.to(device, dtype), basis.key.to(device, dtype), feedback, rotation.value))

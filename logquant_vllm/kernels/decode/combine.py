@@ -1,4 +1,8 @@
-"""What decode kernels write, and combining the partials of split-KV decoding (``tile_scheduler``: who wrote which)."""
+"""What decode kernels write, and combining the partials of split-KV decoding (``tile_scheduler``: who wrote which).
+
+Here outputs leave the basis of rotated values too: a head's sum lies in one program's registers, and has to be weighed
+and written anyway.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from logquant_vllm.kernels.arguments import Member, Rows, Step, padded
 from logquant_vllm.kernels.cache import num_reqs
 from logquant_vllm.kernels.decode.tile_scheduler import PARTIALS, pad_blocks, program_of, tile_blocks
 from logquant_vllm.kernels.decode.vectors import Vectors, place_vectors
+from logquant_vllm.kernels.rotate import hadamard_of
 
 LN2 = tl.constexpr(0.6931471805599453)
 NUM_PARTIALS = tl.constexpr(PARTIALS)
@@ -35,17 +40,20 @@ class DecodeOutput(NamedTuple):
     row_starts: Member  # as in tile_scheduler.write_schedule
 
 
-def combine_tile(programs: int, rows: int, block: int, head_size: int) -> tuple[int, int]:
-    """Partials and channels that a program of :func:`combine_kernel` takes at a time, powers of two.
+def combine_tile(programs: int, rows: int, block: int, head_size: int, hadamard: bool) -> tuple[int, int, int]:
+    """Partials and channels that a program of :func:`combine_kernel` takes at a time, powers of two, and its warps.
 
     Args:
         programs: those that decode, of which any may hold partials.
         rows: requests times KV heads times blocks of ``block`` vectors.
+        hadamard: whether a program needs all channels.
     """
     # about as many partials as a tile has if all are equally long; a longer one takes several turns
     partials = min(padded(programs // rows + 2, COMBINE_PARTIALS[0]), COMBINE_PARTIALS[1])
+    if hadamard:
+        return partials, head_size, max(partials * head_size // COMBINE_ELEMENTS, 1)
     enough = padded(-(-rows * block * head_size // COMBINE_PROGRAMS))
-    return partials, min(COMBINE_ELEMENTS // partials, padded(head_size), enough)
+    return partials, min(COMBINE_ELEMENTS // partials, padded(head_size), enough), 1
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -57,10 +65,11 @@ def combine_kernel(
     VECTORS: tl.constexpr,  # vectors.Vectors
     CHANNELS: tl.constexpr,
     TILE: tl.constexpr,  # partials that are looked at together
+    HADAMARD: tl.constexpr,  # rotates outputs back: CHANNELS are all of a head
     PDL: tl.constexpr,  # waits for the kernel that writes the partials, and lets the next start
 ):
-    """Weigh the partials of one request and query vector, ``CHANNELS`` of it, if there are several; rows of no request
-    get zeros and ``-inf``."""
+    """Weigh the partials of one request and query vector, ``CHANNELS`` of it, if there are several, and rotate the
+    output back; rows of no request get zeros and ``-inf``."""
     HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
     request, kv_head = tl.program_id(0), tl.program_id(1) // VECTORS.count
     vector = tl.program_id(1) % VECTORS.count
@@ -108,8 +117,13 @@ def combine_kernel(
                 weights = weights * decay + tl.sum(weight, 0)
                 maximum = new_maximum
             positive = tl.where(weights == 0.0, 1.0, weights)
-            lse = (maximum + tl.log2(positive)) * LN2
-            store_row(out, start + token, head, channel, in_head, acc / positive, lse)
+            result, lse = acc / positive, (maximum + tl.log2(positive)) * LN2
+            if HADAMARD:
+                result = hadamard_of(result)
+            store_row(out, start + token, head, channel, in_head, result, lse)
+        elif HADAMARD:
+            whole = (blocks > 0) & (first == last) & (token < query_len)
+            rotate_whole(output_row(out, start + token, head) + channel, whole)
     # requests lie one after another: rows from their end on belong to none
     row = request * VECTORS.queries + token
     if (row >= end) & (row < num_tokens):
@@ -117,19 +131,30 @@ def combine_kernel(
 
 
 @triton.jit
+def rotate_whole(address, whole):
+    """Rotate back an output that a single program wrote, if one did."""
+    if whole:
+        tl.store(address, hadamard_of(tl.load(address).to(tl.float32)).to(address.dtype.element_ty))
+
+
+@triton.jit
+def output_row(out, row, head):
+    """Pointer to the output of one token and head."""
+    return out.output.data + row.to(tl.int64) * out.output.stride + head * out.output.head_stride
+
+
+@triton.jit
 def store_row(out, row, head, channel, in_head, result, lse):
     """Write channels of one token and head, and its LSE."""
-    output = out.output
-    address = output.data + row.to(tl.int64) * output.stride + head * output.head_stride + channel
-    tl.store(address, result.to(output.data.dtype.element_ty), mask=in_head)
+    tl.store(output_row(out, row, head) + channel, result.to(out.output.data.dtype.element_ty), mask=in_head)
     tl.store(out.lse + row.to(tl.int64) * out.lse_stride + head, lse)
 
 
-def combine(step: Step, out: DecodeOutput, programs: int, rows: int, vectors: Vectors) -> None:
-    """Launch :func:`combine_kernel` behind a decode kernel of ``programs`` programs; ``rows`` as in
+def combine(step: Step, out: DecodeOutput, programs: int, rows: int, vectors: Vectors, hadamard: bool) -> None:
+    """Launch :func:`combine_kernel` behind a decode kernel of ``programs`` programs; ``rows`` and ``hadamard`` as in
     :func:`combine_tile`."""
     head_size, pdl = step.layout.fmt.head_size, step.architecture.dependent_launch
-    tile, channels = combine_tile(programs, rows, vectors.block, head_size)
+    tile, channels, warps = combine_tile(programs, rows, vectors.block, head_size, hadamard)
     requests = max(step.num_reqs, -(-step.num_tokens // vectors.queries))
     grid = (requests, step.num_kv_heads * vectors.count, -(-head_size // channels))
     combine_kernel[grid](
@@ -140,7 +165,8 @@ def combine(step: Step, out: DecodeOutput, programs: int, rows: int, vectors: Ve
         VECTORS=vectors,
         CHANNELS=channels,
         TILE=tile,
+        HADAMARD=hadamard,
         PDL=pdl,
-        num_warps=1,
+        num_warps=warps,
         launch_pdl=pdl,
     )

@@ -16,6 +16,7 @@ from logquant_vllm.kernels.decode.choice import why_not_gluon
 from logquant_vllm.kernels.decode.combine import DecodeOutput, combine
 from logquant_vllm.kernels.decode.tile_scheduler import PARTIALS, REQUESTS, tile_blocks_bound
 from logquant_vllm.kernels.decode.vectors import Vectors
+from logquant_vllm.kernels.rotate import rotate_output
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 
@@ -35,7 +36,9 @@ def _choose(architecture: Architecture, dtype: torch.dtype, layout: CacheLayout,
     return triton_kernel
 
 
-def decode(step: Step, query: Tensor, output: Tensor, lse: Tensor, qk_scale: float) -> None:
+def decode(
+    step: Step, query: Tensor, output: Tensor, lse: Tensor, qk_scale: float, value_basis: Tensor | None = None
+) -> None:
     """Attention of a few tokens per request, into ``output`` and ``lse``.
 
     Two launches: a kernel whose programs share out all KV blocks (``tile_scheduler``), and ``combine``. Both are
@@ -45,6 +48,8 @@ def decode(step: Step, query: Tensor, output: Tensor, lse: Tensor, qk_scale: flo
         query, output: ``[num_tokens, num_heads, head_size]``.
         lse: float32 ``[num_tokens, num_heads]``.
         qk_scale: factor on the scores in units of log2.
+        value_basis: of ``core.calibration.Basis``, from which the output is taken back: by ``combine`` where heads have
+            a power of two channels, otherwise with a third launch.
     """
     layout, fmt = step.layout, step.layout.fmt
     gqa, queries = query.shape[1] // step.num_kv_heads, step.max_query_len
@@ -66,4 +71,7 @@ def decode(step: Step, query: Tensor, output: Tensor, lse: Tensor, qk_scale: flo
     )
     requests = REQUESTS[step.num_reqs > REQUESTS[0]]
     kernel.launch(step, out, Rows.of(query), vectors, qk_scale, programs, requests)
-    combine(step, out, programs, rows, vectors)
+    fused = value_basis is not None and next_power_of_2(fmt.head_size) == fmt.head_size
+    combine(step, out, programs, rows, vectors, fused)
+    if value_basis is not None and not fused:
+        rotate_output(output, value_basis)

@@ -25,11 +25,11 @@ scale_floor_divisor = triton.constexpr_function(quantizer.scale_floor_divisor)
 
 
 @triton.jit
-def scale_and_zero(low, high, finite, BITS: tl.constexpr, FMT: tl.constexpr):
+def scale_and_zero(low, high, finite, BITS: tl.constexpr, RANGE: tl.constexpr, FMT: tl.constexpr):
     """Stored scale and zero of groups with range ``[low, high]``, and the float32 inverse scale and offset that
     choose the codes (``core.quantizer.quantize``)."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
-    STEP: tl.constexpr = FMT.range_shrink / LEVELS
+    STEP: tl.constexpr = RANGE / LEVELS
     FLOOR: tl.constexpr = 1.0 / scale_floor_divisor(BITS)
     spread = tl.where(finite, (high - low) * STEP, 0.0)
     middle = tl.where(finite, (high + low) * 0.5, 0.0)
@@ -117,7 +117,7 @@ def quantize_keys(group, first_word, key, cache, LAYOUT: tl.constexpr, WORDS: tl
     copies = copied_keys(cache, group, LAYOUT)
     x = load_tokens(position, channel[None], exists[None], key, copies, group, cache, LAYOUT)
     finite = tl.min(is_finite(x).to(tl.int32), 0) > 0
-    scale, zero, inverse, offset = scale_and_zero(tl.min(x, 0), tl.max(x, 0), finite, FMT.key_bits, FMT)
+    scale, zero, inverse, offset = scale_and_zero(tl.min(x, 0), tl.max(x, 0), finite, FMT.key_bits, FMT.key_range, FMT)
     codes = nearest_codes(x, offset[None], inverse[None], finite[None], FMT.key_bits)
     packed = tl.sum(codes << (slot * FMT.key_bits)[None], 1)
     tl.store(key_code_words(group, token, FMT) + word, packed.to(tl.uint16), mask=exists)
@@ -136,7 +136,7 @@ def quantize_keys_with_feedback(group, key, feedback, cache, LAYOUT: tl.constexp
     copies = copied_keys(cache, group, LAYOUT)
     x = load_tokens(position, channel[None, :], exists[None, :], key, copies, group, cache, LAYOUT)
     finite = tl.min(is_finite(x).to(tl.int32), 0) > 0
-    scale, zero, _, offset = scale_and_zero(tl.min(x, 0), tl.max(x, 0), finite, FMT.key_bits, FMT)
+    scale, zero, _, offset = scale_and_zero(tl.min(x, 0), tl.max(x, 0), finite, FMT.key_bits, FMT.key_range, FMT)
     shares = feedback + group.head.to(tl.int64) * (HEAD_SIZE * HEAD_SIZE)
     packed = choose_codes(x, read_scale(scale, FMT), offset, shares, HEAD_SIZE, FMT.key_bits)
     word = tl.arange(0, packed.shape[1])[None, :]
@@ -168,7 +168,7 @@ def quantize_values(group, channels, first_word, value, cache, LAYOUT: tl.conste
     low = tl.min(tl.where(exists, x, float("inf")), 2)
     high = tl.max(tl.where(exists, x, float("-inf")), 2)
     finite = tl.min(is_finite(x).to(tl.int32), 2) > 0
-    scale, zero, inverse, offset = scale_and_zero(low, high, finite, FMT.value_bits, FMT)
+    scale, zero, inverse, offset = scale_and_zero(low, high, finite, FMT.value_bits, FMT.value_range, FMT)
     codes = nearest_codes(x, offset[:, :, None], inverse[:, :, None], finite[:, :, None], FMT.value_bits)
     packed = tl.sum(codes << (slot * FMT.value_bits)[:, :, None], 0)  # [word, channel]
     word = first_word + tl.arange(0, PLAN.value_slice)[:, None]

@@ -181,7 +181,7 @@ def choose_scales(memory, keys, group, FMT: gl.constexpr):
     least, largest = ranges(keys)
     least, largest = gl.convert_layout(least, LANES), gl.convert_layout(largest, LANES)
     finite = is_finite(least) & is_finite(largest)
-    stored_scale, stored_zero, _, zero = scale_and_zero(least, largest, finite, FMT.key_bits, FMT)
+    stored_scale, stored_zero, _, zero = scale_and_zero(least, largest, finite, FMT.key_bits, FMT.key_range, FMT)
     scale = read_scale(stored_scale, FMT)
     memory.index(0).store(scale)
     memory.index(1).store(zero)
