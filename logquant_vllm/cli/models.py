@@ -1,0 +1,58 @@
+"""Models that have a name here and need no hub: the demo model of this package, and a real one from a package of PyPI.
+
+Light to import, like all of the command line; what is made is made when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import logquant_vllm
+
+DEMO = "demo"
+SMOLLM2 = "smollm2"
+NAMES = (DEMO, SMOLLM2)
+NAMED = 'or "demo" or "smollm2", which need no hub'
+"""Ends the help of an argument that takes a model."""
+
+DEMO_MODEL = Path(logquant_vllm.__file__).parent / "demo" / "model"
+
+
+def smollm2_directory() -> Path:
+    """Where SmolLM2 is kept once it has been made."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logquant" / SMOLLM2
+
+
+def named_model(name: str) -> Path:
+    """The directory of one of :data:`NAMES`; SmolLM2's is made if there is none.
+
+    Raises:
+        ValueError: if the demo model is missing, or the package that SmolLM2 is made from.
+    """
+    if name == DEMO:
+        if not (DEMO_MODEL / "config.json").is_file():
+            raise ValueError(f"the demo model is missing from this installation: no config.json in {DEMO_MODEL}")
+        return DEMO_MODEL
+    directory = smollm2_directory()
+    if not (directory / "config.json").is_file():
+        from logquant_vllm.hf import smollm2
+
+        print(f"making {directory} from the package {smollm2.PACKAGE}, once", file=sys.stderr, flush=True)
+        smollm2.make(directory)
+    return directory
+
+
+def model_directory(model: str) -> str:
+    """The directory or hub name behind a MODEL argument.
+
+    Raises:
+        ValueError: if it is a path and no model is there, or what :func:`named_model` says.
+    """
+    if model in NAMES:
+        return str(named_model(model))
+    local = model.startswith(("/", ".", "~")) or Path(model).is_dir()
+    if local and not (Path(model) / "config.json").is_file():
+        raise ValueError(f"no config.json in {model}: name the model's directory, or its name on the hub")
+    return model
