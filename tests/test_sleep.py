@@ -240,7 +240,11 @@ def test_sleep(tmp_path: Path) -> None:
     """With CUDA graphs, which keep addresses: after each kind of sleep answers are those of an engine just started."""
     second = perturbed_demo(tmp_path / "second")
     prompts = [case.prompt for n in (60, 300, 800) for case in tasks.cases("lookup", 1, seed=n, tokens=n)]
-    arguments = {"dtype": "bfloat16", "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]}}
+    arguments = {
+        "dtype": "bfloat16",
+        "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]},
+        "enable_sleep_mode": True,
+    }
     of_second = in_engine(lambda llm: answers(llm, prompts), second, **arguments)
 
     def sleep(llm: Any) -> None:
@@ -259,10 +263,11 @@ def test_sleep(tmp_path: Path) -> None:
         sleep_without_weights()
         assert difference(answers(llm, prompts), fresh) == 0, "weights loaded again"
         sleep_without_weights(weights_path=str(second))
-        assert difference(answers(llm, prompts), of_second) < 1e-3, "weights of another model"
-        assert difference(fresh, of_second) > 0.1
+        # another engine may round otherwise: bfloat16 logits of 16 and more differ by multiples of 0.125
+        assert difference(answers(llm, prompts), of_second) < 0.3, "weights of another model"
+        assert difference(fresh, of_second) > 1
         sleep_without_weights(weights_path=str(DEMO_MODEL))
         assert difference(answers(llm, prompts), fresh) == 0, "weights of the first model"
         assert {name: x.data_ptr() for name, x in buffers(llm).items()} == addresses
 
-    in_engine(sleep, DEMO_MODEL, enable_sleep_mode=True, **arguments)
+    in_engine(sleep, DEMO_MODEL, **arguments)
