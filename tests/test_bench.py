@@ -10,12 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 from logquant_vllm import calibration
+from logquant_vllm.bench.conversations import Conversations, Run, Turn
 from logquant_vllm.bench.engine import Plan, Workload
-from logquant_vllm.bench.records import DecodeRecord, Results, ServeRecord, StoreRecord
-from logquant_vllm.bench.serve import random_calibration
+from logquant_vllm.bench.records import ConversationRecord, DecodeRecord, Results, ServeRecord, StoreRecord
+from logquant_vllm.bench.shapes import SHAPES, random_calibration, shape_config, shape_directory
 from logquant_vllm.bench.timing import summarize
 from logquant_vllm.cli import app
 from logquant_vllm.cli.bench import parse_case
+from logquant_vllm.config import LogQuantConfig
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -137,6 +139,66 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 def test_committed_results_have_todays_form(name: str, kind: type) -> None:
     results = Results[kind].model_validate_json((RESULTS / name).read_text())  # type: ignore[valid-type]
     assert results.records and results.command.startswith("logquant-vllm bench")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_models_that_are_served(name: str, tmp_path: Path) -> None:
+    """What vLLM's transformers read, with heads that the cache takes; some of its layers if asked for."""
+    from transformers import AutoConfig
+
+    with shape_directory(name, layers=2) as folder:
+        config = AutoConfig.from_pretrained(folder)
+    assert config.num_hidden_layers == 2
+    assert LogQuantConfig().page_format(config.head_dim)
+    assert config.num_attention_heads % config.num_key_value_heads == 0
+    with pytest.raises(ValueError, match="it must be from 1 to"):
+        shape_config(name, 1000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grow", "1800"], "write TOKENS+ANSWER"),
+        (["--grow", "10+1"], "an answer of 2 or more"),
+        (["--turns", "0"], "--turns must be at least 1"),
+        (["--at-once", "0"], "--at-once must be at least 1"),
+        (["--shared", "-1"], "--shared must be at least 0"),
+        (["--limits", "fast"], "two numbers of milliseconds"),
+        (["--workload", "1x2+3"], "one of the two"),
+        (["--layers", "3"], "--layers is for a --shape"),
+    ],
+)
+def test_conversations_that_cannot_be(arguments: list[str], message: str) -> None:
+    code, output = run("serve", "demo", "--conversations", "2", *arguments)
+    assert code == 2 and message in output
+
+
+def test_goodput_counts_turns_within_both_limits() -> None:
+    found = Run(2.0, [Turn(0.1, 0.01, 100, 0), Turn(0.5, 0.01, 200, 100), Turn(0.1, 0.09, 100, 100)])
+    work = Conversations.parse(1, 3, "5+2", shared=0, at_once=1, ttft_limit_ms=200, tpot_limit_ms=50)
+    assert found.within(work) == 1
+    assert found.within(work.model_copy(update={"tpot_limit_ms": None})) == 2
+    assert found.prefix_hit_rate == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_conversations_on_this_machine(tmp_path: Path) -> None:
+    """Every turn but the first finds what was said before, but for its last, unfinished page."""
+    pytest.importorskip("vllm")
+    path = tmp_path / "conversations.json"
+    engine = json.dumps({"enforce_eager": True, "gpu_memory_utilization": 0.4})
+    arguments = ["serve", "demo", "--conversations", "3", "--turns", "3", "--grow", "300+8", "--at-once", "2"]
+    code, output = run(
+        *arguments, "--dtypes", "auto,logquant", "--kv-gib", "1", "--engine-args", engine, "--json", str(path)
+    )
+    assert code == 0, output
+    found = Results[ConversationRecord].model_validate_json(path.read_text()).records
+    assert [record.kv_cache_dtype for record in found] == ["auto", "logquant"]
+    for record, block in zip(found, (16, 128), strict=True):
+        ends = [308 * turn // block * block for turn in (1, 2)]
+        assert record.prefix_hit_rate == pytest.approx(sum(ends) / sum(300 + 308 * turn for turn in range(3)), abs=0.1)
+        assert record.requests_per_s == pytest.approx(9 / record.total_s) == record.goodput_per_s
 
 
 @pytest.mark.slow

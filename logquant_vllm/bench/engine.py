@@ -17,7 +17,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from logquant_vllm.bench.records import ServeRecord
+from logquant_vllm.bench import conversations
+from logquant_vllm.bench.conversations import Conversations
+from logquant_vllm.bench.records import ConversationRecord, ServeRecord
 from logquant_vllm.processes import end_with_parent
 
 WARMUP_TOKENS = 2
@@ -29,6 +31,11 @@ class Workload(BaseModel):
     requests: int
     input_len: int
     output_len: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a request at its end."""
+        return self.input_len + self.output_len
 
     @classmethod
     def parse(cls, text: str) -> Workload:
@@ -50,8 +57,11 @@ class Plan(BaseModel):
     name: str
     """The KV cache dtype; what follows a ``-`` tells engines of one dtype apart."""
     kv_gib: float
+    host_gib: float = 0.0
+    """Host memory for blocks that the GPU has no room for."""
+    prefix_caching: bool = False
     engine: dict[str, Any]
-    """Arguments of ``vllm.LLM``."""
+    """Further arguments of ``vllm.LLM``."""
     ttft_repeats: int = 3
 
     @property
@@ -63,7 +73,7 @@ class Plan(BaseModel):
 class Order(BaseModel):
     """What to run."""
 
-    workload: Workload
+    workload: Workload | Conversations
     capacity: int
     """Tokens that the cache holds; vLLM says so in its log alone, which the parent reads."""
 
@@ -83,6 +93,13 @@ def run_once(llm: Any, workload: Workload, output_len: int, seed: int) -> tuple[
     return time.perf_counter() - begin, outputs
 
 
+def follow(llm: Any, plan: Plan, order: Order) -> ServeRecord | ConversationRecord:
+    """Run what is ordered."""
+    if isinstance(order.workload, Conversations):
+        return conversations.measure(llm, plan.name, plan.kv_gib, plan.host_gib, order.capacity, order.workload)
+    return measure(llm, plan, order.workload, order.capacity)
+
+
 def measure(llm: Any, plan: Plan, workload: Workload, capacity: int) -> ServeRecord:
     """Run one workload, after a short one of the same input length and, where they fit a step, as many requests."""
     fitting = max(2, plan.engine.get("max_num_batched_tokens", 0) // workload.input_len)
@@ -92,6 +109,7 @@ def measure(llm: Any, plan: Plan, workload: Workload, capacity: int) -> ServeRec
     runs = [run_once(llm, workload, workload.output_len, seed=2 + i) for i in range(repeats)]
     total = statistics.median(seconds for seconds, _ in runs)
     prefill = total if workload.output_len == 1 else run_once(llm, workload, 1, seed=100)[0]
+    accepted = acceptance(llm) if plan.engine.get("speculative_config") else {}
     metrics = [output.metrics for _, outputs in runs for output in outputs]
     per_token = [(m.last_token_ts - m.first_token_ts) / max(workload.output_len - 1, 1) for m in metrics]
     tokens = workload.requests * workload.output_len
@@ -107,7 +125,24 @@ def measure(llm: Any, plan: Plan, workload: Workload, capacity: int) -> ServeRec
         ttft_ms_median=1000 * statistics.median(m.first_token_latency for m in metrics),
         tpot_ms_median=1000 * statistics.median(per_token),
         repeats=repeats,
+        **accepted,
     )
+
+
+def acceptance(llm: Any) -> dict[str, Any]:
+    """What speculation did since the engine started: fields of a record."""
+    config = llm.llm_engine.vllm_config.speculative_config
+    counted = {
+        metric.name: metric.value
+        for metric in llm.get_metrics()
+        if metric.name.startswith("vllm:spec_decode") and hasattr(metric, "value")
+    }
+    drafts = counted["vllm:spec_decode_num_drafts"]
+    return {
+        "method": config.method,
+        "num_speculative_tokens": config.num_speculative_tokens,
+        "acceptance_length": 1 + counted["vllm:spec_decode_num_accepted_tokens"] / drafts if drafts else 1.0,
+    }
 
 
 def main(plan: Plan) -> None:
@@ -119,15 +154,15 @@ def main(plan: Plan) -> None:
     llm = LLM(
         kv_cache_dtype=plan.kv_cache_dtype,
         kv_cache_memory_bytes=int(plan.kv_gib * 2**30),
-        enable_prefix_caching=False,
+        enable_prefix_caching=plan.prefix_caching,
         skip_tokenizer_init=True,
         disable_log_stats=False,
+        **({"kv_offloading_size": plan.host_gib} if plan.host_gib else {}),
         **plan.engine,
     )
     print("READY", flush=True)
     for line in sys.stdin:
-        order = Order.model_validate_json(line)
-        print("RECORD", measure(llm, plan, order.workload, order.capacity).model_dump_json(), flush=True)
+        print("RECORD", follow(llm, plan, Order.model_validate_json(line)).model_dump_json(), flush=True)
 
 
 if __name__ == "__main__":

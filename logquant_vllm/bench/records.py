@@ -74,9 +74,42 @@ class ServeRecord(BaseModel):
     ttft_ms_median: float
     tpot_ms_median: float
     repeats: int
+    method: str | None = None
+    """Of speculation."""
+    num_speculative_tokens: int = 0
+    acceptance_length: float = 0.0
+    """Tokens that a step of speculation brings on average, the one that needs no draft included."""
 
 
-Record = TypeVar("Record", DecodeRecord, StoreRecord, ServeRecord)
+class ConversationRecord(BaseModel):
+    """Conversations on one engine; see ``bench.conversations.Conversations`` for what they ask for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kv_cache_dtype: str
+    conversations: int
+    turns: int
+    grow: int
+    answer: int
+    shared: int
+    at_once: int
+    ttft_limit_ms: float | None
+    tpot_limit_ms: float | None
+    kv_gib: float
+    host_gib: float
+    """Host memory that blocks are offloaded to."""
+    capacity_tokens: int
+    requests_per_s: float
+    goodput_per_s: float
+    """Turns a second that kept both limits."""
+    total_s: float
+    ttft_ms_median: float
+    tpot_ms_median: float
+    prefix_hit_rate: float
+    """Share of all prompts' tokens that were cached."""
+
+
+Record = TypeVar("Record", DecodeRecord, StoreRecord, ServeRecord, ConversationRecord)
 
 
 class Results(BaseModel, Generic[Record]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -11,72 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from logquant_vllm import calibration
-from logquant_vllm.bench.calibrations import random_moments
+from logquant_vllm.bench.conversations import Conversations
 from logquant_vllm.bench.engine import Order, Plan, Workload
-from logquant_vllm.bench.records import ServeRecord
+from logquant_vllm.bench.records import ConversationRecord, ServeRecord
 from logquant_vllm.processes import end_session
 
 STOP_SECONDS = 20
 FREE_SECONDS = 60
 FREE_MIB = 256
 """What the use of GPUs may have grown by, between one engine and the next."""
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-        "torch_dtype": "bfloat16",
-        "tie_word_embeddings": False,
-    }
-}
-"""Geometries of well-known models, to be filled with random weights."""
-
-
-@contextlib.contextmanager
-def shape_directory(name: str) -> Iterator[Path]:
-    """A model directory that holds nothing but the configuration of :data:`SHAPES`.
-
-    Raises:
-        ValueError: if there is no such shape.
-    """
-    if name not in SHAPES:
-        raise ValueError(f"unknown --shape {name!r}; the shapes are {', '.join(SHAPES)}")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[name]))
-        yield Path(folder)
-
-
-def random_calibration(name: str, folder: Path) -> Path:
-    """A calibration file for the shape ``name`` in ``folder``, where no engine looks for one by itself."""
-    shape = SHAPES[name]
-    layers, heads, size = (shape[key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
-    path = folder / "random.logquant"
-    calibration.save([random_moments(size, heads, seed) for seed in range(layers)], path)
-    return path
 
 
 class Engine:
@@ -122,7 +67,7 @@ class Engine:
         if not self.capacity:
             raise RuntimeError(f"vLLM's log does not say how many tokens the KV cache holds; see {self.log}")
 
-    def measure(self, workload: Workload) -> ServeRecord:
+    def measure(self, workload: Workload | Conversations) -> ServeRecord | ConversationRecord:
         """Let it run one workload; raises RuntimeError if that ends it."""
         assert self.process.stdin is not None
         self.process.stdin.write(Order(workload=workload, capacity=self.capacity).model_dump_json() + "\n")
@@ -130,7 +75,8 @@ class Engine:
         line = next(self._lines("RECORD"), None)
         if line is None:
             raise RuntimeError(f"the {self.plan.name} engine ended early; see {self.log}")
-        return ServeRecord.model_validate_json(line)
+        kind = ConversationRecord if isinstance(workload, Conversations) else ServeRecord
+        return kind.model_validate_json(line)
 
     def stop(self) -> None:
         """End all its processes; returns when they are gone."""
@@ -157,8 +103,11 @@ def _wait_until_free(idle: int | None, report: Callable[[str], None]) -> None:
 
 
 def run(
-    plans: list[Plan], workloads: list[Workload], together: bool, report: Callable[[str], None]
-) -> Generator[ServeRecord, None, None]:
+    plans: list[Plan],
+    workloads: Sequence[Workload | Conversations],
+    together: bool,
+    report: Callable[[str], None],
+) -> Generator[ServeRecord | ConversationRecord, None, None]:
     """Start the engines and measure every workload on each, one at a time.
 
     Args:

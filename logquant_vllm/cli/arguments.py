@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
+from logquant_vllm.config import shown
+
 
 def check_device(device: str) -> None:
     """Raises ValueError unless torch can use ``device``: cpu, cuda or cuda:1."""
@@ -14,3 +19,18 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device}: use cpu, cuda or cuda:1")
     if int(index or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"--device {device}: torch {torch.__version__} finds {count} CUDA devices on this machine")
+
+
+def parse_json(name: str, text: str) -> dict[str, Any]:
+    """A JSON object given on the command line.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must be a JSON object, got {shown(text)}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a JSON object, got {shown(text)}")
+    return value

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from logquant_vllm.cli.bench import parse_json
+from logquant_vllm.cli.arguments import parse_json
 from logquant_vllm.cli.environment import examine, kernels_of
 from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.models import NAMED

@@ -124,7 +124,7 @@ def memory_throughput(
 ) -> None:
     """Memory and throughput against the number of requests (the paper's Fig. 8)."""
     check_output(output)
-    from logquant_vllm.bench.serve import shape_directory
+    from logquant_vllm.bench.shapes import shape_directory
     from logquant_vllm.lab.memory_throughput import draw_memory_throughput, load
     from logquant_vllm.planning import model_shape
 

@@ -1,0 +1,164 @@
+"""Geometries of well-known models, to be filled with random weights: what a figure depends on but for accuracy."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from logquant_vllm import calibration
+from logquant_vllm.bench.calibrations import random_moments
+
+Config = dict[str, Any]
+
+LLAMA_3_1: Config = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+QWEN_3: Config = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+
+
+def _sized(config: Config, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **other: Any) -> Config:
+    return config | {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        **other,
+    }
+
+
+SHAPES: dict[str, Config] = {
+    "llama-3.1-8b": _sized(LLAMA_3_1, 4096, 14336, 32, 32, 8),
+    "llama-3.1-70b": _sized(LLAMA_3_1, 8192, 28672, 80, 64, 8),
+    "qwen3-32b": _sized(QWEN_3, 5120, 25600, 64, 64, 8),
+    "qwen3-30b-a3b": _sized(
+        QWEN_3,
+        2048,
+        6144,
+        48,
+        32,
+        4,
+        architectures=["Qwen3MoeForCausalLM"],
+        model_type="qwen3_moe",
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+    ),
+    "glm-4.5-air": _sized(
+        QWEN_3,
+        4096,
+        10944,
+        46,
+        96,
+        8,
+        architectures=["Glm4MoeForCausalLM"],
+        model_type="glm4_moe",
+        vocab_size=151552,
+        max_position_embeddings=131072,
+        partial_rotary_factor=0.5,
+        attention_bias=True,
+        use_qk_norm=False,
+        moe_intermediate_size=1408,
+        n_routed_experts=128,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.0,
+        norm_topk_prob=True,
+    ),
+    # the full-attention layers of Qwen3.5-27B, a quarter of its 64, as a dense model
+    "qwen3.5-27b-attention": _sized(QWEN_3, 5120, 17408, 16, 24, 4, head_dim=256),
+    "gemma-3-12b": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 1024,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "torch_dtype": "bfloat16",
+    },
+}
+
+
+def shape_config(name: str, layers: int | None = None) -> Config:
+    """The configuration of a shape.
+
+    Args:
+        layers: so many of its layers, for a machine that does not hold them all.
+
+    Raises:
+        ValueError: if there is no such shape, or it has fewer layers.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"unknown --shape {name!r}; the shapes are {', '.join(SHAPES)}")
+    most = SHAPES[name]["num_hidden_layers"]
+    if layers is not None and not 1 <= layers <= most:
+        raise ValueError(f"--layers {layers}: {name} has {most} layers, so it must be from 1 to {most}")
+    return SHAPES[name] | {"num_hidden_layers": layers or most}
+
+
+@contextlib.contextmanager
+def shape_directory(name: str, layers: int | None = None) -> Iterator[Path]:
+    """A model directory that holds nothing but the configuration of :func:`shape_config`."""
+    config = shape_config(name, layers)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        yield Path(folder)
+
+
+def random_calibration(name: str, folder: Path, layers: int | None = None) -> Path:
+    """A calibration file for the shape ``name`` in ``folder``, where no engine looks for one by itself."""
+    shape = shape_config(name, layers)
+    count, heads, size = (shape[key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+    path = folder / "random.logquant"
+    calibration.save([random_moments(size, heads, seed) for seed in range(count)], path)
+    return path
