@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -38,8 +39,31 @@ class Shape(NamedTuple):
     head_dim: int
 
 
+SHAPES = {
+    "llama-3.1-8b": Shape(32, 8, 128),  # Mistral 7B, Ministral, Qwen3-8B, Granite
+    "llama-3.1-70b": Shape(64, 8, 128),  # Qwen2.5-72B, Qwen3-32B
+    "qwen3-14b": Shape(40, 8, 128),
+    "qwen2.5-7b": Shape(28, 4, 128),
+    "qwen3-30b-a3b": Shape(32, 4, 128),
+    "qwen3-235b": Shape(64, 4, 128),
+    "glm-4-9b": Shape(32, 2, 128),
+    "glm-4.5": Shape(96, 8, 128),  # GLM-4.5-Air, 4.6, 4.7
+    "olmo-2-7b": Shape(32, 32, 128),
+    "llama-3.2-1b": Shape(32, 8, 64),
+    "gpt-oss": Shape(64, 8, 64),  # without its sinks
+    "qwen2.5-0.5b": Shape(14, 2, 64),
+    "phi-3-mini": Shape(32, 32, 96),
+    "phi-3-heads-of-96": Shape(32, 8, 96),
+    "gemma-3-12b": Shape(16, 8, 256),
+    "qwen3-next": Shape(16, 2, 256),
+    "qwen3.5-27b": Shape(24, 4, 256),
+    "nemotron-4-15b": Shape(48, 8, 128),
+}
+"""Attention of models that are in use."""
+
+
 class Inputs(NamedTuple):
-    """What ``attention`` takes for a step of one token for each request."""
+    """What ``decode`` takes for a step of some new tokens for each request."""
 
     query: Tensor
     key: Tensor
@@ -49,9 +73,13 @@ class Inputs(NamedTuple):
 
 
 def random_inputs(
-    batch: int, context: int, shape: Shape, layout: CacheLayout, seed: int, device: str = "cuda"
+    batch: int, context: int, shape: Shape, layout: CacheLayout, seed: int, device: str = "cuda", queries: int = 1
 ) -> Inputs:
-    """A cache of random codes, random valid scales and random copies, over shuffled blocks."""
+    """A cache of random codes, random valid scales and random copies, over shuffled blocks.
+
+    Args:
+        context: tokens of a request, the last ``queries`` of them new.
+    """
     dtype, fmt = torch.bfloat16, layout.fmt
     g = torch.Generator(device=device).manual_seed(seed)
     pages = math.ceil(context / fmt.page_size)
@@ -72,17 +100,17 @@ def random_inputs(
     columns = layout.num_window_blocks(layout.num_slots, shape.num_kv_heads, dtype)
     window_table = torch.nn.functional.pad(blocks[:, pages:], (0, columns - window)).contiguous()
     cache = PagedCache(memory, memory, blocks[:, :pages].contiguous(), window_table)
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    starts = queries * torch.arange(batch + 1, dtype=torch.int32, device=device)
     lens = torch.full((batch,), context, dtype=torch.int32, device=device)
     begin = torch.zeros_like(lens)  # copies from position 0 on
     slots = window_slots_view(memory, shape.num_kv_heads, shape.head_dim, dtype)
-    write_header(cache, Header(begin, compactions_after(lens - 1, begin, layout)), lens > 0, slots)
+    write_header(cache, Header(begin, compactions_after(lens - queries, begin, layout)), lens > 0, slots)
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-    q, k, v = (torch.randn(batch, n, shape.head_dim, device=device, generator=g).to(dtype) for n in heads)
-    return Inputs(q, k, v, cache, Batch(starts, lens, 1, context))
+    q, k, v = (torch.randn(batch * queries, n, shape.head_dim, device=device, generator=g).to(dtype) for n in heads)
+    return Inputs(q, k, v, cache, Batch(starts, lens, queries, context))
 
 
-def flash_attention(batch: int, context: int, shape: Shape, seed: int) -> Callable[[], object]:
+def flash_attention(batch: int, context: int, shape: Shape, seed: int, queries: int = 1) -> Callable[[], object]:
     """A call of FlashAttention 3 as vLLM makes it for a bfloat16 cache of pages of 128 tokens."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
@@ -92,9 +120,10 @@ def flash_attention(batch: int, context: int, shape: Shape, seed: int) -> Callab
         2, batch * pages, 128, shape.num_kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16, generator=g
     )
     table = torch.randperm(batch * pages, device="cuda", generator=g).int().view(batch, pages)
-    query = torch.randn(batch, shape.num_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16, generator=g)
+    size = batch * queries, shape.num_heads, shape.head_dim
+    query = torch.randn(size, device="cuda", dtype=torch.bfloat16, generator=g)
     output = torch.empty_like(query)
-    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    starts = queries * torch.arange(batch + 1, dtype=torch.int32, device="cuda")
     lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
 
     def call() -> object:
@@ -104,7 +133,7 @@ def flash_attention(batch: int, context: int, shape: Shape, seed: int) -> Callab
             v=cache[1],
             out=output,
             cu_seqlens_q=starts,
-            max_seqlen_q=1,
+            max_seqlen_q=queries,
             seqused_k=lens,
             max_seqlen_k=context,
             softmax_scale=shape.head_dim**-0.5,
@@ -124,17 +153,19 @@ def check(inputs: Inputs, layout: CacheLayout, scale: float) -> float:
     """
     from logquant_vllm.kernels import operations
 
-    few = min(4, len(inputs.query))
-    q, k, v = (x[:few].contiguous() for x in inputs[:3])
+    requests, queries = len(inputs.batch.seq_lens), inputs.batch.max_query_len
+    few = min(4, requests)
+    q, k, v = (x[: few * queries].contiguous() for x in inputs[:3])
     cache = inputs.cache._replace(
         block_table=inputs.cache.block_table[:few], window_block_table=inputs.cache.window_block_table[:few]
     )
-    batch = Batch(inputs.batch.query_start_loc[: few + 1], inputs.batch.seq_lens[:few], 1, inputs.batch.max_seq_len)
-    actual, _ = operations.attention(q, k, v, cache, batch, layout, scale)
+    starts, lens, *bounds = inputs.batch
+    batch = Batch(starts[: few + 1], lens[:few], *bounds)
+    actual, _ = operations.decode(q, k, v, cache, batch, layout, scale)
     expected, _ = reference.attention(q, k, v, cache, batch, layout, scale)
     error = (actual.double() - expected.double()).norm().item() / expected.double().norm().item()
     if not error <= TOLERANCE:
-        raise RuntimeError(f"batch {len(inputs.query)}, context {batch.max_seq_len}: relative error {error:.1e}")
+        raise RuntimeError(f"batch {requests}, context {batch.max_seq_len}: relative error {error:.1e}")
     return error
 
 
@@ -148,12 +179,17 @@ def memory_bandwidth() -> float:
 
 
 def measure(
-    cases: list[tuple[int, int]], shape: Shape, config: LogQuantConfig, bandwidth: float
+    cases: list[tuple[int, int]], shape: Shape, config: LogQuantConfig, bandwidth: float, queries: int = 1
 ) -> Iterator[list[DecodeRecord]]:
-    """For each ``(batch, context)`` a record of bfloat16 and one of LogQuant, checked before they are timed."""
+    """For each ``(batch, context)`` a record of bfloat16 and one of LogQuant, checked before they are timed.
+
+    Args:
+        queries: new tokens of a request. With several, as many as may be rejected can be taken back.
+    """
     from logquant_vllm.kernels import operations
 
     layout, scale = config.layout(shape.head_dim), shape.head_dim**-0.5
+    layout = dataclasses.replace(layout, rollback_tokens=2 * queries - 1)
     for batch, context in cases:
         tokens = batch * context * shape.num_kv_heads
         pages = tokens * layout.fmt.head_bytes // layout.fmt.page_size
@@ -165,17 +201,17 @@ def measure(
             "logquant": pages + batch * copies * shape.num_kv_heads * full_precision,
         }
         sets = [
-            random_inputs(batch, context, shape, layout, seed)
+            random_inputs(batch, context, shape, layout, seed, queries=queries)
             for seed in range(min(8, math.ceil(L2_BYTES / read["logquant"])))
         ]
         check(sets[0], layout, scale)
         timings = time_in_turns(
             {
                 "bfloat16": [
-                    flash_attention(batch, context, shape, seed)
+                    flash_attention(batch, context, shape, seed, queries)
                     for seed in range(min(8, math.ceil(L2_BYTES / read["bfloat16"])))
                 ],
-                "logquant": [lambda x=x: operations.attention(*x, layout, scale) for x in sets],  # type: ignore
+                "logquant": [lambda x=x: operations.decode(*x, layout, scale) for x in sets],  # type: ignore
             }
         )
         yield [
@@ -184,6 +220,7 @@ def measure(
                 batch=batch,
                 context=context,
                 **shape._asdict(),
+                queries=queries,
                 time_us=timing.median,
                 time_us_p10=timing.p10,
                 time_us_p90=timing.p90,

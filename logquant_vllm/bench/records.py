@@ -15,7 +15,7 @@ import logquant_vllm
 
 
 class DecodeRecord(BaseModel):
-    """One way to attend to one batch of single tokens; times in microseconds of one layer."""
+    """One way to attend to the new tokens of one batch; times in microseconds of one layer."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -25,6 +25,8 @@ class DecodeRecord(BaseModel):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    queries: int = 1
+    """New tokens of a request."""
     time_us: float
     time_us_p10: float
     time_us_p90: float

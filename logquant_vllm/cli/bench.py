@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from logquant_vllm.cli.arguments import parse_json
 from logquant_vllm.cli.bench_serve import serve
 from logquant_vllm.cli.errors import user_errors
-from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.config import LogQuantConfig, shown
 
 app = typer.Typer(no_args_is_help=True, help="Measure the kernels or the whole engine.")
 
@@ -59,6 +60,8 @@ def decode(
     num_heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
     num_kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
     head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
+    shapes: Annotated[str, typer.Option(help='Instead of these three, models, separated by commas, or "all".')] = "",
+    queries: Annotated[str, typer.Option(help="New tokens of each request, separated by commas.")] = "1",
     options: Annotated[str, typer.Option(help="LogQuant's options as JSON.")] = "{}",
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
@@ -66,26 +69,35 @@ def decode(
 
     Every case is checked against the reference before it is timed. Both sides run from CUDA graphs, in turns.
     """
-    pairs = [parse_case(case) for case in cases.split(",")]
-    config = LogQuantConfig.from_options(parse_json("--options", options))
-    config.page_format(head_dim)
-    need_gpu("bench decode")
     from logquant_vllm.bench import decode as bench
+
+    pairs = [parse_case(case) for case in cases.split(",")]
+    counts = parse_counts("--queries", queries)
+    config = LogQuantConfig.from_options(parse_json("--options", options))
+    names = list(bench.SHAPES) if shapes == "all" else [name.strip() for name in shapes.split(",") if shapes]
+    if unknown := [name for name in names if name not in bench.SHAPES]:
+        raise ValueError(f"unknown --shapes {shown(unknown[0])}; the shapes are {', '.join(bench.SHAPES)}")
+    heads = [bench.SHAPES[name] for name in names] or [bench.Shape(num_heads, num_kv_heads, head_dim)]
+    for shape in heads:
+        config.page_format(shape.head_dim)
+    need_gpu("bench decode")
     from logquant_vllm.bench import records
 
     console = Console()
     bandwidth = bench.memory_bandwidth()
     results = records.Results[records.DecodeRecord].begin(bandwidth_tb_s=bandwidth / 1e12, options=options)
     console.print(f"{results.device}; memory delivers {bandwidth / 1e12:.2f} TB/s")
-    for group in bench.measure(pairs, bench.Shape(num_heads, num_kv_heads, head_dim), config, bandwidth):
-        base, ours = group
-        console.print(
-            f"{ours.batch:4} x {ours.context:6}  bfloat16 {base.time_us:8.1f} us   logquant {ours.time_us:8.1f} us "
-            f"({ours.time_us_p10:.1f} to {ours.time_us_p90:.1f})   [bold]{ours.speedup_vs_bf16:.2f}x[/bold]"
-        )
-        results.records += group
-        if output:
-            results.save(output)
+    for shape, count in itertools.product(heads, counts):
+        console.print(f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}, queries {count}:")
+        for group in bench.measure(pairs, shape, config, bandwidth, count):
+            base, ours = group
+            console.print(
+                f"{ours.batch:4} x {ours.context:6}  bfloat16 {base.time_us:8.1f} us   logquant {ours.time_us:8.1f} us "
+                f"({ours.time_us_p10:.1f} to {ours.time_us_p90:.1f})   [bold]{ours.speedup_vs_bf16:.2f}x[/bold]"
+            )
+            results.records += group
+            if output:
+                results.save(output)
 
 
 @app.command()
