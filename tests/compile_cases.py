@@ -22,15 +22,17 @@ from logquant_vllm.core.quantizer import quantize_key_group
 from tests.compile_only import Machine, compile_only
 
 KV_HEADS = 2
-FORMATS: dict[str, tuple[dict[str, Any], int, int]] = {
-    # options, head size, query heads of a KV head
-    "default": ({}, 128, 4),
-    "k4v2": ({"preset": "k4v2"}, 128, 4),
-    "d64-g128": ({"key_group_size": 128, "window_length": 128}, 64, 1),
-    "d96-g32-fp16": ({"key_group_size": 32, "value_group_size": 32, "scale_bits": 16}, 96, 8),
-    "d80": ({}, 80, 1),
-    "d192": ({}, 192, 12),
-    "d256": ({}, 256, 2),
+FORMATS: dict[str, tuple[dict[str, Any], int, int, int]] = {
+    # options, head size, query heads of a KV head, new tokens of a request in a step of speculation
+    "default": ({}, 128, 4, 1),
+    "k4v2": ({"preset": "k4v2"}, 128, 4, 1),
+    "d64-g128": ({"key_group_size": 128, "window_length": 128}, 64, 1, 2),
+    "d96-g32-fp16": ({"key_group_size": 32, "value_group_size": 32, "scale_bits": 16}, 96, 8, 1),
+    "d80": ({}, 80, 1, 1),
+    "d96": ({}, 96, 1, 4),
+    "d192": ({}, 192, 12, 1),
+    "d256": ({}, 256, 2, 3),
+    "gqa16": ({}, 128, 16, 5),
 }
 LONGEST = 131072
 BATCHES = [(3, 4), (5, 8), (17, 24), (33, 40), (63, 64), (65, 72), (250, 256)]
@@ -41,7 +43,7 @@ class Case:
     """An attention layer of one format, on devices without memory."""
 
     def __init__(self, name: str, calibrated: bool) -> None:
-        options, self.head_size, gqa = FORMATS[name]
+        options, self.head_size, gqa, self.queries = FORMATS[name]
         self.heads = gqa * KV_HEADS
         self.layout: CacheLayout = LogQuantConfig.from_options(options).layout(self.head_size)
         self._basis = rotation_basis(self.head_size, torch.bfloat16, "cpu")
@@ -58,7 +60,7 @@ class Case:
         """What a server does before its first request."""
         from logquant_vllm.kernels.warm_up import warm_up
 
-        warm_up(self.layer(device), self.heads, KV_HEADS, torch.bfloat16, device, requests, length)
+        warm_up(self.layer(device), self.heads, KV_HEADS, torch.bfloat16, device, requests, length, self.queries)
 
     def decode_step(self, device: torch.device, requests: int, length: int) -> None:
         """One token of each request, the longest of ``length``; block tables as vLLM makes them."""

@@ -86,7 +86,7 @@ def unused(gpu: str, name: str) -> set[str]:
     """Kernels that the package says it has no use for on a GPU, in a format."""
     from logquant_vllm.kernels.store.feedback import launch
 
-    options, head_size, gqa = FORMATS[name]
+    options, head_size, gqa, _ = FORMATS[name]
     layout = LogQuantConfig.from_options(options).layout(head_size)
     this = architecture_of(GPUS[gpu].capability, GPUS[gpu].multiprocessors)
     decode = "triton_kernel" if choice.why_not_gluon(this, torch.bfloat16, layout, gqa) is None else "gluon.kernel"
@@ -107,8 +107,7 @@ ALL = [
         pytest.param("3.8", gpu, name, id=f"3.8-{gpu}-{name}", marks=pytest.mark.slow)
         for gpu, name in [
             *((gpu, "k4v2") for gpu in GPUS if gpu != "sm_90"),
-            *(("sm_90", name) for name in ("d64-g128", "d96-g32-fp16", "d80", "d192", "d256")),
-            *(("sm_120", name) for name in ("d64-g128", "d96-g32-fp16", "d80", "d192", "d256")),
+            *((gpu, name) for gpu in ("sm_90", "sm_120") for name in FORMATS if name not in ("default", "k4v2")),
         ]
     ),
 ]

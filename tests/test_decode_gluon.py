@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.core.page_format import PageFormat
+from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.kernels import arguments
 from logquant_vllm.kernels.architecture import Architecture
 from logquant_vllm.kernels.decode import launch
+from logquant_vllm.kernels.decode.choice import why_not_gluon
 from tests.gluon_interpreter import imported
 from tests.test_triton import ON_GPU, Pair
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="kernels run compiled: tests/test_decode_formats.py")
-
-
 CASES = [
-    # head size, query heads of a KV head, options
-    (64, 4, {}),
-    (128, 2, {}),
-    (128, 8, {}),
-    (128, 5, {"preset": "k4v2"}),
-    (128, 1, {"key_group_size": 128, "window_length": 128}),
-    (128, 3, {"value_group_size": 128}),
-    (128, 8, {"key_bits": 4, "value_bits": 4}),
+    # head size, query heads of a KV head, new tokens of a request, options
+    (64, 4, 1, {}),
+    (128, 6, 2, {}),
+    (96, 3, 1, {}),
+    (128, 8, 1, {}),
+    (128, 5, 1, {"preset": "k4v2"}),
+    (128, 1, 1, {"key_group_size": 128, "window_length": 128}),
+    (128, 3, 1, {"value_group_size": 128}),
+    (128, 8, 1, {"key_bits": 4, "value_bits": 4}),
+    (128, 16, 1, {}),
+    (128, 12, 3, {}),
+    (64, 2, 2, {}),
+    (64, 3, 5, {"preset": "k4v2"}),
+    (96, 12, 2, {"preset": "k4v2"}),
+    (160, 2, 1, {}),
+    (192, 1, 9, {}),
+    (256, 3, 1, {}),
+    (256, 4, 3, {"value_group_size": 128}),
 ]
 
 
+@pytest.mark.skipif(ON_GPU, reason="kernels run compiled: tests/test_decode_formats.py")
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
-    ("head_size", "gqa", "options"), [CASES[0], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[1:])], ids=str
+    ("head_size", "gqa", "queries", "options"),
+    [*CASES[:3], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[3:])],
+    ids=str,
 )
 def test_decode(
-    monkeypatch: pytest.MonkeyPatch, head_size: int, gqa: int, options: dict[str, object], late: bool
+    monkeypatch: pytest.MonkeyPatch, head_size: int, gqa: int, queries: int, options: dict[str, object], late: bool
 ) -> None:
     """Lengths around groups, pages and compactions, over poisoned memory; programs that share the requests.
 
@@ -40,10 +55,36 @@ def test_decode(
         late: when copies to shared memory happen (``tests.gluon_interpreter``).
     """
     layout = LogQuantConfig.from_options(options).layout(head_size)
+    layout = dataclasses.replace(layout, rollback_tokens=2 * queries - 1)
     monkeypatch.setattr(arguments, "architecture", lambda device: Architecture((0, 0), 228 << 10, 1))
     pair = Pair(layout, gqa, 1, 3, 800, torch.bfloat16)
     pair.step([1, 191, 700])
     with imported("logquant_vllm.kernels.decode.gluon.kernel", late) as kernel:
         monkeypatch.setattr(launch, "_choose", lambda *_: kernel)
-        pair.step([1, 1, 1], seed=1)
-        pair.step([1, 0, 1], seed=2)
+        pair.step([queries, queries, 1], seed=1, queries=queries)
+        pair.step([1, 0, queries], seed=2, queries=queries)
+
+
+@pytest.mark.parametrize(("head_size", "gqa", "queries", "options"), CASES, ids=str)
+def test_gluon_serves(head_size: int, gqa: int, queries: int, options: dict[str, object]) -> None:
+    """All that is tested here is chosen, too."""
+    layout = LogQuantConfig.from_options(options).layout(head_size)
+    assert why_not_gluon(Architecture((9, 0)), torch.bfloat16, layout, gqa, queries) is None
+
+
+@pytest.mark.parametrize(
+    ("head_size", "options", "why"),
+    [
+        (48, {}, "48 channels"),
+        (80, {}, "10 words"),
+        (96, {"value_group_size": 128}, "a group of 96"),
+        (320, {}, "320 channels"),
+        (128, {"scale_bits": 16}, "scale_bits is 16"),
+        (128, {"key_group_size": 32}, "key_group_size is 32"),
+        (128, {"value_group_size": 32}, "value_group_size is 32"),
+    ],
+)
+def test_gluon_leaves(head_size: int, options: dict[str, int], why: str) -> None:
+    layout = CacheLayout(PageFormat(head_size, **options))
+    reason = why_not_gluon(Architecture((9, 0)), torch.bfloat16, layout, 4)
+    assert reason is not None and why in reason

@@ -39,9 +39,9 @@ def share_out(
 
 
 @triton.jit
-def outside_hole(needed, lengths, num_slots, TILE: tl.constexpr, LAYOUT: tl.constexpr):
+def outside_hole(needed, lengths, num_slots, TILE: tl.constexpr, QUERIES: tl.constexpr, LAYOUT: tl.constexpr):
     row = tl.program_id(0)
-    hole = device.find_hole(tl.load(lengths + row), TILE, LAYOUT)
+    hole = device.find_hole(tl.load(lengths + row), TILE, QUERIES, LAYOUT)
     slot = device.skip_hole(row * 0, hole)
     while slot < num_slots:
         tl.store(needed + row * num_slots + slot + tl.arange(0, TILE), 1)
@@ -189,24 +189,27 @@ def test_combine_tile(num_kv_heads: int) -> None:
                 assert channels == head_size if hadamard else channels <= head_size and warps == 1
 
 
-@pytest.mark.parametrize("rollback_tokens", [1, 4])
+@pytest.mark.parametrize(("rollback_tokens", "queries"), [(1, 1), (4, 1), (5, 3), (1, 17)])
 @pytest.mark.parametrize("window_length", [32, 42, 64, 85])
-def test_hole(window_length: int, rollback_tokens: int) -> None:
+def test_hole(window_length: int, rollback_tokens: int, queries: int) -> None:
     """The tiles of slots outside the hole are those with a token, or the one that the next token goes to; all of them
-    where the slots may lack a compaction that attention sees."""
+    where the slots may lack a compaction that attention sees. Several new tokens have slots of their own."""
     layout, tile = CacheLayout(LAYOUT.fmt, window_length, rollback_tokens=rollback_tokens), 16
-    padded = -(-layout.num_slots // tile) * tile
+    end = layout.num_slots + (queries if queries > 1 else 0)
+    padded = -(-end // tile) * tile
     edges = {m * window_length + d for m in range(7) for d in (-5, -1, 0, 1, 3, 4, 5, 9, window_length // 2)}
     lengths = torch.tensor(sorted(n for n in edges if n >= 0), dtype=torch.int32)
     selected, settled = (num_compactions_tensor(n, window_length) for n in (lengths, lengths - rollback_tokens))
     due = selected > settled
     wanted = torch.zeros(len(lengths), padded, dtype=torch.bool)
+    wanted[:, layout.num_slots : end] = True
     for compactions in (selected, settled.clamp(min=0)):
         position, valid = slot_positions(lengths, Header(torch.zeros_like(lengths), compactions), layout)
-        wanted[:, : layout.num_slots] |= valid | ((position == lengths[:, None]) & ~due[:, None])
+        goes_to = (position == lengths[:, None]) & ~due[:, None]
+        wanted[:, : layout.num_slots] |= valid | (goes_to if queries == 1 else False)
     wanted = wanted.unflatten(1, (-1, tile)).any(2)
     actual = torch.zeros(len(lengths), padded, dtype=torch.int32, device=DEVICE)
-    outside_hole[(len(lengths),)](actual, lengths.to(DEVICE), padded, tile, layout)
+    outside_hole[(len(lengths),)](actual, lengths.to(DEVICE), padded, tile, queries, layout)
     actual = actual.cpu().bool().unflatten(1, (-1, tile))
     assert torch.equal(actual.any(2), actual.all(2))
     assert not (wanted & ~actual.all(2)).any()

@@ -270,22 +270,25 @@ def new_token_in(slot, request, due, QUERIES: tl.constexpr, LAYOUT: tl.constexpr
 
 
 @triton.jit
-def find_hole(computed, TILE: tl.constexpr, LAYOUT: tl.constexpr):
+def find_hole(computed, TILE: tl.constexpr, QUERIES: tl.constexpr, LAYOUT: tl.constexpr):
     """Tiles of slots that attention needs none of, from the first to below the second: those behind the newest token,
     up to the oldest of the ring or to its end. Tiles begin at multiples of ``TILE``.
 
     Lengths alone tell, so that nothing waits for a header: where a compaction may be due, there is no hole.
+
+    Args:
+        QUERIES: as in :func:`new_token_in`: what lies behind the window's slots is no hole.
     """
     WINDOW: tl.constexpr = LAYOUT.window_length
     RING: tl.constexpr = LAYOUT.ring_slots
     compactions = count_compactions(computed, LAYOUT)
     oldest = WINDOW + (compactions * WINDOW) % RING
-    # the new token's slot is the first behind; where the ring has not begun, this is in front of it
-    begin = oldest + computed - recent_start(compactions, LAYOUT) + 1
+    # a single new token's slot is the first behind; where the ring has not begun, this is in front of it
+    begin = oldest + computed - recent_start(compactions, LAYOUT) + (1 if QUERIES == 1 else 0)
     wrapped = begin > WINDOW + RING
     begin = tl.where(wrapped, begin - RING, begin)
     begin = (begin + TILE - 1) // TILE * TILE
-    end = tl.where(wrapped, oldest, WINDOW + RING + TILE) // TILE * TILE
+    end = tl.where(wrapped, oldest, WINDOW + RING + (TILE if QUERIES == 1 else 0)) // TILE * TILE
     return tl.where(may_be_due(computed, LAYOUT), end, begin), end
 
 

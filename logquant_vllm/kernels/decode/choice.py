@@ -25,20 +25,18 @@ def why_not_gluon(
         return f"{architecture.name} has no instruction that converts 8-bit scales"
     if dtype == torch.float32:
         return "queries are float32"
-    if fmt.head_size not in (64, 128):
-        return f"heads have {fmt.head_size} channels, not 64 or 128"
-    if gqa > 8:
-        return f"a KV head has {gqa} query heads, more than 8"
-    if queries > 1:
-        return f"requests have up to {queries} new tokens, more than 1"
+    if not 64 <= fmt.head_size <= 256:
+        return f"heads have {fmt.head_size} channels, not 64 to 256"
+    if fmt.key_words % 4:
+        return f"{fmt.head_size} channels of {fmt.key_bits} bits are {fmt.key_words} words, not a multiple of 4"
     if fmt.scale_bits != 8:
         return f"scale_bits is {fmt.scale_bits}, not 8"
     if fmt.key_group_size < 64:
         return f"key_group_size is {fmt.key_group_size}, less than 64"
     if fmt.value_group_size < 64:
         return f"value_group_size is {fmt.value_group_size}, less than 64"
-    if fmt.head_size % fmt.value_group_size:
-        return f"value_group_size {fmt.value_group_size} does not divide heads of {fmt.head_size} channels"
+    if (rest := fmt.head_size % fmt.value_group_size) and rest not in (16, 32, 64):
+        return f"value_group_size {fmt.value_group_size} leaves a group of {rest} channels, not of 16, 32 or 64"
     if fmt.value_words_per_group not in (8, 16):
         return (
             f"{fmt.key_group_size} tokens of {fmt.value_bits} bits are {fmt.value_words_per_group} words, not 8 or 16"

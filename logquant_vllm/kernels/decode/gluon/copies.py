@@ -6,6 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from logquant_vllm.kernels.decode.gluon.sizes import largest_power, padded, value_groups
 from logquant_vllm.kernels.decode.gluon.tiles import LANES, copy_layout, rows_memory
 
 
@@ -34,34 +35,49 @@ def wanted_by_lanes(wanted):
 
 
 @gluon.jit
-def start_copies(memory, pointers, wanted):
-    """Start to copy what ``pointers`` lead to, if it is ``wanted`` (:func:`wanted_by_lanes`; None: it is)."""
+def start_copies(memory, pointers, wanted, exist):
+    """Start to copy what ``pointers`` lead to, if it is ``wanted`` (:func:`wanted_by_lanes`; None: it is). What does
+    not ``exist`` is zero (None: all does)."""
     if wanted is None:
-        async_copy.async_copy_global_to_shared(memory, pointers)
+        if exist is None:
+            async_copy.async_copy_global_to_shared(memory, pointers)
+        else:
+            exist = gl.broadcast(exist, pointers)[0]
+            async_copy.async_copy_global_to_shared(memory, pointers, mask=exist)
     else:
         mask = gl.reshape(wanted, [1] * len(memory.shape))
         mask = gl.broadcast(gl.convert_layout(mask, pointers.type.layout) != 0, pointers)[0]
+        if exist is not None:
+            mask = mask & exist
         async_copy.async_copy_global_to_shared(memory, pointers, mask=mask)
 
 
 @gluon.jit
-def copy_words(memory, address, wanted):
-    """Start to copy rows of 16-bit words, which lie one after another at ``address``, if they are ``wanted``."""
+def copy_words(memory, address, wanted, PITCH: gl.constexpr):
+    """Start to copy rows of ``PITCH`` 16-bit words, which lie one after another at ``address``, if they are ``wanted``;
+    rows of ``memory`` may be longer."""
     ROWS: gl.constexpr = memory.shape[0]
     WORDS: gl.constexpr = memory.shape[1]
-    LAYOUT: gl.constexpr = copy_layout(WORDS)
+    LAYOUT: gl.constexpr = copy_layout(WORDS, PITCH)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT))
     words = address.to(gl.pointer_type(gl.uint16))
-    start_copies(memory, words + (row[:, None] * WORDS + word[None, :]), wanted)
+    exist = None if PITCH == WORDS else (word < PITCH)[None, :]
+    start_copies(memory, words + (row[:, None] * PITCH + word[None, :]), wanted, exist)
 
 
 @gluon.jit
-def copy_bytes(memory, address, wanted):
-    """Start to copy as many bytes as the int32 ``memory`` holds, if they are ``wanted``."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    word = gl.arange(0, memory.shape[0], layout=LAYOUT)
-    start_copies(memory, address.to(gl.pointer_type(gl.int32)) + word, wanted)
+def copy_bytes(memory, address, wanted, PITCH: gl.constexpr, ROW: gl.constexpr):
+    """Start to copy rows of ``PITCH`` bytes, if they are ``wanted``, to rows of ``ROW`` bytes which fill the int32
+    ``memory``."""
+    words = address.to(gl.pointer_type(gl.int32))
+    if PITCH == ROW:
+        word = gl.arange(0, memory.shape[0], layout=gl.BlockedLayout([4], [32], [1], [0]))
+        start_copies(memory, words + word, wanted, None)
+    else:
+        word = gl.arange(0, memory.shape[0], layout=gl.BlockedLayout([1], [32], [1], [0]))
+        in_row = word % (ROW // 4)
+        start_copies(memory, words + (word // (ROW // 4) * (PITCH // 4) + in_row), wanted, in_row < PITCH // 4)
 
 
 @gluon.jit
@@ -76,27 +92,40 @@ def matrices(tiles, dtype: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constex
 @gluon.jit
 def key_tile(memory, FMT: gl.constexpr):
     """The first tile as the words of a page's keys; ``memory`` is ``state.Memory``."""
-    return matrices(memory.tiles.index(0), gl.uint16, FMT.page_size, FMT.key_words).index(0)
+    return matrices(memory.tiles.index(0), gl.uint16, FMT.page_size, padded(FMT.key_words)).index(0)
 
 
 @gluon.jit
 def value_tile(memory, FMT: gl.constexpr):
-    """The second tile as the words of a page's values."""
-    return matrices(memory.tiles.index(1), gl.uint16, FMT.head_size, FMT.value_words).index(0)
+    """The second tile as the words of a page's values, and of channels that do not exist."""
+    return matrices(memory.tiles.index(1), gl.uint16, padded(FMT.head_size), FMT.value_words).index(0)
 
 
 @gluon.jit
 def copy_keys(memory, slab, wanted, FMT: gl.constexpr):
     """Start to copy the keys of a page, and all of its scales and zeros, if they are ``wanted``."""
-    copy_words(key_tile(memory, FMT), slab + FMT.key_codes_offset, wanted)
-    copy_bytes(memory.raw_keys, slab + FMT.key_scale_offset, wanted)
-    copy_bytes(memory.raw_values, slab + FMT.value_scale_offset, wanted)
+    # scales of keys are rows as their words are: a slot's, one after another
+    ROW: gl.constexpr = padded(FMT.key_words)
+    VALUES: gl.constexpr = FMT.value_groups * FMT.page_size
+    copy_words(key_tile(memory, FMT), slab + FMT.key_codes_offset, wanted, FMT.key_words)
+    copy_bytes(memory.raw_keys, slab + FMT.key_scale_offset, wanted, FMT.key_words, ROW)
+    copy_bytes(memory.raw_values, slab + FMT.value_scale_offset, wanted, VALUES, value_groups(FMT) * FMT.page_size)
+
+
+@gluon.jit
+def copy_channels(memory, address, wanted, first: gl.constexpr, FMT: gl.constexpr):
+    """Start to copy the values of the channels from ``first`` on: powers of two of them at a time."""
+    COUNT: gl.constexpr = largest_power(FMT.head_size - first)
+    WORDS: gl.constexpr = FMT.value_words
+    copy_words(memory.slice(first, COUNT), address + 2 * WORDS * first, wanted, WORDS)
+    if first + COUNT < FMT.head_size:
+        copy_channels(memory, address, wanted, first + COUNT, FMT)
 
 
 @gluon.jit
 def copy_values(memory, slab, wanted, FMT: gl.constexpr):
     """Start to copy the values of a page, if they are ``wanted``."""
-    copy_words(value_tile(memory, FMT), slab + FMT.value_codes_offset, wanted)
+    copy_channels(value_tile(memory, FMT), slab + FMT.value_codes_offset, wanted, 0, FMT)
 
 
 @gluon.jit

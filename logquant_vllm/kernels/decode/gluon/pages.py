@@ -3,9 +3,11 @@
 Keys and values of a page have a tile of shared memory each: the next page's are copied to it as soon as these are in
 registers. Scales and zeros become factors in a layout of their own (``scales``).
 
-The matrix unit's eight columns are query heads. Where a KV head has four at most, each takes two columns, of which the
-first attends to the first group of tokens of every page, the second to the last group: so all columns have work to do.
-They are combined at the end like any other partials.
+The matrix unit's columns are query vectors, eight to a tile: what is read of a page serves all tiles. If they are four
+at most, each takes two columns, of which the first attends to the first group of tokens of every page, the second to
+the last group: so all columns have work to do. They are combined at the end like any other partials.
+
+What belongs to tiles or groups comes as tuples, which grow in loops that are unrolled.
 """
 
 from __future__ import annotations
@@ -28,17 +30,16 @@ from logquant_vllm.kernels.decode.gluon.copies import (
 from logquant_vllm.kernels.decode.gluon.factors import load_left, load_right
 from logquant_vllm.kernels.decode.gluon.scales import (
     LOG_PRODUCT_UNIT,
-    paired,
     store_key_factors,
     store_value_factors,
 )
-from logquant_vllm.kernels.decode.gluon.state import Sums, raise_maximum
+from logquant_vllm.kernels.decode.gluon.sizes import group_channels, key_channels, num_pairs, paired
+from logquant_vllm.kernels.decode.gluon.state import Sums, no_products, raise_maxima
 from logquant_vllm.kernels.decode.gluon.tiles import (
     BY_HEAD,
     BY_LANE,
     BY_ROW,
     CODE_UNIT,
-    HEADS,
     LOG_WEIGHT_UNIT,
     MMA,
     RIGHT,
@@ -68,76 +69,96 @@ LIMIT = gl.constexpr(0x6400)  # 2**10: SLACK and WEIGHT_UNIT
 EXACT_LIMIT = gl.constexpr(0x5000)  # 2**5: WEIGHT_UNIT
 
 
-@gluon.constexpr_function
-def columns_of_head(gqa, fmt):
-    """Columns of the matrix unit that a query head takes."""
-    return 2 if 2 * gqa <= HEADS and fmt.groups_per_page == 2 and paired(fmt) else 1
+@gluon.jit
+def multiply_left(left, rights, step: gl.constexpr, sums):
+    """Products of one left operand with a step of each tile's right operands, added to ``sums``; tuples of tiles."""
+    added = ()
+    for tile in gl.static_range(len(sums)):
+        added += (mma_v2(left, rights[tile][step], sums[tile]),)
+    return added
 
 
 @gluon.jit
-def scale_queries(queries, key_scales, first: gl.constexpr, COUNT: gl.constexpr, FMT: gl.constexpr):
-    """The queries' last ``32 * COUNT`` channels times the keys' scales from quad ``first`` on, as right operands."""
-    even, odd = load_right(key_scales, first)
-    q = row_steps(queries.slice(FMT.head_size - 32 * COUNT, 32).load(RIGHT))
-    both = (multiply_pairs(q[0], even), multiply_pairs(q[1], odd))
-    if COUNT == 1:
-        return both
-    else:
-        return both + scale_queries(queries, key_scales, first + 1, COUNT - 1, FMT)
+def scale_queries(queries, key_scales, first: gl.constexpr, FMT: gl.constexpr):
+    """The queries times the keys' scales from quad ``first`` on, for each tile a tuple of right operands."""
+    TILES: gl.constexpr = queries.shape[0]
+    rights = ()
+    for tile in gl.static_range(TILES):
+        steps = ()
+        for chunk in gl.static_range(key_channels(FMT) // 32):
+            even, odd = load_right(key_scales, first + chunk)
+            q = row_steps(queries.index(tile).slice(32 * chunk, 32).load(RIGHT))
+            steps += (multiply_pairs(q[0], even), multiply_pairs(q[1], odd))
+        rights += (steps,)
+    return rights
 
 
 @gluon.jit
 def row_scores(memory, first: gl.constexpr, ROWS: gl.constexpr, rights, FMT: gl.constexpr):
-    """Codes of ``ROWS`` tokens from ``first`` on times the queries, float32 ``[ROWS, 8]``.
+    """Codes of ``ROWS`` tokens from ``first`` on times the queries, float32 ``[ROWS, 8]`` for each tile.
 
     32 tokens at a time: of more, the compiler would hold all words in registers, which then lack elsewhere.
     """
     if ROWS > 32:
         upper = row_scores(memory, first, ROWS // 2, rights, FMT)
         lower = row_scores(memory, first + ROWS // 2, ROWS // 2, rights, FMT)
-        return gl.convert_layout(on_top(upper, lower), MMA, assert_trivial=True)
+        scores = ()
+        for tile in gl.static_range(len(rights)):
+            scores += (gl.convert_layout(on_top(upper[tile], lower[tile]), MMA, assert_trivial=True),)
+        return scores
     else:
         words = load_words(memory.slice(first, ROWS))
         moved = move_all(words, FMT.key_bits)
-        scores = gl.zeros((ROWS, 8), gl.float32, MMA)
-        for step in gl.static_range(FMT.head_size // 16):
-            scores = mma_v2(left_operand(words, moved, step, FMT.key_bits), rights[step], scores)
+        scores = no_products(len(rights), ROWS)
+        for step in gl.static_range(key_channels(FMT) // 16):
+            scores = multiply_left(left_operand(words, moved, step, FMT.key_bits), rights, step, scores)
         return scores
 
 
 @gluon.jit
 def page_scores(memory, queries, key_scales, FMT: gl.constexpr):
-    """:func:`row_scores` of a page's groups: a tuple, or both in one where each has columns of its own."""
+    """:func:`row_scores` of a page's groups: for each tile two, or both in one where each has columns of its own."""
     GROUP: gl.constexpr = FMT.key_group_size
-    CHUNKS: gl.constexpr = FMT.head_size // 32
-    rights = scale_queries(queries, key_scales, 0, CHUNKS, FMT)
+    OWN_COLUMNS: gl.constexpr = key_scales.shape[1] == 2
+    rights = scale_queries(queries, key_scales, 0, FMT)
     first = row_scores(memory, 0, GROUP, rights, FMT)
+    scores = ()
     if FMT.groups_per_page == 1:
-        return (first,)
-    elif key_scales.shape[1] == 2:
-        return (take_columns(first, row_scores(memory, GROUP, GROUP, rights, FMT), MMA),)
+        for tile in gl.static_range(len(first)):
+            scores += ((first[tile],),)
     else:
-        rights = scale_queries(queries, key_scales, CHUNKS, CHUNKS, FMT)
-        return (first, row_scores(memory, GROUP, GROUP, rights, FMT))
+        if not OWN_COLUMNS:
+            rights = scale_queries(queries, key_scales, key_channels(FMT) // 32, FMT)
+        last = row_scores(memory, GROUP, GROUP, rights, FMT)
+        for tile in gl.static_range(len(first)):
+            if OWN_COLUMNS:
+                scores += ((take_columns(first[tile], last[tile], MMA),),)
+            else:
+                scores += ((first[tile], last[tile]),)
+    return scores
 
 
 @gluon.jit
 def zero_scores(queries, key_zeros, unit, COLUMNS: gl.constexpr, FMT: gl.constexpr):
-    """Zeros of a page's groups times the queries and ``unit``, a tuple as from :func:`page_scores` of ``[8, 8]`` with
+    """Zeros of a page's groups times the queries and ``unit``, tuples as from :func:`page_scores` of ``[8, 8]`` with
     equal rows."""
-    offsets = gl.zeros((16, 8), gl.float32, MMA)
-    for chunk in gl.static_range(FMT.head_size // 32):
-        q = row_steps(queries.slice(32 * chunk, 32).load(RIGHT))
-        offsets = mma_v2(load_left(key_zeros, 2 * chunk), q[0], offsets)
-        offsets = mma_v2(load_left(key_zeros, 2 * chunk + 1), q[1], offsets)
-    first, last = halves_of(offsets)
-    first, last = first * unit, last * unit
-    if FMT.groups_per_page == 1:
-        return (first,)
-    elif COLUMNS == 2:
-        return (take_columns(first, last, BY_LANE),)
-    else:
-        return (first, last)
+    TILES: gl.constexpr = queries.shape[0]
+    shifts = ()
+    for tile in gl.static_range(TILES):
+        offsets = gl.zeros((16, 8), gl.float32, MMA)
+        for chunk in gl.static_range(key_channels(FMT) // 32):
+            q = row_steps(queries.index(tile).slice(32 * chunk, 32).load(RIGHT))
+            offsets = mma_v2(load_left(key_zeros, 2 * chunk), q[0], offsets)
+            offsets = mma_v2(load_left(key_zeros, 2 * chunk + 1), q[1], offsets)
+        first, last = halves_of(offsets)
+        first, last = first * unit, last * unit
+        if FMT.groups_per_page == 1:
+            shifts += ((first,),)
+        elif COLUMNS == 2:
+            shifts += ((take_columns(first, last, BY_LANE),),)
+        else:
+            shifts += ((first, last),)
+    return shifts
 
 
 @gluon.jit
@@ -146,13 +167,14 @@ def without_copied(scores, page, end, request, COLUMNS: gl.constexpr, LAYOUT: gl
     GROUP: gl.constexpr = LAYOUT.fmt.key_group_size
     column = gl.arange(0, 8, layout=BY_HEAD)[None, :] % COLUMNS
     position = token_rows(page * LAYOUT.fmt.page_size, GROUP)[:, None] + column * GROUP
-    valid = read_from_page(position, end, request, LAYOUT)
-    first = gl.where(valid, scores[0], float("-inf"))
-    if len(scores) == 1:
-        return (first,)
-    else:
-        valid = read_from_page(position + GROUP, end, request, LAYOUT)
-        return (first, gl.where(valid, scores[1], float("-inf")))
+    masked = ()
+    for tile in gl.static_range(len(scores)):
+        groups = ()
+        for group in gl.static_range(len(scores[tile])):
+            valid = read_from_page(position + group * GROUP, end, request, LAYOUT)
+            groups += (gl.where(valid, scores[tile][group], float("-inf")),)
+        masked += (groups,)
+    return masked
 
 
 @gluon.jit
@@ -163,27 +185,56 @@ def weigh_rows(scores, factor, shifts):
 
 @gluon.jit
 def weigh(scores, factor, shifts, shift):
-    """float16 weights of :func:`page_scores`."""
-    first = weigh_rows(scores[0], factor, shifts[0] + shift)
-    if len(scores) == 1:
-        return (first,)
-    else:
-        return (first, weigh_rows(scores[1], factor, shifts[1] + shift))
+    """float16 weights of a tile's scores."""
+    weights = ()
+    for group in gl.static_range(len(scores)):
+        weights += (weigh_rows(scores[group], factor, shifts[group] + shift),)
+    return weights
+
+
+@gluon.jit
+def weigh_all(scores, factor, shifts, maximum):
+    """Weights of all tiles relative to ``maximum``."""
+    weights = ()
+    for tile in gl.static_range(len(scores)):
+        weights += (weigh(scores[tile], factor, shifts[tile], LOG_WEIGHT_UNIT - maximum[tile]),)
+    return weights
 
 
 @gluon.jit
 def highest_scores(scores, factor, shifts):
-    """The largest of each lane and column, ``[8, 8]``."""
-    highest = lane_maxima(scores[0]) * factor + shifts[0]
-    if len(scores) == 2:
-        highest = gl.maximum(highest, lane_maxima(scores[1]) * factor + shifts[1])
-    return highest
+    """The largest of each lane and column, ``[8, 8]`` for each tile."""
+    maxima = ()
+    for tile in gl.static_range(len(scores)):
+        highest = lane_maxima(scores[tile][0]) * factor + shifts[tile][0]
+        if len(scores[tile]) == 2:
+            highest = gl.maximum(highest, lane_maxima(scores[tile][1]) * factor + shifts[tile][1])
+        maxima += (highest,)
+    return maxima
+
+
+@gluon.jit
+def references(maximum):
+    """:func:`tiles.reference_of` of each tile."""
+    found = ()
+    for tile in gl.static_range(len(maximum)):
+        found += (reference_of(maximum[tile]),)
+    return found
+
+
+@gluon.jit
+def one_after_another(tuples):
+    """All elements of a tuple of tuples."""
+    elements = ()
+    for i in gl.static_range(len(tuples)):
+        elements += tuples[i]
+    return elements
 
 
 @gluon.jit
 def right_steps(weights, COLUMNS: gl.constexpr, FMT: gl.constexpr):
-    """The weights as right operands, in the order in which the words of values hold tokens, and as :func:`add_weights`
-    takes them."""
+    """A tile's weights as right operands, in the order in which the words of values hold tokens, and as
+    :func:`add_weights` takes them."""
     tiles = transpose_tiles(weights[0])
     if COLUMNS == 2:
         # eight tokens of either group: the scales are 0 where a column's weight is of the other
@@ -204,29 +255,93 @@ def value_step(step, fmt):
 
 
 @gluon.jit
+def multiply_scaled(left, rights, step: gl.constexpr, scales, sums):
+    """:func:`multiply_left` with a step of right operands times ``scales``."""
+    added = ()
+    for tile in gl.static_range(len(sums)):
+        added += (mma_v2(left, multiply_pairs(rights[tile][step], scales), sums[tile]),)
+    return added
+
+
+@gluon.jit
 def add_values(acc, memory, rights, scales, group: gl.constexpr, FMT: gl.constexpr):
-    """``acc`` plus the values of one group of channels, weighted."""
+    """``acc`` plus the values of one group of channels, weighted; for each tile."""
     BITS: gl.constexpr = FMT.value_bits
     CHUNKS: gl.constexpr = FMT.page_size // 32
-    words = load_words(memory)
+    words = load_words(memory.slice(group * FMT.value_group_size, group_channels(FMT, group)))
     moved = move_all(words, BITS)
     for chunk in gl.static_range(CHUNKS):
         even, odd = load_right(scales, group * CHUNKS + chunk)
-        scaled = multiply_pairs(rights[2 * chunk], even)
-        acc = mma_v2(left_operand(words, moved, value_step(2 * chunk, FMT), BITS), scaled, acc)
-        scaled = multiply_pairs(rights[2 * chunk + 1], odd)
-        acc = mma_v2(left_operand(words, moved, value_step(2 * chunk + 1, FMT), BITS), scaled, acc)
+        left = left_operand(words, moved, value_step(2 * chunk, FMT), BITS)
+        acc = multiply_scaled(left, rights, 2 * chunk, even, acc)
+        left = left_operand(words, moved, value_step(2 * chunk + 1, FMT), BITS)
+        acc = multiply_scaled(left, rights, 2 * chunk + 1, odd, acc)
     return acc
 
 
 @gluon.jit
-def add_weights(sums, rights, value_zeros):
-    """``sums`` plus the weights times the zeros, of the first and of the last group of channels (upper and lower half),
-    and the weights; of ``2 * COLUMNS`` rows in turn the first are of zeros, one for each column of a head."""
-    STEPS: gl.constexpr = value_zeros.shape[0]
+def add_weights(totals, rights, value_zeros, pair: gl.constexpr, FMT: gl.constexpr):
+    """``totals`` plus the weights times the zeros, of a pair's first and second group of channels (upper and lower
+    half), and the weights; of ``2 * COLUMNS`` rows in turn the first are of zeros, one for each column of a vector."""
+    STEPS: gl.constexpr = value_zeros.shape[0] // num_pairs(FMT)
     for step in gl.static_range(STEPS):
-        sums = mma_v2(load_left(value_zeros, step), rights[step], sums)
-    return sums
+        totals = multiply_left(load_left(value_zeros, pair * STEPS + step), rights, step, totals)
+    return totals
+
+
+@gluon.jit
+def add_page(sums, memory, weights, COLUMNS: gl.constexpr, FMT: gl.constexpr):
+    """``sums`` with a page's values, by their weights."""
+    rights, unscaled = (), ()
+    for tile in gl.static_range(len(weights)):
+        both = right_steps(weights[tile], COLUMNS, FMT)
+        rights += (both[0],)
+        unscaled += (both[1],)
+    async_copy.wait_group(1)
+    GROUPS: gl.constexpr = FMT.value_groups
+    totals, acc = (), ()
+    for pair in gl.static_range(num_pairs(FMT)):
+        totals += (add_weights(sums.totals[pair], unscaled, memory.value_zeros, pair, FMT),)
+    for group in gl.static_range(GROUPS):
+        acc += (add_values(sums.acc[group], value_tile(memory, FMT), rights, memory.value_scales, group, FMT),)
+    return Sums(acc, totals, sums.maximum)
+
+
+@gluon.jit
+def begin_pages(sums, COLUMNS: gl.constexpr):
+    """``sums`` in the units of pages. Rows of totals take the weights times the values' zeros too, in turn."""
+    UNIT: gl.constexpr = 2.0 ** (LOG_PRODUCT_UNIT - LOG_WEIGHT_UNIT) / CODE_UNIT
+    kind = gl.arange(0, 16, layout=BY_ROW)[:, None] % (2 * COLUMNS)
+    acc, totals = (), ()
+    for group in gl.static_range(len(sums.acc)):
+        tiles = ()
+        for tile in gl.static_range(len(sums.maximum)):
+            tiles += (sums.acc[group][tile] * UNIT,)
+        acc += (tiles,)
+    for pair in gl.static_range(len(sums.totals)):
+        tiles = ()
+        for tile in gl.static_range(len(sums.maximum)):
+            tiles += (gl.where(kind >= COLUMNS, sums.totals[pair][tile], 0.0),)
+        totals += (tiles,)
+    return Sums(acc, totals, sums.maximum)
+
+
+@gluon.jit
+def end_pages(sums, COLUMNS: gl.constexpr):
+    """``sums`` with the values' zeros added: values in PRODUCT_UNIT, totals as ``[8, 8]`` with equal rows."""
+    acc, totals = (), ()
+    for group in gl.static_range(len(sums.acc)):
+        tiles = ()
+        for tile in gl.static_range(len(sums.maximum)):
+            zeros = spread_rows(halves_of(sums.totals[group // 2][tile])[group % 2], 0, COLUMNS)
+            tiles += (scale_and_shift(sums.acc[group][tile], CODE_UNIT, zeros),)
+        acc += (tiles,)
+    for pair in gl.static_range(len(sums.totals)):
+        tiles = ()
+        for tile in gl.static_range(len(sums.maximum)):
+            tiles += (spread_rows(halves_of(sums.totals[pair][tile])[0], COLUMNS, COLUMNS),)
+        totals += (tiles,)
+    return Sums(acc, totals, sums.maximum)
 
 
 @gluon.jit
@@ -261,24 +376,18 @@ def attend_pages(
             ``first_page`` on; a pointer to the request's blocks; the stride of blocks; and whether the first page's
             keys are being copied.
         exponent: of ``queries.store_queries``.
-        COLUMNS: :func:`columns_of_head`.
+        COLUMNS: ``sizes.columns_of_vector``.
 
     Returns:
-        ``sums`` with the pages added: values in PRODUCT_UNIT, totals as ``[8, 8]`` with equal rows.
+        ``sums`` with the pages added, as from :func:`end_pages`.
     """
     FMT: gl.constexpr = LAYOUT.fmt
     WINDOW: gl.constexpr = LAYOUT.window_length
     GROUP: gl.constexpr = FMT.key_group_size
     PAGE: gl.constexpr = FMT.page_size
-    VALUE_GROUPS: gl.constexpr = FMT.value_groups
-    CHANNELS: gl.constexpr = FMT.head_size // VALUE_GROUPS
     SPAN: gl.constexpr = (2 * WINDOW).bit_length()  # chunks of W tokens below the recent window that can hold copies
-    UNIT: gl.constexpr = 2.0 ** (LOG_PRODUCT_UNIT - LOG_WEIGHT_UNIT) / CODE_UNIT
     slabs, slab, blocks, table_row, page_stride, copying = pages
-    # rows of totals take the weights times the values' zeros too, in turn
-    kind = gl.arange(0, 16, layout=BY_ROW)[:, None] % (2 * COLUMNS)
-    totals = gl.where(kind >= COLUMNS, sums.totals, 0.0)
-    sums = Sums(sums.acc_0 * UNIT, sums.acc_1 * UNIT, sums.maximum, totals)
+    sums = begin_pages(sums, COLUMNS)
     end = gl.where(request.live, pages_end(request, LAYOUT), 0)
     complete_end = request.computed // GROUP * GROUP
     base = first_page
@@ -303,11 +412,11 @@ def attend_pages(
             scores = page_scores(key_tile(memory, FMT), memory.queries, memory.key_scales, FMT)
             if (page == 0) | (page >= first_overlaid):
                 scores = without_copied(scores, page, end, request, COLUMNS, LAYOUT)
-            # weights relative to the reference as it is; with none yet they are infinite or NaN
-            weights = weigh(scores, factor, shifts, LOG_WEIGHT_UNIT - sums.maximum)
-            if peak_bits(weights) > limit:
-                sums = raise_maximum(sums, highest_scores(scores, factor, shifts), VALUE_GROUPS)
-                weights = weigh(scores, factor, shifts, LOG_WEIGHT_UNIT - reference_of(sums.maximum))
+            # weights relative to the references as they are; with none yet they are infinite or NaN
+            weights = weigh_all(scores, factor, shifts, sums.maximum)
+            if peak_bits(one_after_another(weights)) > limit:
+                sums = raise_maxima(sums, highest_scores(scores, factor, shifts))
+                weights = weigh_all(scores, factor, shifts, references(sums.maximum))
             copy_keys(memory, slab, wanted, FMT)
             async_copy.commit_group()
 
@@ -315,15 +424,7 @@ def attend_pages(
                 base += 32
                 blocks = load_blocks(table_row, base, end_page)
             block = block_of(blocks, page + 2 - base)
-            rights, unscaled = right_steps(weights, COLUMNS, FMT)
-            async_copy.wait_group(1)
-            totals = add_weights(sums.totals, unscaled, memory.value_zeros)
-            values = value_tile(memory, FMT)
-            acc_0, acc_1 = sums.acc_0, sums.acc_1
-            acc_0 = add_values(acc_0, values.slice(0, CHANNELS), rights, memory.value_scales, 0, FMT)
-            if VALUE_GROUPS == 2:
-                acc_1 = add_values(acc_1, values.slice(CHANNELS, CHANNELS), rights, memory.value_scales, 1, FMT)
-            sums = Sums(acc_0, acc_1, sums.maximum, totals)
+            sums = add_page(sums, memory, weights, COLUMNS, FMT)
             copy_values(memory, slab, wanted, FMT)
             async_copy.commit_group()
 
@@ -331,7 +432,4 @@ def attend_pages(
             large = store_factors(memory, complete_end - (page + 1) * PAGE, FMT)
     async_copy.wait_group(0)
 
-    upper, lower = halves_of(sums.totals)
-    acc_0 = scale_and_shift(sums.acc_0, CODE_UNIT, spread_rows(upper, 0, COLUMNS))
-    acc_1 = scale_and_shift(sums.acc_1, CODE_UNIT, spread_rows(lower, 0, COLUMNS))
-    return Sums(acc_0, acc_1, sums.maximum, spread_rows(upper, COLUMNS, COLUMNS))
+    return end_pages(sums, COLUMNS)

@@ -9,17 +9,12 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from logquant_vllm.kernels.decode.gluon.sizes import key_channels, num_pairs, padded, paired
 from logquant_vllm.kernels.decode.gluon.tiles import LOG_WEIGHT_UNIT, code_shift
 
 LARGE_SCALE = gl.constexpr(0x4B80)  # 15, as float16's bits
 LOG_PRODUCT_UNIT = gl.constexpr(7)
 PRODUCT_UNIT = gl.constexpr(2.0**7)
-
-
-@gluon.constexpr_function
-def paired(fmt):
-    """Whether a step of values takes eight tokens of either group of a page."""
-    return fmt.value_words_per_group == 8
 
 
 @gluon.constexpr_function
@@ -97,17 +92,18 @@ def store_key_factors(raw, scales, zeros, complete, FMT: gl.constexpr):
     GROUPS: gl.constexpr = FMT.groups_per_page
     COLUMNS: gl.constexpr = scales.shape[1]
     NUMBER: gl.constexpr = scales.shape[0]
-    STEPS: gl.constexpr = FMT.head_size // 16
+    CHANNELS: gl.constexpr = key_channels(FMT)
+    STEPS: gl.constexpr = CHANNELS // 16
     WORDS: gl.constexpr = raw.shape[0] // 2
     LAYOUT: gl.constexpr = words_of_lanes(WORDS)
     number = 4 * gl.arange(0, WORDS, layout=LAYOUT)
-    exists = number // FMT.head_size * FMT.key_group_size < complete
+    exists = number // CHANNELS * FMT.key_group_size < complete
     low, high = decode_scales(gl.where(exists, raw.slice(0, WORDS).load(LAYOUT), 0))
     # channels lie as (group, two steps, step, half, t, element); a quad holds (step, half)
     ordered = gl.reshape(gl.join(low, high), (COLUMNS, NUMBER, 2, 2, 2, 2))
     scales.store(gl.reshape(gl.permute(ordered, (1, 0, 4, 5, 2, 3)), (NUMBER, COLUMNS, 4, 4)))
 
-    weight = power_word(code_shift(number % FMT.head_size, FMT.key_words, FMT.key_bits) - 8)
+    weight = power_word(code_shift(number % CHANNELS, padded(FMT.key_words), FMT.key_bits) - 8)
     zero_low, zero_high = decode_zeros(raw.slice(WORDS, WORDS).load(LAYOUT))
     low, high = multiply_words(low, weight), multiply_words(high, weight)
     both = gl.join(multiply_words(low, zero_low), multiply_words(high, zero_high))
@@ -126,20 +122,21 @@ def store_halves(memory, ordered, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def store_value_factors(raw, scales, zeros, complete, FMT: gl.constexpr):
-    """As :func:`store_key_factors`, for the values; whether a scale is above LARGE_SCALE.
+def store_pair_factors(raw_scales, raw_zeros, scales, zeros, complete, FMT: gl.constexpr):
+    """As :func:`store_key_factors`, for the values of a pair of groups of channels; the larger scales, two float16 in
+    each int32 word.
 
-    With two columns to a head, each takes the tokens of one group alone: to it, the other group's scales are 0.
+    With two columns to a vector, each takes the tokens of one group alone: to it, the other group's scales are 0.
     """
-    GROUPS: gl.constexpr = FMT.value_groups
     COLUMNS: gl.constexpr = scales.shape[1]
     STEPS: gl.constexpr = zeros.shape[0]
     NUMBER: gl.constexpr = FMT.page_size // 32
-    WORDS: gl.constexpr = raw.shape[0] // 2
+    WORDS: gl.constexpr = raw_scales.shape[0]
+    GROUPS: gl.constexpr = WORDS // (FMT.page_size // 4)
     LAYOUT: gl.constexpr = words_of_lanes(WORDS)
     token = 4 * gl.arange(0, WORDS, layout=LAYOUT) % FMT.page_size
-    low, high = decode_scales(gl.where(token < complete, raw.slice(0, WORDS).load(LAYOUT), 0))
-    zero_low, zero_high = decode_zeros(raw.slice(WORDS, WORDS).load(LAYOUT))
+    low, high = decode_scales(gl.where(token < complete, raw_scales.load(LAYOUT), 0))
+    zero_low, zero_high = decode_zeros(raw_zeros.load(LAYOUT))
     both = gl.join(multiply_words(low, zero_low), multiply_words(high, zero_high))
     if COLUMNS == 2:
         # tokens lie as (column, step, half, t, element)
@@ -168,4 +165,24 @@ def store_value_factors(raw, scales, zeros, complete, FMT: gl.constexpr):
         scales.slice(1, 1, 1).store(gl.reshape(last, (GROUPS * NUMBER, 1, 4, 4)))
     else:
         scales.store(gl.reshape(quads, (GROUPS * NUMBER, 1, 4, 4)))
+    return largest
+
+
+@gluon.jit
+def store_value_factors(raw, scales, zeros, complete, FMT: gl.constexpr):
+    """:func:`store_pair_factors` of all pairs; whether a scale is above LARGE_SCALE.
+
+    Args:
+        raw: the scales, then the zeros: int32 words of four.
+    """
+    PAIRS: gl.constexpr = num_pairs(FMT)
+    WORDS: gl.constexpr = raw.shape[0] // (2 * PAIRS)
+    SCALES: gl.constexpr = scales.shape[0] // PAIRS
+    STEPS: gl.constexpr = zeros.shape[0] // PAIRS
+    largest = gl.zeros((WORDS,), gl.int32, words_of_lanes(WORDS))
+    for pair in gl.static_range(PAIRS):
+        raw_scales, raw_zeros = raw.slice(pair * WORDS, WORDS), raw.slice((PAIRS + pair) * WORDS, WORDS)
+        pair_scales, pair_zeros = scales.slice(pair * SCALES, SCALES), zeros.slice(pair * STEPS, STEPS)
+        words = store_pair_factors(raw_scales, raw_zeros, pair_scales, pair_zeros, complete, FMT)
+        largest = larger_words(largest, words) if pair > 0 else words
     return gl.max(gl.maximum(largest & 0xFFFF, largest >> 16), 0) > LARGE_SCALE

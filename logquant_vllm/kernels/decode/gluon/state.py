@@ -10,6 +10,15 @@ from triton.experimental.gluon import language as gl
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.arguments import Member
 from logquant_vllm.kernels.decode.gluon.factors import quads_memory
+from logquant_vllm.kernels.decode.gluon.sizes import (
+    columns_of_vector,
+    group_channels,
+    key_channels,
+    num_pairs,
+    num_tiles,
+    padded,
+    value_groups,
+)
 from logquant_vllm.kernels.decode.gluon.tiles import (
     BY_LANE,
     HEADROOM,
@@ -21,15 +30,15 @@ from logquant_vllm.kernels.decode.gluon.tiles import (
     rows_memory,
     scale_rows,
 )
+from logquant_vllm.kernels.decode.vectors import Vectors
 
 
 class Sums(NamedTuple):
-    """The online softmax of the eight columns of a matrix instruction."""
+    """The online softmax of the columns of all tiles."""
 
-    acc_0: Member  # weighted values of the first group of channels, [channels, 8]
-    acc_1: Member  # of the second; as it was where there is one group
-    maximum: Member  # what weights are relative to, in units of log2, [8, 8] with equal rows
-    totals: Member  # sums of the weights, [16, 8] with equal rows
+    acc: Member  # of each group of channels, for each tile: weighted values, [channels, 8]
+    totals: Member  # of each pair of groups, for each tile: sums of the weights, [16, 8] with equal rows
+    maximum: Member  # for each tile: what weights are relative to, in units of log2, [8, 8] with equal rows
 
 
 class Memory(NamedTuple):
@@ -41,39 +50,43 @@ class Memory(NamedTuple):
     key_scales: Member  # as factors of operands (``scales``)
     key_zeros: Member
     value_scales: Member
-    value_zeros: Member
-    queries: Member  # float16 [head_size, 8]
+    value_zeros: Member  # with STEPS for each pair
+    queries: Member  # float16 [tiles, key channels, 8]
 
 
 @gluon.constexpr_function
 def tile_elements(fmt):
     """16-bit elements of a tile: a page's codes of keys or of values, or the rows of a product of slots."""
-    return max(fmt.page_size * fmt.key_words, fmt.head_size * fmt.value_words, 16 * fmt.head_size)
+    channels = padded(fmt.head_size)
+    return max(fmt.page_size * padded(fmt.key_words), channels * fmt.value_words, 16 * channels)
 
 
-def memory_bytes(fmt: PageFormat) -> int:
-    """Bytes of :func:`allocate` with two columns to a head; with one it takes less."""
-    raw = 2 * (fmt.groups_per_page * fmt.head_size + fmt.value_groups * fmt.page_size)
-    factors = 2 * (fmt.groups_per_page + 2) * fmt.head_size + (4 * fmt.value_groups + 8) * fmt.page_size
-    return 4 * tile_elements(fmt) + raw + factors + 16 * fmt.head_size
+def memory_bytes(fmt: PageFormat, vectors: Vectors) -> int:
+    """Bytes of :func:`allocate`."""
+    keys, groups, columns = fmt.groups_per_page * key_channels(fmt), value_groups(fmt), columns_of_vector(vectors, fmt)
+    raw = 2 * (keys + groups * fmt.page_size)
+    key_factors = 2 * keys + 4 * key_channels(fmt)
+    value_factors = (2 * columns * groups + 8 * num_pairs(fmt)) * fmt.page_size
+    queries = 16 * num_tiles(vectors, fmt) * key_channels(fmt)
+    return 4 * tile_elements(fmt) + raw + key_factors + value_factors + queries
 
 
 @gluon.jit
-def allocate(COLUMNS: gl.constexpr, FMT: gl.constexpr):
-    """A program's :class:`Memory`.
-
-    Args:
-        COLUMNS: of a head, as in ``pages.columns_of_head``.
-    """
-    STEPS: gl.constexpr = FMT.page_size // (16 * COLUMNS)
+def allocate(VECTORS: gl.constexpr, FMT: gl.constexpr):
+    """A program's :class:`Memory`."""
+    COLUMNS: gl.constexpr = columns_of_vector(VECTORS, FMT)
+    STEPS: gl.constexpr = num_pairs(FMT) * FMT.page_size // (16 * COLUMNS)
+    CHANNELS: gl.constexpr = key_channels(FMT)
+    KEYS: gl.constexpr = FMT.groups_per_page * CHANNELS
+    VALUES: gl.constexpr = value_groups(FMT) * FMT.page_size
     tiles = gl.allocate_shared_memory(gl.uint16, [2, tile_elements(FMT)], PLAIN)
-    raw_keys = gl.allocate_shared_memory(gl.int32, [FMT.groups_per_page * FMT.head_size // 2], PLAIN)
-    raw_values = gl.allocate_shared_memory(gl.int32, [FMT.value_groups * FMT.page_size // 2], PLAIN)
-    queries = gl.allocate_shared_memory(gl.float16, [FMT.head_size, 8], rows_memory(8))
-    key_scales = quads_memory(FMT.groups_per_page * FMT.head_size // (32 * COLUMNS), COLUMNS)
-    key_zeros = quads_memory(FMT.head_size // 16, 1)
-    value_scales = quads_memory(FMT.value_groups * FMT.page_size // 32, COLUMNS)
-    # rows of zeros, for each of a head's columns, and as many of ones
+    raw_keys = gl.allocate_shared_memory(gl.int32, [KEYS // 2], PLAIN)
+    raw_values = gl.allocate_shared_memory(gl.int32, [VALUES // 2], PLAIN)
+    queries = gl.allocate_shared_memory(gl.float16, [num_tiles(VECTORS, FMT), CHANNELS, 8], rows_memory(8))
+    key_scales = quads_memory(KEYS // (32 * COLUMNS), COLUMNS)
+    key_zeros = quads_memory(CHANNELS // 16, 1)
+    value_scales = quads_memory(VALUES // 32, COLUMNS)
+    # rows of zeros, for each of a vector's columns, and as many of ones
     value_zeros = quads_memory(STEPS, 2 * COLUMNS)
     ONES: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [8, 1, 4, 1], [1, 1, 1, 1], [3, 2, 1, 0])
     value_zeros.slice(COLUMNS, COLUMNS, 1).store(gl.full((STEPS, COLUMNS, 4, 4), 0x3C003C00, gl.int32, ONES))
@@ -81,22 +94,45 @@ def allocate(COLUMNS: gl.constexpr, FMT: gl.constexpr):
 
 
 @gluon.jit
-def no_sums(CHANNELS: gl.constexpr):
-    """:class:`Sums` over nothing."""
-    return Sums(
-        gl.zeros((CHANNELS, 8), gl.float32, MMA),
-        gl.zeros((CHANNELS, 8), gl.float32, MMA),
-        gl.full((8, 8), float("-inf"), gl.float32, BY_LANE),
-        gl.zeros((16, 8), gl.float32, MMA),
-    )
+def no_products(TILES: gl.constexpr, ROWS: gl.constexpr):
+    """Sums of nothing, of ``ROWS`` rows for each tile."""
+    sums = ()
+    for _ in gl.static_range(TILES):
+        sums += (gl.zeros((ROWS, 8), gl.float32, MMA),)
+    return sums
 
 
 @gluon.jit
-def raise_maximum(sums, highest, VALUE_GROUPS: gl.constexpr):
-    """``sums`` relative to a maximum that leaves HEADROOM above the scores ``highest``, ``[8, 8]`` by lane."""
-    maximum = gl.maximum(sums.maximum, column_maxima(highest) + HEADROOM)
-    decay = exp2(sums.maximum - reference_of(maximum))
-    acc_0, acc_1 = scale_rows(sums.acc_0, decay), sums.acc_1
-    if VALUE_GROUPS == 2:
-        acc_1 = scale_rows(acc_1, decay)
-    return Sums(acc_0, acc_1, maximum, scale_rows(sums.totals, decay))
+def no_sums(TILES: gl.constexpr, FMT: gl.constexpr):
+    """:class:`Sums` over nothing."""
+    GROUPS: gl.constexpr = FMT.value_groups
+    acc, totals, maximum = (), (), ()
+    for group in gl.static_range(GROUPS):
+        acc += (no_products(TILES, group_channels(FMT, group)),)
+    for _ in gl.static_range(num_pairs(FMT)):
+        totals += (no_products(TILES, 16),)
+    for _ in gl.static_range(TILES):
+        maximum += (gl.full((8, 8), float("-inf"), gl.float32, BY_LANE),)
+    return Sums(acc, totals, maximum)
+
+
+@gluon.jit
+def scale_all(sums, decay):
+    """Products ``[rows, 8]`` of some rows for each tile times ``decay``, one for each tile."""
+    scaled = ()
+    for i in gl.static_range(len(sums)):
+        tiles = ()
+        for tile in gl.static_range(len(decay)):
+            tiles += (scale_rows(sums[i][tile], decay[tile]),)
+        scaled += (tiles,)
+    return scaled
+
+
+@gluon.jit
+def raise_maxima(sums, highest):
+    """``sums`` relative to maxima that leave HEADROOM above the scores ``highest``: ``[8, 8]`` by lane of each tile."""
+    maximum, decay = (), ()
+    for tile in gl.static_range(len(highest)):
+        maximum += (gl.maximum(sums.maximum[tile], column_maxima(highest[tile]) + HEADROOM),)
+        decay += (exp2(sums.maximum[tile] - reference_of(maximum[tile])),)
+    return Sums(scale_all(sums.acc, decay), scale_all(sums.totals, decay), maximum)

@@ -11,8 +11,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-HEADS = 8  # columns of a matrix instruction
-ROWS = gl.constexpr(16)  # and its rows
+ROWS = gl.constexpr(16)  # of a matrix instruction
 
 
 @gluon.constexpr_function
@@ -64,10 +63,12 @@ def rows_memory(elements):
 
 
 @gluon.constexpr_function
-def copy_layout(elements):
-    """Who copies rows of 16-bit elements: 16 bytes a lane."""
-    lanes = min(elements // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [1, 1], [1, 0])
+def copy_layout(elements, pitch=8):
+    """Who copies rows of 16-bit elements, ``pitch`` of which lead to the next row: 16 bytes a lane, or as many as all
+    rows are aligned to."""
+    at_once = next(n for n in (8, 4, 2) if pitch % n == 0)
+    lanes = min(elements // at_once, 32)
+    return gl.BlockedLayout([1, at_once], [32 // lanes, lanes], [1, 1], [1, 0])
 
 
 # -- codes ------------------------------------------------------------------------------------------------------------
@@ -91,10 +92,11 @@ def codes_of_slot(words, moved, slot: gl.constexpr, BITS: gl.constexpr):
 
 @gluon.jit
 def load_words(memory):
-    """The words of ``[rows, words]`` as tuples of ``[rows, 16]`` (or ``[rows, 8]``), as they are and moved."""
+    """The words of ``[rows, words]`` as a tuple of ``[rows, 16]`` (or of one ``[rows, 8]``)."""
     WORDS: gl.constexpr = memory.shape[1]
-    if WORDS == 32:
-        return (memory.slice(0, 16, 1).load(LEFT), memory.slice(16, 16, 1).load(LEFT))
+    if WORDS > 16:
+        HALF: gl.constexpr = WORDS // 2
+        return load_words(memory.slice(0, HALF, 1)) + load_words(memory.slice(HALF, HALF, 1))
     else:
         return (memory.load(words_layout(memory.shape[0], WORDS)),)
 
@@ -111,19 +113,18 @@ def move_words(words, BITS: gl.constexpr):
 @gluon.jit
 def move_all(words, BITS: gl.constexpr):
     """:func:`move_words` of a tuple."""
-    if len(words) == 2:
-        return (move_words(words[0], BITS), move_words(words[1], BITS))
-    else:
-        return (move_words(words[0], BITS),)
+    moved = ()
+    for i in gl.static_range(len(words)):
+        moved += (move_words(words[i], BITS),)
+    return moved
 
 
 @gluon.jit
 def left_operand(words, moved, step: gl.constexpr, BITS: gl.constexpr):
     """Codes ``[rows, 16]`` of one step, in the matrix unit's registers, of :func:`load_words`."""
-    if len(words) == 2:
-        return codes_of_slot(words[step % 2], moved[step % 2], step // 2, BITS)
-    elif words[0].shape[1] == 16:
-        return codes_of_slot(words[0], moved[0], step, BITS)
+    PARTS: gl.constexpr = len(words)
+    if words[0].shape[1] == 16:
+        return codes_of_slot(words[step % PARTS], moved[step % PARTS], step // PARTS, BITS)
     else:
         even = codes_of_slot(words[0], moved[0], 2 * step, BITS)
         odd = codes_of_slot(words[0], moved[0], 2 * step + 1, BITS)
@@ -293,10 +294,10 @@ def fold_maxima(x):
 
 @gluon.jit
 def peak_bits(weights):
-    """Bits (int32) of the largest of one or two non-negative float16 ``[rows, 8]``; those of a NaN are the largest."""
+    """Bits (int32) of the largest of a tuple of non-negative float16 ``[rows, 8]``; those of a NaN are the largest."""
     lanes = fold_maxima(gl.permute(by_lane(weights[0]), (1, 2, 0)))
-    if len(weights) == 2:
-        lanes = larger_pairs(lanes, fold_maxima(gl.permute(by_lane(weights[1]), (1, 2, 0))))
+    for i in gl.static_range(1, len(weights)):
+        lanes = larger_pairs(lanes, fold_maxima(gl.permute(by_lane(weights[i]), (1, 2, 0))))
     return gl.max(gl.reshape(lanes.to(gl.uint16, bitcast=True).to(gl.int32), (64,)), 0)
 
 

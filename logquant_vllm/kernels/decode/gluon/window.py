@@ -6,9 +6,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from logquant_vllm.kernels.cache import compaction_due, find_hole, free_slot, holds_copy, skip_hole, slot_offset
-from logquant_vllm.kernels.decode.gluon.copies import matrices
-from logquant_vllm.kernels.decode.gluon.state import Sums, raise_maximum
+from logquant_vllm.kernels.cache import compaction_due, find_hole, holds_copy, new_token_in, skip_hole, slot_offset
+from logquant_vllm.kernels.decode.gluon.copies import matrices, start_copies
+from logquant_vllm.kernels.decode.gluon.queries import index_columns, place
+from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector, group_channels, padded
+from logquant_vllm.kernels.decode.gluon.state import Sums, raise_maxima
 from logquant_vllm.kernels.decode.gluon.tiles import (
     BY_HEAD,
     BY_ROW,
@@ -30,110 +32,148 @@ from logquant_vllm.kernels.decode.gluon.tiles import (
 
 
 @gluon.jit
-def find_slots(first, new, cache, blocks, request, due, LAYOUT: gl.constexpr):
+def find_slots(first, new, cache, blocks, request, due, QUERIES: gl.constexpr, LAYOUT: gl.constexpr):
     """Where the slots of a tile lie.
 
     Args:
-        new: where the new key and value lie, as offsets from the copies, and the slot in which they stand. Slots that
-            hold nothing have them as well: something must be read there, and its score is taken out.
+        new: where the first new key and value lie, as offsets from the copies, and how far it is to the next ones.
+            Slots that hold nothing have the first as well: something must be read there, and its score is taken out.
         blocks: pointer to the window's blocks.
+        QUERIES: as in ``cache.new_token_in``.
 
     Returns:
         keys, values: offsets from the copies (int64 ``[16]``).
-        exist: whether the slot holds a token.
+        seen_from: the first new token that attends to a slot: 0 for copies, more than there can be for what is empty.
     """
-    new_key, new_value, new_slot = new
+    new_key, new_value, key_stride, value_stride = new
     slot = first + gl.arange(0, ROWS, layout=LANES)
-    is_new = slot == new_slot
+    token = new_token_in(slot, request, due, QUERIES, LAYOUT)
+    is_new = (token >= 0) & (token < request.query_len)
     held = (slot < LAYOUT.num_slots) & ~is_new & holds_copy(slot, request, due, LAYOUT)
     offset = slot_offset(slot, cache, blocks, LAYOUT)
+    if QUERIES > 1:
+        row = gl.where(is_new, token, 0).to(gl.int64)
+        new_key, new_value = new_key + row * key_stride, new_value + row * value_stride
     keys, values = gl.where(held, offset, new_key), gl.where(held, offset + LAYOUT.fmt.head_size, new_value)
-    return keys, values, held | is_new
+    return keys, values, gl.where(held, 0, gl.where(is_new, token, QUERIES))
 
 
 @gluon.jit
-def copy_rows(memory, base, offsets):
-    """Start to copy rows of 16-bit elements, which lie anywhere (multiples of 16 bytes), to shared memory."""
+def copy_rows(memory, base, offsets, CHANNELS: gl.constexpr):
+    """Start to copy rows of 16-bit elements, which lie anywhere (multiples of 16 bytes), to shared memory: ``CHANNELS``
+    of them, and zeros behind."""
     COPY: gl.constexpr = copy_layout(memory.shape[1])
     rows = gl.multiple_of(gl.convert_layout(offsets, gl.SliceLayout(1, COPY)), 8)
     channel = gl.arange(0, memory.shape[1], layout=gl.SliceLayout(0, COPY))
-    async_copy.async_copy_global_to_shared(memory, base + rows[:, None] + channel[None, :])
+    exist = None if memory.shape[1] == CHANNELS else (channel < CHANNELS)[None, :]
+    start_copies(memory, base + rows[:, None] + channel[None, :], None, exist)
+
+
+@gluon.jit
+def tile_scores(k, q, seen_from, block, scale, VECTORS: gl.constexpr, FMT: gl.constexpr):
+    """Scores ``[16, 8]`` of slots for each tile of columns; ``-inf`` where a column does not attend to a slot."""
+    scores = ()
+    for tile in gl.static_range(len(q)):
+        token, _, _ = place(index_columns(tile, VECTORS, FMT, BY_HEAD), block, VECTORS)
+        # one of a vector's columns attends to them
+        own = gl.arange(0, 8, layout=BY_HEAD)[None, :] % columns_of_vector(VECTORS, FMT) == 0
+        products = mma_v2(k, q[tile], gl.zeros((ROWS, 8), gl.float32, MMA)) * scale
+        seen = (seen_from[:, None] <= token[None, :]) & own
+        scores += (gl.where(seen, products, float("-inf")),)
+    return scores
+
+
+@gluon.jit
+def raise_references(sums, scores):
+    """``sums``, of which no tile has a reference too far below the scores."""
+    highest, exceed = (), lane_maxima(scores[0]) - sums.maximum[0] > SLACK
+    for tile in gl.static_range(len(scores)):
+        highest += (lane_maxima(scores[tile]),)
+        exceed = exceed | (highest[tile] - sums.maximum[tile] > SLACK)
+    if gl.max(gl.reshape(exceed.to(gl.int32), (64,)), 0) > 0:
+        sums = raise_maxima(sums, highest)
+    return sums
+
+
+@gluon.jit
+def multiply(left, rights, sums):
+    """Products of one left operand with those of each tile, added to ``sums``."""
+    added = ()
+    for tile in gl.static_range(len(rights)):
+        added += (mma_v2(left, rights[tile], sums[tile]),)
+    return added
+
+
+@gluon.jit
+def add_slots(sums, v, rights, FMT: gl.constexpr):
+    """``sums`` with the values ``v`` of slots, by their weights; the totals are those of the first pair."""
+    totals = (multiply(gl.full((16, ROWS), 1.0, rights[0].dtype, LEFT), rights, sums.totals[0]),)
+    for pair in gl.static_range(1, len(sums.totals)):
+        totals += (sums.totals[pair],)
+    GROUPS: gl.constexpr = FMT.value_groups
+    acc = ()
+    for group in gl.static_range(GROUPS):
+        acc += (multiply(group_of(v, group, FMT), rights, sums.acc[group]),)
+    return Sums(acc, totals, sums.maximum)
+
+
+@gluon.jit
+def group_of(v, group: gl.constexpr, FMT: gl.constexpr):
+    """A group of channels of slots' values as a left operand ``[channels, 16]``."""
+    return v.slice(group * FMT.value_group_size, group_channels(FMT, group), 1).permute((1, 0)).load(LEFT)
 
 
 @gluon.jit
 def attend_window(
-    sums,
-    tiles,
-    q,
-    cache,
-    rows,
-    first_slot,
-    end_slot,
-    request,
-    qk_scale,
-    COLUMNS: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    sums, tiles, q, block, cache, rows, slots, request, qk_scale, VECTORS: gl.constexpr, LAYOUT: gl.constexpr
 ):
-    """``sums`` with the slots from ``first_slot`` to ``end_slot`` added.
+    """``sums`` with the slots from ``slots[0]`` to ``slots[1]`` added.
 
     Args:
         sums: ``state.Sums``.
         tiles: shared memory of two tiles.
-        q: from ``queries.load_queries``.
-        rows: the window's copies of this KV head, its new key and value, and the window's blocks; all pointers.
-        COLUMNS: as in ``pages.columns_of_head``.
+        q: from ``queries.load_queries``; ``block`` says of which vectors.
+        rows: the window's copies of this KV head, its new keys and values (pointers and strides), the window's blocks.
     """
     FMT: gl.constexpr = LAYOUT.fmt
     HEAD_SIZE: gl.constexpr = FMT.head_size
-    VALUE_GROUPS: gl.constexpr = FMT.value_groups
-    CHANNELS: gl.constexpr = HEAD_SIZE // VALUE_GROUPS
-    dtype: gl.constexpr = q.dtype
-    ones = gl.full((16, ROWS), 1.0, dtype, LEFT)
-    slots = matrices(tiles, dtype, ROWS, HEAD_SIZE)
-    copies, new_key, new_value, blocks = rows
+    QUERIES: gl.constexpr = VECTORS.queries
+    dtype: gl.constexpr = q[0].dtype
+    memory = matrices(tiles, dtype, ROWS, padded(HEAD_SIZE))
+    first_slot, end_slot = slots
+    copies, new_keys, new_values, blocks = rows
     due = compaction_due(request, LAYOUT)
-    # offsets from the copies, which the new token need not be near to
-    new = distance(new_key, copies), distance(new_value, copies), free_slot(request, due, LAYOUT)
-    hole = find_hole(request.computed, ROWS, LAYOUT)
+    # offsets from the copies, which the new tokens need not be near to
+    new = distance(new_keys[0], copies), distance(new_values[0], copies), new_keys[1], new_values[1]
+    hole = find_hole(request.computed, ROWS, QUERIES, LAYOUT)
     first = skip_hole(first_slot, hole)
-    key_rows, value_rows, exist = find_slots(first, new, cache, blocks, request, due, LAYOUT)
-    copy_rows(slots.index(0), copies, key_rows)
+    key_rows, value_rows, seen_from = find_slots(first, new, cache, blocks, request, due, QUERIES, LAYOUT)
+    copy_rows(memory.index(0), copies, key_rows, HEAD_SIZE)
     async_copy.commit_group()
-    copy_rows(slots.index(1), copies, value_rows)
+    copy_rows(memory.index(1), copies, value_rows, HEAD_SIZE)
     async_copy.commit_group()
-    # one of a head's columns attends to them
-    own = gl.arange(0, 8, layout=BY_HEAD)[None, :] % COLUMNS == 0
     while first < end_slot:
-        valid = gl.convert_layout(exist.to(gl.int32), BY_ROW) != 0
+        seen = gl.convert_layout(seen_from, BY_ROW)
         following = skip_hole(first + ROWS, hole)
         more = following < end_slot
         async_copy.wait_group(1)
-        k = slots.index(0).load(LEFT)
-        scores = mma_v2(k, q, gl.zeros((ROWS, 8), gl.float32, MMA)) * qk_scale
-        scores = gl.where(valid[:, None] & own, scores, float("-inf"))
+        scores = tile_scores(memory.index(0).load(LEFT), q, seen, block, qk_scale, VECTORS, FMT)
         if more:
-            key_rows, value_rows, exist = find_slots(following, new, cache, blocks, request, due, LAYOUT)
-            copy_rows(slots.index(0), copies, key_rows)
+            key_rows, value_rows, seen_from = find_slots(following, new, cache, blocks, request, due, QUERIES, LAYOUT)
+            copy_rows(memory.index(0), copies, key_rows, HEAD_SIZE)
         async_copy.commit_group()
 
-        highest = lane_maxima(scores)
-        exceeds = gl.reshape((highest - sums.maximum > SLACK).to(gl.int32), (64,))
-        if gl.max(exceeds, 0) > 0:
-            sums = raise_maximum(sums, highest, VALUE_GROUPS)
-        weights = exp2(scale_and_shift(scores, 1.0, LOG_WEIGHT_UNIT - reference_of(sums.maximum)))
-        transposed = gl.reshape(transpose_tiles(weights.to(dtype)), (ROWS, 8))
-        right = gl.convert_layout(transposed, RIGHT, assert_trivial=True)
-        totals = mma_v2(ones, right, sums.totals)
-
+        sums = raise_references(sums, scores)
+        rights = ()
+        for tile in gl.static_range(len(scores)):
+            shift = LOG_WEIGHT_UNIT - reference_of(sums.maximum[tile])
+            weights = exp2(scale_and_shift(scores[tile], 1.0, shift))
+            transposed = gl.reshape(transpose_tiles(weights.to(dtype)), (ROWS, 8))
+            rights += (gl.convert_layout(transposed, RIGHT, assert_trivial=True),)
         async_copy.wait_group(1)
-        v = slots.index(1)
-        acc_0, acc_1 = sums.acc_0, sums.acc_1
-        acc_0 = mma_v2(v.slice(0, CHANNELS, 1).permute((1, 0)).load(LEFT), right, acc_0)
-        if VALUE_GROUPS == 2:
-            acc_1 = mma_v2(v.slice(CHANNELS, CHANNELS, 1).permute((1, 0)).load(LEFT), right, acc_1)
-        sums = Sums(acc_0, acc_1, sums.maximum, totals)
+        sums = add_slots(sums, memory.index(1), rights, FMT)
         if more:
-            copy_rows(slots.index(1), copies, value_rows)
+            copy_rows(memory.index(1), copies, value_rows, HEAD_SIZE)
         async_copy.commit_group()
         first = following
     async_copy.wait_group(0)
