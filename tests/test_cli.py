@@ -269,7 +269,8 @@ def test_plan_table(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--memory", "16G"], "16GiB"),
-        (["--memory", "1GiB", "--window-length", "7"], "window_length"),
+        (["--memory", "1GiB", "--options", '{"window_length": 7}'], "window_length"),
+        (["--memory", "1GiB", "--options", "window_length=7"], "--options must be a JSON object"),
         (["--memory", "1GiB", "--tensor-parallel-size", "3"], "tensor_parallel_size 3"),
         (["--memory", "1GiB", "--dtype", "int4"], "dtype must be one of"),
     ],

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from logquant_vllm.cli.arguments import parse_json
 from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.models import NAMED, model_directory
 from logquant_vllm.config import LogQuantConfig
@@ -44,28 +45,15 @@ def plan(
     block_size: Annotated[
         int, typer.Option(help="Block size of vLLM's own formats (its default: 16 on CUDA, 128 on CPU).")
     ] = DEFAULT_BLOCK_SIZE["cuda"],
-    window_length: Annotated[int | None, typer.Option(help="LogQuant's window_length.")] = None,
-    key_bits: Annotated[int | None, typer.Option(help="LogQuant's key_bits.")] = None,
-    value_bits: Annotated[int | None, typer.Option(help="LogQuant's value_bits.")] = None,
-    key_group_size: Annotated[int | None, typer.Option(help="LogQuant's key_group_size.")] = None,
-    value_group_size: Annotated[int | None, typer.Option(help="LogQuant's value_group_size.")] = None,
-    scale_bits: Annotated[int | None, typer.Option(help="LogQuant's scale_bits.")] = None,
+    options: Annotated[str, typer.Option(help="LogQuant's options as JSON.")] = "{}",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how many tokens and requests fit in a given KV memory, beside the model's own dtype and fp8.
 
     The figures are those that vLLM prints when it starts with --kv-cache-memory-bytes set to the same amount.
     """
-    options = {
-        "window_length": window_length,
-        "key_bits": key_bits,
-        "value_bits": value_bits,
-        "key_group_size": key_group_size,
-        "value_group_size": value_group_size,
-        "scale_bits": scale_bits,
-    }
     with user_errors():
-        config = LogQuantConfig.from_options({name: value for name, value in options.items() if value is not None})
+        config = LogQuantConfig.from_options(parse_json("--options", options))
         available = parse_memory(memory)
         shape = model_shape(model_directory(model), dtype, max_model_len)
         capacities = plan_capacity(
