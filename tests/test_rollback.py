@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logquant_vllm.core import operations as reference
+from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.operations import read_cached_tokens
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout, dequantize_pages
@@ -68,9 +70,16 @@ class Requests:
         new = [r + w for r, w in zip(right, wrong, strict=True)]
         if not any(new):
             return []
-        qkv = (torch.cat(x) for x in zip(*parts, strict=True))
-        output, _ = self.paged.step(*qkv, new, SIZE**-0.5, self.ops)
+        q, k, v = (torch.cat(x) for x in zip(*parts, strict=True))
+        output = torch.full_like(q, torch.nan)
+        layer = Layer(self.layout, SIZE**-0.5)
+        self.ops.step(layer, q, k, v, self.paged.cache, self.paged.batch(new), output)
         return [out[:r] for out, r in zip(output.split(new), right, strict=True)]
+
+    def one_by_one(self, right: list[int]) -> list[Tensor]:
+        """As :meth:`step`, a token of each request at a time."""
+        steps = [self.step([int(r > i) for r in right]) for i in range(max(right))]
+        return [torch.cat(outputs) for outputs in zip(*steps, strict=True)]
 
     def take_back(self, tokens: list[int]) -> None:
         self.paged.seq_lens = [n - w for n, w in zip(self.paged.seq_lens, tokens, strict=True)]
@@ -87,6 +96,17 @@ class Requests:
         copies = dict(zip(positions, cached.copies[request, valid], strict=True))
         assert len(copies) == len(positions), "a position has two copies"
         return blocks[: n // fmt.page_size], groups[:, : n - n % fmt.key_group_size], copies
+
+
+def assert_holds_the_same(actual: Requests, expected: Requests, request: int, what: str) -> None:
+    (pages, groups, copies), (expected_pages, expected_groups, expected_copies) = (
+        requests.live(request) for requests in (actual, expected)
+    )
+    assert torch.equal(pages, expected_pages), f"pages of {what}"
+    assert torch.equal(groups, expected_groups), f"groups of {what}"
+    assert copies.keys() == expected_copies.keys(), what
+    for position, copy in expected_copies.items():
+        assert torch.equal(copies[position], copy), f"copy of {position} of {what}"
 
 
 def expected_copies(seq_len: int, window_length: int, window_start: int) -> set[int]:
@@ -117,10 +137,30 @@ def test_what_was_taken_back_leaves_no_trace(ops: ModuleType, window: int, data:
             what = f"request {request} in round {number}"
             if right[request]:  # slots may lie in another order
                 assert_close(outputs[request], expected[request], 1e-5, what)
-            actual_live, expected_live = taken_back.live(request), never_run.live(request)
-            assert torch.equal(actual_live[0], expected_live[0]), f"pages of {what}"
-            assert torch.equal(actual_live[1], expected_live[1]), f"groups of {what}"
+            assert_holds_the_same(taken_back, never_run, request, what)
             begin = never_run.window_start if request == 2 else 0
-            assert actual_live[2].keys() == expected_copies(never_run.paged.seq_lens[request], window, begin), what
-            for position, copy in expected_live[2].items():
-                assert torch.equal(actual_live[2][position], copy), f"copy of {position} of {what}"
+            copies = expected_copies(never_run.paged.seq_lens[request], window, begin)
+            assert taken_back.live(request)[2].keys() == copies, what
+
+
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+@given(data=st.data())
+def test_verified_drafts_leave_what_decoding_leaves(ops: ModuleType, data: st.DataObject) -> None:
+    """Drafts are verified along with a request's next token, and any number is accepted: outputs of the accepted ones,
+    pages, groups and copies are those of a token at a time, also where the window is compacted between them."""
+    drafts, window = data.draw(st.sampled_from([1, 3, 7])), 32
+    fmt = PageFormat(SIZE, page_size=64, key_group_size=32, value_group_size=32)
+    plain_layout = CacheLayout(fmt, window, REPLAY)
+    layout = replace(plain_layout, rollback_tokens=drafts, decode_query_len=1 + drafts)
+    near = st.builds(lambda m, d: m + d, st.sampled_from([96, 128, 192]), st.integers(-2 - drafts, 1))
+    starts = [data.draw(near.map(lambda n: max(n, 128))), data.draw(st.just(0) | near)]
+    verifying, plain = Requests(layout, ops, starts, 128), Requests(plain_layout, ops, starts, 128)
+    accepted = st.lists(st.integers(0, drafts), min_size=3, max_size=3)
+    for number, numbers in enumerate(data.draw(st.lists(accepted, min_size=1, max_size=12))):
+        right, wrong = [n + 1 for n in numbers], [drafts - n for n in numbers]
+        expected, outputs = plain.one_by_one(right), verifying.step(right, wrong)
+        verifying.take_back(wrong)
+        for request in range(3):
+            what = f"request {request} in round {number}"
+            assert_close(outputs[request], expected[request], 1e-5, what)
+            assert_holds_the_same(verifying, plain, request, what)

@@ -12,6 +12,7 @@ and outputs are still (``core.calibration.Basis``): only :func:`step` has them a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from logquant_vllm.core.paged import (
     slot_address,
     slot_of_position,
     slot_positions,
+    split_at_compaction,
     window_slots_view,
     write_header,
 )
@@ -302,15 +304,34 @@ def step(
         query, key, value: this step's ``[num_tokens, heads, head_size]`` each, as the model has them.
         output: written, like ``query``.
         parts: ``core.parts.Parts`` of the step, for implementations that treat its requests differently.
+
+    A decode step of several tokens that reaches the next compaction takes two turns (``CacheLayout.decode_query_len``),
+    so that drafts are verified by what their tokens would have seen alone.
     """
     feedback = None
     if layer.basis is not None:
         query, key, value = rotate_heads(query, key, value, layer.basis)
         feedback = layer.basis.feedback
-    quantize_pages(key, value, cache, batch, layer.layout, feedback)
-    result, _ = attention(query, key, value, cache, batch, layer.layout, layer.scale)
-    output.copy_(rotate_back(result, layer.basis))
-    update_window(key, value, cache, batch, layer.layout)
+    layout = layer.layout
+    quantize_pages(key, value, cache, batch, layout, feedback)
+    output.zero_()
+    for rows, part in _before_and_after_compaction(batch, layout):
+        q, k, v = query[rows], key[rows], value[rows]
+        result, _ = attention(q, k, v, cache, part, layout, layer.scale)
+        output[rows] = rotate_back(result, layer.basis)
+        update_window(k, v, cache, part, layout)
+
+
+def _before_and_after_compaction(batch: Batch, layout: CacheLayout) -> Iterator[tuple[Tensor, Batch]]:
+    """The one or two turns in which a step's tokens are attended to and enter the window, and their rows."""
+    computed, starts = batch.num_computed, batch.query_start_loc[:-1].long()
+    first, every = split_at_compaction(batch, layout), (batch.seq_lens - computed).long()
+    for begin, end in ((torch.zeros_like(first), first), (first, every)):
+        lengths = end - begin
+        if lengths.any():
+            _, rows = _ranges(starts + begin, starts + end)
+            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+            yield rows, Batch(offsets, (computed + end).int(), int(lengths.max()), batch.max_seq_len)
 
 
 def merge_states(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,10 +35,13 @@ class CacheLayout:
         rollback_tokens: the newest tokens that may be taken back, to be computed again with other tokens; see
             ``docs/design.md`` for how many vLLM takes.
         prefix_caching: whether there are prefix hits at all.
+        decode_query_len: tokens of a request in a decode step, its drafts included. In ``operations.step`` each of at
+            most so many tokens sees the window as if they had come one at a time; a longer chunk sees the window as it
+            was before the step.
 
     Raises:
-        ValueError: if a group of tokens could outgrow the recent window, from which it is quantized, or more tokens
-            could be taken back than one compaction of the window takes in.
+        ValueError: if a group of tokens could outgrow the recent window, from which it is quantized, or if more tokens
+            could be taken back, or come in a decode step, than one compaction of the window takes in.
     """
 
     fmt: PageFormat
@@ -46,6 +49,7 @@ class CacheLayout:
     prefix_replay_tokens: int = 0
     rollback_tokens: int = 1
     prefix_caching: bool = True
+    decode_query_len: int = 1
 
     def __post_init__(self) -> None:
         if self.window_length < self.fmt.key_group_size:
@@ -53,10 +57,9 @@ class CacheLayout:
                 f"window_length {self.window_length} is smaller than key_group_size {self.fmt.key_group_size}: a group "
                 "is quantized from the recent window, so use a window_length of at least key_group_size"
             )
-        if not 1 <= self.rollback_tokens <= self.window_length:
-            raise ValueError(
-                f"rollback_tokens must lie between 1 and window_length {self.window_length}, got {self.rollback_tokens}"
-            )
+        for name in ("rollback_tokens", "decode_query_len"):
+            if not 1 <= (count := getattr(self, name)) <= self.window_length:
+                raise ValueError(f"{name} must lie between 1 and window_length {self.window_length}, got {count}")
 
     @property
     def ring_slots(self) -> int:
@@ -99,6 +102,17 @@ class Batch(NamedTuple):
     def num_computed(self) -> Tensor:
         """Tokens computed before this step, int32 ``[num_reqs]``."""
         return self.seq_lens - (self.query_start_loc[1:] - self.query_start_loc[:-1])
+
+
+def split_at_compaction(batch: Batch, layout: CacheLayout) -> Tensor:
+    """How many new tokens of each request see the window as it is before the step, int64 ``[num_reqs]``.
+
+    All but for a decode step that reaches the next compaction: the others see the compacted window.
+    """
+    w, computed = layout.window_length, batch.num_computed
+    new = batch.seq_lens - computed
+    compacted = ((computed // w + 1) * w).clamp(min=3 * w)  # the first position that sees it
+    return torch.where(new <= layout.decode_query_len, torch.minimum(new, compacted - computed), new).long()
 
 
 def window_slots_view(window: Tensor, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> Tensor:

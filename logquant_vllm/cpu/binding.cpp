@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <utility>
 
 #include "cache.h"
 
@@ -127,40 +128,77 @@ void update_window_op(const Tensor& key, const Tensor& value, LOGQUANT_CACHE) {
     });
 }
 
-std::pair<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value, const Args& a,
-                                 double scale) {
-    TORCH_CHECK(query.size(0) == key.size(0) && query.size(2) == a.layout.head_size &&
-                    query.size(1) % key.size(1) == 0 && query.scalar_type() == key.scalar_type(),
-                "logquant: queries ", query.sizes(), " do not fit keys ", key.sizes());
+struct Results {
+    Tensor output, lse;
+
     // rows of no request stay as they are here
-    Tensor output = at::zeros(query.sizes(), query.options());
-    Tensor lse = at::full({query.size(0), query.size(1)}, -std::numeric_limits<float>::infinity(),
-                          query.options().dtype(at::kFloat));
-    dispatch(key, [&](auto zero) {
-        using T = decltype(zero);
-        attention<T>(rows_of<T>(query), rows_of<T>(key), rows_of<T>(value), a.cache, a.layout, query.size(1), scale,
-                     output.mutable_data_ptr<T>(), lse.mutable_data_ptr<float>());
-    });
-    return {output, lse};
+    Results(const Tensor& query, const Tensor& key, const Args& a)
+        : output(at::zeros(query.sizes(), query.options())),
+          lse(at::full({query.size(0), query.size(1)}, -std::numeric_limits<float>::infinity(),
+                       query.options().dtype(at::kFloat))) {
+        TORCH_CHECK(query.size(0) == key.size(0) && query.size(2) == a.layout.head_size &&
+                        query.size(1) % key.size(1) == 0 && query.scalar_type() == key.scalar_type(),
+                    "logquant: queries ", query.sizes(), " do not fit keys ", key.sizes());
+    }
+};
+
+template <typename T>
+void attend(const Tensor& query, const Tensor& key, const Tensor& value, const Args& a, double scale, Results& to) {
+    attention<T>(rows_of<T>(query), rows_of<T>(key), rows_of<T>(value), a.cache, a.layout, query.size(1), scale,
+                 to.output.mutable_data_ptr<T>(), to.lse.mutable_data_ptr<float>());
 }
 
 std::pair<Tensor, Tensor> attention_op(const Tensor& query, const Tensor& key, const Tensor& value, LOGQUANT_CACHE,
                                        double scale) {
-    return attend(query, key, value, LOGQUANT_ARGS, scale);
+    const Args a = LOGQUANT_ARGS;
+    Results to(query, key, a);
+    dispatch(key, [&](auto zero) { attend<decltype(zero)>(query, key, value, a, scale, to); });
+    return {to.output, to.lse};
+}
+
+// Cuts requests in a decode step off where they reach the next compaction, and returns the tokens behind: they see the
+// compacted window, as if the step's tokens had come one at a time. Requests that are done have no token there.
+std::vector<Request> cut_at_compaction(std::vector<Request>& requests, const Layout& f) {
+    std::vector<Request> behind;
+    const int64_t w = f.window_length;
+    for (size_t i = 0; i < requests.size(); ++i) {
+        Request& r = requests[i];
+        const int64_t cut = std::max((r.computed / w + 1) * w, 3 * w);  // the first position that sees it
+        if (!r.live || r.query_len > f.decode_query_len || cut >= r.seq_len) continue;
+        if (behind.empty()) {
+            behind = requests;
+            for (Request& other : behind) other.live = false;
+        }
+        Request& rest = behind[i];
+        rest.first_row += cut - r.computed;
+        rest.query_len = r.seq_len - cut;
+        rest.computed = cut;
+        rest.compactions = num_compactions(cut, w);
+        rest.live = true;
+        r.query_len = cut - r.computed;
+        r.seq_len = cut;
+        rest.stored_compactions = compactions_after(r, f);
+    }
+    return behind;
 }
 
 Tensor step_op(const Tensor& query, const Tensor& key, const Tensor& value, LOGQUANT_CACHE, double scale,
                const Feedback& feedback) {
     Args a = LOGQUANT_ARGS;
     a.cache.feedback = feedback_of(feedback, a);
-    Tensor output;
+    Results to(query, key, a);
     dispatch(key, [&](auto zero) {
         using T = decltype(zero);
         quantize_pages<T>(rows_of<T>(key), rows_of<T>(value), a.cache, a.layout, a.quantizer);
-        output = attend(query, key, value, a, scale).first;
-        update_window<T>(rows_of<T>(key), rows_of<T>(value), a.cache, a.layout);
+        std::vector<Request> behind = cut_at_compaction(a.cache.requests, a.layout);
+        for (;;) {
+            attend<T>(query, key, value, a, scale, to);
+            update_window<T>(rows_of<T>(key), rows_of<T>(value), a.cache, a.layout);
+            if (behind.empty()) break;
+            a.cache.requests = std::exchange(behind, {});
+        }
     });
-    return output;
+    return to.output;
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ struct Layout {
     int64_t head_size, page_size, group_size, value_group_size, key_bits, value_bits, scale_bits;
     int64_t key_words, value_words, value_words_per_group, groups_per_page, value_groups, head_bytes;
     int64_t key_codes, value_codes, key_scale, key_zero, value_scale, value_zero;  // byte offsets in a slab
-    int64_t header_slots, header_channels, window_length, replay_tokens, rollback_tokens;
+    int64_t header_slots, header_channels, window_length, replay_tokens, rollback_tokens, decode_query_len;
 
     int64_t ring_slots() const { return 2 * window_length + rollback_tokens - 1; }
     int64_t num_slots() const { return window_length + ring_slots(); }
@@ -109,6 +109,11 @@ inline bool is_log_selected(int64_t position, int64_t compactions, int64_t w) {
     const int64_t index = chunk == 0 ? position : position - (chunk - 1) * w;
     const int64_t halvings = std::min<int64_t>(chunk == 0 ? compactions : compactions - chunk + 1, 30);
     return (index & ((int64_t{1} << halvings) - 1)) == 0;
+}
+
+// Stored compactions after this step; they cannot be undone, so none is for a token that may be taken back.
+inline int64_t compactions_after(const Request& r, const Layout& f) {
+    return std::max(r.stored_compactions, num_compactions(r.seq_len - f.rollback_tokens, f.window_length));
 }
 
 // slot of a position in the recent window, or of any before the first compaction

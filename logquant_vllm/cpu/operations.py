@@ -28,6 +28,7 @@ def _constants(layout: CacheLayout) -> tuple[Tensor, Tensor]:
         *(f.key_codes_offset, f.value_codes_offset, f.key_scale_offset, f.key_zero_offset),
         *(f.value_scale_offset, f.value_zero_offset),
         *(HEADER_SLOTS, HEADER_CHANNELS, layout.window_length, layout.prefix_replay_tokens, layout.rollback_tokens),
+        layout.decode_query_len,
     ]
     spread = [f.key_range / ((1 << f.key_bits) - 1), f.value_range / ((1 << f.value_bits) - 1)]
     floor = [1.0 / scale_floor_divisor(bits) for bits in (f.key_bits, f.value_bits)]

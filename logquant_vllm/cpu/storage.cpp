@@ -158,11 +158,6 @@ void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>&
                  slab + f.value_codes + (c * f.value_words + in_page * f.value_words_per_group) * 2);
 }
 
-// Stored compactions after this step; they cannot be undone, so none is for a token that may be taken back.
-int64_t compactions_after(const Request& r, const Layout& f) {
-    return std::max(r.stored_compactions, num_compactions(r.seq_len - f.rollback_tokens, f.window_length));
-}
-
 template <typename T>
 void update_head(int64_t request, int64_t head, const Rows<T>& key, const Rows<T>& value, const Cache& cache,
                  const Layout& f, std::vector<T>& kept) {
