@@ -138,11 +138,13 @@ class LogQuantConfig(BaseModel):
             value_range_shrink=self.value_range_shrink,
         )
 
-    def layout(self, head_size: int, *, prefix_caching: bool = True, rollback_tokens: int = 1) -> CacheLayout:
+    def layout(
+        self, head_size: int, *, prefix_caching: bool = True, rollback_tokens: int = 1, decode_query_len: int = 1
+    ) -> CacheLayout:
         """Block format and window for heads of ``head_size`` channels.
 
         Args:
-            prefix_caching, rollback_tokens: see :class:`~logquant_vllm.core.paged.CacheLayout`.
+            prefix_caching, rollback_tokens, decode_query_len: see :class:`~logquant_vllm.core.paged.CacheLayout`.
 
         Raises:
             ValueError: as :meth:`page_format` does, or if so many tokens cannot be taken back.
@@ -155,6 +157,7 @@ class LogQuantConfig(BaseModel):
             prefix_replay_tokens=self.replay_tokens,
             prefix_caching=prefix_caching,
             rollback_tokens=rollback_tokens,
+            decode_query_len=decode_query_len,
         )
 
     @classmethod

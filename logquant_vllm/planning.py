@@ -97,6 +97,18 @@ class Capacity:
         return (self.blocks_per_request + 1) * self.block_bytes
 
 
+def rollback_tokens(drafts: int, *, draft_layers: bool = False, asynchronous: bool = True) -> int:
+    """The newest tokens of a request that vLLM may take back; ``docs/design.md`` says why.
+
+    Args:
+        drafts: that a step verifies for a request, at most.
+        draft_layers: whether a draft model or head keeps keys and values, too: its layers are ahead of the model's.
+        asynchronous: whether a request's next step is scheduled before the tokens of the last are known.
+    """
+    steps_in_flight = 2 if asynchronous else 1
+    return max(steps_in_flight * (drafts + 1) - 1 + (drafts if draft_layers else 0), 1)
+
+
 def _capacity(name: str, page_bytes: int, blocks: int, shape: ModelShape, memory: int, max_model_len: int) -> Capacity:
     block_bytes = shape.num_layers * page_bytes
     return Capacity(name, block_bytes, memory // block_bytes, blocks, max_model_len)

@@ -103,10 +103,10 @@ CASES = {
     "bits": ({}, options(key_bits=3), "key_bits.*2 or 4"),
     "options of a wrong type": ({}, {"additional_config": {"logquant": 3}}, "must be a JSON object"),
     "block size": ({}, {"block_size": 64}, "--block-size is 64.*128"),
-    "speculative decoding": (
+    "many drafts": (
         {},
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-        "speculative",
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 70}},
+        r"num_speculative_tokens 70 up to \d+ tokens are taken back, and window_length is 64: use fewer, or a window",
     ),
     "KV connector": (
         {},
@@ -135,6 +135,20 @@ CASES = {
     ),
 }
 
+
+DRAFTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "parallel drafting": ({"pard_token": 5}, {"parallel_drafting": True}, "parallel drafting .* is not supported: use"),
+    "DFlash": (
+        {"architectures": ["DFlashDraftModel"], "model_type": "qwen3", "dflash_config": {"mask_token_id": 5}},
+        {"method": "dflash"},
+        "the speculative method dflash is not supported: use one of ngram, ",
+    ),
+    "a draft of another shape": ({"num_key_value_heads": 1}, {}, "1 KV heads of 64 channels and the model 2 of 64"),
+    "a draft of another kind": (MISTRAL_SLIDING, {}, "of the draft: all layers attend to the last 256 tokens"),
+    "a draft with another cache": ({}, {"kv_cache_dtype": "auto"}, "leave kv_cache_dtype auto out of --speculative"),
+    "a draft with a backend": ({}, {"attention_backend": "FLASH_ATTN"}, "leave attention_backend out"),
+}
+"""Of a draft model: its configuration, what --speculative-config says besides, and the error."""
 
 WORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "window as long as the context": ({**MISTRAL, "sliding_window": 512}, {}),
@@ -220,6 +234,28 @@ def test_refused(name: str, tmp_path: Path) -> None:
     path = write_config(tmp_path / "model", **changes)
     with pytest.raises(ValueError, match=message):
         create_config(path, **arguments)
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_refused_drafts(name: str, tmp_path: Path) -> None:
+    changes, options, message = DRAFTS[name]
+    speculation = {"model": str(write_config(tmp_path / "draft", **changes)), "method": "draft_model", **options}
+    with pytest.raises(ValueError, match=message):
+        create_config(write_config(tmp_path / "model"), speculative_config={"num_speculative_tokens": 2, **speculation})
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_drafts_count_among_the_tokens_taken_back(asynchronous: bool, tmp_path: Path) -> None:
+    from logquant_vllm.plugin.speculation import num_draft_layers, rollback_tokens
+
+    path = write_config(tmp_path / "model")
+    ngram = create_config(path, speculative_config={"method": "ngram", "num_speculative_tokens": 3})
+    draft = {"model": str(path), "method": "draft_model", "num_speculative_tokens": 3, "kv_cache_dtype": "logquant"}
+    with_layers = create_config(path, speculative_config=draft)
+    for config in (ngram, with_layers):
+        config.scheduler_config.async_scheduling = asynchronous
+    assert (rollback_tokens(ngram), num_draft_layers(ngram)) == (7 if asynchronous else 3, 0)
+    assert (rollback_tokens(with_layers), num_draft_layers(with_layers)) == (10 if asynchronous else 6, 2)
 
 
 # vLLM imports an architecture that it does not know yet in a process of its own, for many seconds

@@ -27,14 +27,17 @@ class Parts(NamedTuple):
     begun: Part | None = None  # longer queries without one
 
 
-def split_step(step: Batch, starts: Sequence[int], cached: Sequence[int], decodes: int, room: int) -> Parts:
+def split_step(
+    step: Batch, starts: Sequence[int], cached: Sequence[int], decodes: int, room: int, decode_query_len: int = 1
+) -> Parts:
     """The parts of a step of which the host knows new tokens, and upper bounds of cached ones.
 
     Args:
         starts: ``step.query_start_loc`` on the host.
         cached: upper bounds of the cached tokens of each request.
-        decodes: so many requests, the first ones, have one new token at most.
+        decodes: so many requests, the first ones, have ``decode_query_len`` new tokens at most.
         room: as in ``core.past.past_slices``.
+        decode_query_len: kernels of decoding are compiled for this many new tokens of a request, and for one.
     """
     new = [end - start for start, end in pairwise(starts)]
     # requests behind the last that may have a past need not be looked at
@@ -51,4 +54,7 @@ def split_step(step: Batch, starts: Sequence[int], cached: Sequence[int], decode
     continued = part(decodes, begin)
     if continued is not None:
         continued = continued._replace(past=past_of(continued.batch, new[decodes:begin], cached[decodes:begin], room))
-    return Parts(part(0, decodes), continued, part(begin, len(new)))
+    decoding = part(0, decodes)
+    if decoding is not None and decoding.batch.max_query_len > 1:
+        decoding = decoding._replace(batch=decoding.batch._replace(max_query_len=decode_query_len))
+    return Parts(decoding, continued, part(begin, len(new)))

@@ -21,14 +21,12 @@ def warm_up(
     device: torch.device,
     max_num_seqs: int = 2,
     max_model_len: int = 0,
-    queries: int = 1,
 ) -> None:
-    """Run every kernel once on a cache of two requests: with a prompt each, then with one token each.
+    """Run every kernel once on a cache of two requests: with a prompt each, then with one token each, and with drafts.
 
     Args:
         max_num_seqs, max_model_len: of the server. Kernels are compiled for a few sizes of a decode step's batch, which
             depend on both; all requests but the first two are padding.
-        queries: new tokens of a request in a step of speculation; 1 without.
     """
     layout, fmt = layer.layout, layer.layout.fmt
     length = layout.num_slots + fmt.page_size
@@ -56,11 +54,9 @@ def warm_up(
 
     num_reqs = 1
     while num_reqs < 2 * max_num_seqs:
-        (q, k, v), cache, batch = inputs(num_reqs, 1, length)
-        operations.step(layer, q, k, v, cache, batch, torch.empty_like(q))
-        if queries > 1:
-            (q, k, v), cache, batch = inputs(num_reqs, queries, length)
-            operations.decode(q, k, v, cache, batch, layout, layer.scale)
+        for new in sorted({1, layout.decode_query_len}):
+            (q, k, v), cache, batch = inputs(num_reqs, new, length)
+            operations.step(layer, q, k, v, cache, batch, torch.empty_like(q))
         num_reqs *= 2
 
     (q, k, v), cache, batch = inputs(2, 1, length)

@@ -33,6 +33,7 @@ from logquant_vllm.core.parts import Parts
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.basis import load_basis
 from logquant_vllm.plugin.parts import parts_of
+from logquant_vllm.plugin.speculation import is_draft_model, num_drafts, options_of, rollback_tokens
 from logquant_vllm.plugin.window_layer import WindowLayer
 
 WINDOW_SUFFIX = ".logquant_window"
@@ -114,22 +115,28 @@ class LogQuantMetadata:
 class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
     """Lengths stay on the device: with asynchronous scheduling the host knows only upper bounds."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._init_reorder_batch_threshold(1)
+        if current_platform.is_cuda():  # elsewhere requests may come in any order
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.decode_query_len = 1 + num_drafts(self.vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LogQuantMetadata:
         common = common_attn_metadata
-        batch = Batch(common.query_start_loc, common.seq_lens, common.max_query_len, common.max_seq_len)
+        longest = common.max_query_len
+        if 1 < longest < self.decode_query_len:  # kernels are compiled for one and for all of them
+            longest = self.decode_query_len
+        batch = Batch(common.query_start_loc, common.seq_lens, longest, common.max_seq_len)
         parts = None
         if current_platform.is_cuda():
             from logquant_vllm.plugin.prefill import past_room
 
-            parts = parts_of(common, batch, past_room(self.vllm_config.scheduler_config.max_num_seqs))
+            room = past_room(self.vllm_config.scheduler_config.max_num_seqs)
+            parts = parts_of(common, batch, room, self.decode_query_len)
         return LogQuantMetadata(common.num_actual_tokens, batch, common.block_table_tensor, parts)
 
 
@@ -191,7 +198,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         vllm_config = get_current_vllm_config()
-        self.config = LogQuantConfig.from_additional_config(vllm_config.additional_config)
+        self.config = options_of(vllm_config)
+        self._draft_model = vllm_config.model_config if is_draft_model(vllm_config) else None
         self.operations = _operations()
         self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         for other in (getattr(layer, "impl", None) for layer in self._layers.values()):
@@ -205,8 +213,13 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
                     "use --kv-cache-dtype auto"
                 )
         self._window_layer: WindowLayer | None = None
-        caching = bool(vllm_config.cache_config.enable_prefix_caching)
-        self._layer = Layer(self.config.layout(head_size, prefix_caching=caching), self.scale)
+        layout = self.config.layout(
+            head_size,
+            prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
+            rollback_tokens=rollback_tokens(vllm_config),
+            decode_query_len=1 + num_drafts(vllm_config),
+        )
+        self._layer = Layer(layout, self.scale)
 
     @property
     def window_layer(self) -> WindowLayer:
@@ -222,7 +235,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         name, layer = next((n, m) for n, m in self._layers.items() if getattr(m, "impl", None) is self)
         vllm_config = get_current_vllm_config()
         if self.config.rotation or self.config.value_rotation:
-            model = vllm_config.model_config  # of these weights: vLLM reloads from other places, too
+            # of these weights: vLLM reloads from other places, too
+            model = self._draft_model or vllm_config.model_config
             basis = load_basis(layer, name, self.config, model, act_dtype, current_platform.device_type)
             self._layer = self._layer._replace(basis=basis)
         if self._window_layer is None:
@@ -256,9 +270,11 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
                 self._layer.dense.workspace(query, self.num_kv_heads)
             return output.fill_(0)
         tokens = slice(attn_metadata.num_actual_tokens)
-        window_metadata = get_forward_context().attn_metadata[self.window_layer.layer_name]  # type: ignore[index, call-overload]
         cache = PagedCache(
-            kv_cache[:, 0, 0], self.window_layer.window_bytes(), attn_metadata.block_table, window_metadata.block_table
+            kv_cache[:, 0, 0],
+            self.window_layer.window_bytes(),
+            attn_metadata.block_table,
+            self.window_layer.metadata(get_forward_context().attn_metadata).block_table,
         )
         new = query[tokens], key[tokens], value[tokens]
         self.operations.step(self._layer, *new, cache, attn_metadata.batch, output[tokens], attn_metadata.parts)

@@ -89,6 +89,9 @@ def load_basis(layer: Any, name: str, config: LogQuantConfig, model: Any, dtype:
         ValueError: if the calibration is that of another model.
     """
     held = held_basis(layer)
+    rotation = rotation_basis(layer.head_size, dtype, device, keys=config.rotation, values=config.value_rotation)
+    if extract_layer_index(name) >= model.get_total_num_hidden_layers():  # of a head that drafts: nobody calibrates it
+        return hold(layer, rotation)
     path = calibration.find(config, model.model, model.revision)
     if path is None:
         if config.calibration is not None and config.rotation:
@@ -105,7 +108,6 @@ def load_basis(layer: Any, name: str, config: LogQuantConfig, model: Any, dtype:
         path = None
     else:
         logger.info_once("LogQuant: keys are quantized with the calibration %s", path)
-    rotation = rotation_basis(layer.head_size, dtype, device, keys=config.rotation, values=config.value_rotation)
     if path is None:
         return hold(layer, rotation)
     basis = _calibrated(path, name, layer.num_kv_heads, model)

@@ -87,7 +87,7 @@ def _register_dtype_033(name: str, mode: Callable[[], Any]) -> None:
 
 def _register_dtype_032(name: str) -> None:
     from pydantic.dataclasses import rebuild_dataclass
-    from vllm.config import CacheConfig, VllmConfig
+    from vllm.config import CacheConfig, SpeculativeConfig, VllmConfig
     from vllm.config import cache as cache_module
     from vllm.engine import arg_utils
     from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
@@ -99,5 +99,6 @@ def _register_dtype_032(name: str) -> None:
     literal.__args__ = (*literal.__args__, name)
     STR_DTYPE_TO_TORCH_DTYPE[name] = torch.uint8
     rebuild_dataclass(CacheConfig, force=True)
+    rebuild_dataclass(SpeculativeConfig, force=True)
     rebuild_dataclass(VllmConfig, force=True)
     arg_utils._compute_kwargs.cache_clear()

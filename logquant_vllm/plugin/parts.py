@@ -11,19 +11,20 @@ from logquant_vllm.core.paged import Batch
 from logquant_vllm.core.parts import Parts, split_step
 
 
-def parts_of(common: CommonAttentionMetadata, step: Batch, room: int) -> Parts | None:
-    """Split a step, unless every request has one new token.
+def parts_of(common: CommonAttentionMetadata, step: Batch, room: int, decode_query_len: int = 1) -> Parts | None:
+    """Split a step, unless it is a decode step of all its requests.
 
     Args:
         common: vLLM's description of it. The host knows new tokens, and upper bounds of cached ones.
         step: all its requests.
         room: as in ``core.past.past_slices``.
+        decode_query_len: new tokens of a request in a decode step, at most: 1 and its drafts.
     """
-    if common.max_query_len == 1:
+    if common.max_query_len <= decode_query_len:
         return None
-    decodes, _, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
+    decodes, _, _, _ = split_decodes_and_prefills(common, decode_threshold=decode_query_len)
     starts = common.query_start_loc_cpu.tolist()
     bounds = common.seq_lens_cpu_upper_bound
     most = [common.max_seq_len] * common.num_reqs if bounds is None else bounds.tolist()
     cached = [bound - (end - start) for bound, (start, end) in zip(most, pairwise(starts), strict=True)]
-    return split_step(step, starts, cached, decodes, room)
+    return split_step(step, starts, cached, decodes, room, decode_query_len)

@@ -16,7 +16,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from logquant_vllm import calibration
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig, unsupported_head_size
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
-from logquant_vllm.plugin.specs import WindowSpec
+from logquant_vllm.plugin.speculation import draft_options, has_draft_layers, options_of, speculation_problems
+from logquant_vllm.plugin.window_layer import WindowLayer
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 FALLBACK = "use --kv-cache-dtype auto for this model"
@@ -31,10 +32,14 @@ def validate_config(vllm_config: Any) -> LogQuantConfig:
     Raises:
         ValueError: with every setting that does not work, and what would.
     """
-    config = LogQuantConfig.from_additional_config(vllm_config.additional_config)
+    config = options_of(vllm_config)
     problems = [*_engine_problems(vllm_config)]
     if vllm_config.model_config is not None:
         problems += _model_problems(vllm_config.model_config, config)
+        problems += speculation_problems(vllm_config, config)
+    if has_draft_layers(vllm_config):
+        draft, its_options = vllm_config.speculative_config.draft_model_config, draft_options(vllm_config, config)
+        problems += [f"of the draft: {problem}" for problem in _model_problems(draft, its_options)]
     if problems:
         raise ValueError(f"--kv-cache-dtype {KV_CACHE_DTYPE} does not work here: " + "; ".join(problems))
     return config
@@ -52,8 +57,6 @@ def _engine_problems(vllm_config: Any) -> Iterator[str]:
             f"--kv-cache-dtype-skip-layers is {' '.join(map(str, skipped))}: all layers must share one KV cache "
             "format, leave the option out"
         )
-    if vllm_config.speculative_config is not None:
-        yield "speculative decoding is not supported: leave --speculative-config out"
     if vllm_config.kv_transfer_config is not None or getattr(cache, "kv_offloading_size", None):
         yield (
             "KV connectors and KV offloading do not know the full-precision blocks: leave --kv-transfer-config and "
@@ -158,14 +161,18 @@ def check_layer_dtype(selector: Any) -> None:
 
 
 def check_layers(vllm_config: Any) -> None:
-    """See that every layer of a model that was built keeps its tokens in our cache; those without a cache do not count.
+    """See that every layer of a model that was built, and of its draft, keeps its tokens in our cache; those without a
+    cache do not count.
 
     Raises:
         ValueError: naming the first layer that does not.
     """
     for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items():
+        if isinstance(layer, WindowLayer):
+            layer.models_are_loaded = True
+            continue
         spec, backend = layer.get_kv_cache_spec(vllm_config), layer.get_attn_backend()
-        if spec is None or isinstance(spec, WindowSpec):
+        if spec is None:
             continue
         problem = None
         if type(spec) is not FullAttentionSpec or backend.get_name() != BACKEND_NAME:

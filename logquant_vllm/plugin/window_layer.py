@@ -31,18 +31,23 @@ class WindowMetadata:
 
 
 class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
-    """Hands the block table on."""
+    """Hands the block table on, and keeps the newest for drafts (:meth:`WindowLayer.metadata`)."""
 
     # vLLM captures graphs for what *every* builder allows, so this one must not be the least
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.latest: WindowMetadata | None = None
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for name in self.layer_names:
+            layers[name].builder = self
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> WindowMetadata:
-        return WindowMetadata(common_attn_metadata.block_table_tensor)
+        self.latest = WindowMetadata(common_attn_metadata.block_table_tensor)
+        return self.latest
 
 
 class WindowBackend(AttentionBackend):
@@ -77,11 +82,17 @@ class WindowLayer(nn.Module, AttentionLayerBase):
         # held out of nn.Module's children: the attention layer belongs to the model
         self._attention_layer = (attention_layer,)
         self.kv_cache = torch.tensor([])
+        self.builder: WindowMetadataBuilder | None = None
+        self.models_are_loaded = False
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return WindowBackend
 
-    def get_kv_cache_spec(self, vllm_config: Any) -> WindowSpec:
+    def get_kv_cache_spec(self, vllm_config: Any) -> WindowSpec | None:
+        # vLLM's runner V1 takes for a draft's layers those that have a cache once the draft is loaded, and wants one
+        # kind of them: until then this layer has none
+        if not self.models_are_loaded:
+            return None
         layer = self._attention_layer[0]
         fmt, heads = self.layout.fmt, layer.num_kv_heads
         block_size = vllm_config.cache_config.block_size
@@ -97,6 +108,18 @@ class WindowLayer(nn.Module, AttentionLayerBase):
             slots_per_block=fmt.slots_per_block(heads, layer.dtype),
             replay_tokens=self.layout.prefix_replay_tokens if self.layout.prefix_caching else 0,
         )
+
+    def metadata(self, of_step: Any) -> WindowMetadata:
+        """The window blocks of a step's requests.
+
+        Args:
+            of_step: vLLM's metadata of every layer. Runner V1 leaves this one out while it drafts: then the requests
+                are those of the step before, in its order.
+        """
+        if (found := of_step.get(self.layer_name)) is not None:
+            return found
+        assert self.builder is not None and self.builder.latest is not None, "a draft before any step"
+        return self.builder.latest
 
     def window_bytes(self) -> torch.Tensor:
         """The layer's cache memory as uint8 ``[num_blocks, page_bytes]``."""

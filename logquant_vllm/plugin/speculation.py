@@ -1,0 +1,112 @@
+"""Speculative decoding: what it asks of the cache, and what of it is refused.
+
+A decode step verifies a request's drafts along with its next token, and vLLM takes the rejected ones back. Methods with
+a draft model or head also have layers whose keys and values come from drafts: these keep them in pages and window
+blocks like the model's own layers, in the same two groups of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from logquant_vllm import planning
+from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.plugin import KV_CACHE_DTYPE
+
+METHODS = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3", "mtp")
+"""Those that verify a chain of drafts through the model's own attention, drafted one after another."""
+
+
+def num_drafts(vllm_config: Any) -> int:
+    """Drafts that a step verifies for a request, at most."""
+    speculative = vllm_config.speculative_config
+    return 0 if speculative is None else speculative.num_speculative_tokens or 0
+
+
+def has_draft_layers(vllm_config: Any) -> bool:
+    """Whether a draft model or head has attention layers of its own."""
+    speculative = vllm_config.speculative_config
+    return speculative is not None and speculative.uses_draft_kv_cache()
+
+
+def rollback_tokens(vllm_config: Any) -> int:
+    """:func:`logquant_vllm.planning.rollback_tokens` of an engine."""
+    return planning.rollback_tokens(
+        num_drafts(vllm_config),
+        draft_layers=has_draft_layers(vllm_config),
+        asynchronous=bool(vllm_config.scheduler_config.async_scheduling),
+    )
+
+
+def is_draft_model(vllm_config: Any) -> bool:
+    """Whether this is the configuration that vLLM makes for a draft model out of the engine's."""
+    speculative = vllm_config.speculative_config
+    return speculative is not None and vllm_config.model_config is speculative.draft_model_config
+
+
+def options_of(vllm_config: Any) -> LogQuantConfig:
+    """Our options for the model of a configuration.
+
+    Raises:
+        ValueError: as :meth:`LogQuantConfig.from_additional_config` does.
+    """
+    config = LogQuantConfig.from_additional_config(vllm_config.additional_config)
+    return draft_options(vllm_config, config) if is_draft_model(vllm_config) else config
+
+
+def draft_options(vllm_config: Any, config: LogQuantConfig) -> LogQuantConfig:
+    """``config`` for a draft: a calibration that is named is the model's, and a head that drafts has none."""
+    own = "auto" if vllm_config.speculative_config.uses_draft_model() and config.calibration is not None else None
+    return config.model_copy(update={"calibration": own})
+
+
+def num_draft_layers(vllm_config: Any) -> int:
+    """Attention layers of a draft model or head."""
+    if not has_draft_layers(vllm_config):
+        return 0
+    speculative = vllm_config.speculative_config
+    if speculative.method == "mtp":
+        return int(getattr(speculative.draft_model_config.hf_config, "n_predict", None) or 1)
+    return int(speculative.draft_model_config.hf_text_config.num_hidden_layers)
+
+
+def speculation_problems(vllm_config: Any, config: LogQuantConfig) -> Iterator[str]:
+    """What of an engine's speculative decoding does not work with this cache."""
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return
+    if speculative.method not in METHODS:
+        yield f"the speculative method {speculative.method} is not supported: use one of {', '.join(METHODS)}"
+        return
+    if speculative.parallel_drafting:
+        yield (
+            "parallel drafting (parallel_drafting, or a draft model made for it) is not supported: use a draft model "
+            "or head that drafts one token after another"
+        )
+    if speculative.kv_cache_dtype not in (None, KV_CACHE_DTYPE):
+        yield (
+            f"the draft's layers share the model's blocks: leave kv_cache_dtype {speculative.kv_cache_dtype} out of "
+            "--speculative-config"
+        )
+    if speculative.attention_backend is not None:
+        yield "the draft's attention backend follows from the dtype: leave attention_backend out"
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if has_draft_layers(vllm_config):
+        if speculative.draft_parallel_config.tensor_parallel_size != ranks:
+            yield f"the draft needs the model's tensor parallel size: use draft_tensor_parallel_size {ranks}"
+        shapes = [
+            (model.get_total_num_kv_heads(), model.get_head_size())
+            for model in (vllm_config.model_config, speculative.draft_model_config)
+        ]
+        if shapes[0] != shapes[1]:
+            (heads, size), (draft_heads, draft_size) = shapes
+            yield (
+                f"the draft has {draft_heads} KV heads of {draft_size} channels and the model {heads} of {size}: use a "
+                "draft with the model's"
+            )
+    if (needed := rollback_tokens(vllm_config)) > config.window_length:
+        yield (
+            f"with num_speculative_tokens {speculative.num_speculative_tokens} up to {needed} tokens are taken back, "
+            f"and window_length is {config.window_length}: use fewer, or a window_length of at least {needed}"
+        )

@@ -1,0 +1,150 @@
+"""Speculative decoding in this process: methods with a draft model or head give the answers of an engine without it.
+
+Log-probabilities are compared: an accepted draft must be what the model would have said, and a rejected one must leave
+nothing behind. Nothing here depends on the version of vLLM. Look-up (ngram) is left to a server's process
+(``tests.test_speculation_server``): it imports numba, after which vLLM 0.32 starts no other engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.drafts import eagle_head, first_layers, model_with_mtp
+from tests.models import write_model
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from tests.test_engine import ROUNDING, Engine, distance, prompts_of
+
+pytestmark = pytest.mark.server
+
+DRAFTS = 3
+PAGE = 128
+SIZES = {"max_model_len": 1024, "num_gpu_blocks_override": 200, "max_num_batched_tokens": 4096}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        yield
+
+
+class Models:
+    """A model, and what drafts for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.target = write_model(folder / "model", num_hidden_layers=3)
+        self.drafts: dict[str, dict[str, Any]] = {
+            "draft_model": {"model": str(first_layers(self.target, folder / "draft", 2))},
+            "eagle": {"model": str(eagle_head(self.target, folder / "eagle"))},
+            "eagle3": {"model": str(eagle_head(self.target, folder / "eagle3", eagle3=True))},
+        }
+
+    def engine(self, method: str | None, **arguments: Any) -> Engine:
+        return engine(self.target, method, self.drafts[method] if method else {}, **arguments)
+
+
+def engine(model: Path, method: str | None, draft: dict[str, Any], **arguments: Any) -> Engine:
+    speculation = {"method": method, "num_speculative_tokens": DRAFTS, **draft} if method else None
+    return Engine(model, **{**SIZES, **arguments}, speculative_config=speculation)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def plain(models: Models) -> Engine:
+    return models.engine(None)
+
+
+@pytest.fixture(scope="module")
+def drafting(models: Models) -> Engine:
+    return models.engine("draft_model")
+
+
+def acceptance(engine: Engine) -> tuple[int, int]:
+    """Drafts that were made, and that were accepted."""
+    drafted, accepted = (engine.metric(f"vllm:spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted"))
+    return drafted, accepted
+
+
+def compare(plain: Engine, drafting: Engine, last_page_anew: bool = False) -> None:
+    """Answers of both, cold and after prefix hits, beyond several compactions; all blocks come back.
+
+    Args:
+        last_page_anew: vLLM computes the last page of a hit again, for a head that sees one token ahead.
+    """
+    lengths, free = [60, 180, 188, 320, 500, 700], drafting.free_blocks
+    for engine in (plain, drafting):
+        assert engine.core.scheduler.kv_cache_manager.reset_prefix_cache()
+    prompts = prompts_of(*lengths)
+    cold, _ = plain.ask(prompts, 80)
+    actual, cached = drafting.ask(prompts, 80)
+    assert cached == [0] * len(prompts)
+    assert distance(actual, cold) < ROUNDING
+    expected, hits = plain.ask(prompts, 80)
+    both, cached = drafting.ask([*prompts, *prompts_of(90)], 80)
+    if last_page_anew:
+        assert cached == [max(n - PAGE, 0) for n in hits] + [0]
+    else:
+        assert cached == [*hits, 0]
+        assert distance(both[:-1], expected) < ROUNDING
+    assert drafting.free_blocks == free
+
+
+def test_a_draft_model(plain: Engine, drafting: Engine) -> None:
+    compare(plain, drafting)
+    drafted, accepted = acceptance(drafting)
+    assert 0 < accepted < drafted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_a_head(models: Models, plain: Engine, method: str) -> None:
+    engine = models.engine(method)
+    compare(plain, engine, last_page_anew=True)
+    assert acceptance(engine)[0] > 1000
+
+
+@pytest.mark.slow
+def test_mtp(tmp_path: Path) -> None:
+    model = model_with_mtp(tmp_path / "model")
+    drafting = engine(model, "mtp", {})
+    compare(engine(model, None, {}), drafting, last_page_anew=True)
+    assert acceptance(drafting)[0] > 1000
+
+
+def test_abort_gives_every_block_back(drafting: Engine) -> None:
+    free = drafting.free_blocks
+    llm = drafting.llm.llm_engine
+    for i, prompt in enumerate(prompts_of(100, 900, 333)):
+        llm.add_request(f"left {i}", {"prompt_token_ids": prompt}, drafting.sampling(100))  # type: ignore[arg-type]
+    for _ in range(5):
+        llm.step()
+    assert drafting.free_blocks < free
+    llm.abort_request([f"left {i}" for i in range(3)])
+    while llm.has_unfinished_requests():
+        llm.step()
+    assert drafting.free_blocks == free
+
+
+@pytest.mark.slow
+def test_preemption_computes_the_same(models: Models) -> None:
+    """Six requests in a pool for two. Each fits its window, so that answers are exact however it is cut into steps."""
+    whole = {"max_model_len": 256, "num_gpu_blocks_override": 70, "enable_prefix_caching": False}
+    engine = models.engine("draft_model", additional_config={"logquant": {"window_length": 128}}, **whole)
+    prompts, free = prompts_of(*range(60, 180, 20)), engine.free_blocks
+    alone = [engine.ask([prompt], 70)[0][0] for prompt in prompts]
+    before = engine.metric("vllm:num_preemptions")
+    crowded, _ = engine.ask(prompts, 70)
+    assert engine.metric("vllm:num_preemptions") > before
+    assert distance(alone, crowded) < ROUNDING
+    assert engine.free_blocks == free
