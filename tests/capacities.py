@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from logquant_vllm.planning import Capacity, ModelShape, plan
+from logquant_vllm.planning import Capacity, ModelShape, plan, rollback_tokens
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GIB = 1 << 30
@@ -61,7 +61,9 @@ class ConfigFile:
         """bfloat16, fp8, logquant."""
         shape, _ = MODELS[self.flags["model"]]
         memory, length = self.kv_gib * GIB, self.flags["max-model-len"]
-        return plan(shape, memory, length, tensor_parallel_size=self.ranks)
+        drafts = self.flags.get("speculative-config", {}).get("num_speculative_tokens", 0)
+        rollback = rollback_tokens(drafts)
+        return plan(shape, memory, length, tensor_parallel_size=self.ranks, rollback_tokens=rollback)
 
 
 def config_files() -> list[ConfigFile]:
@@ -73,6 +75,8 @@ def updated_file(file: ConfigFile) -> str:
     """The file's text with its ``# plan:`` lines computed again."""
     bf16, _, logquant = file.capacities()
     ranks = f" --tensor-parallel-size {file.ranks}" if file.ranks > 1 else ""
+    if "speculative-config" in file.flags:
+        ranks += f" --num-speculative-tokens {file.flags['speculative-config']['num_speculative_tokens']}"
     lines = [
         f"logquant-vllm plan {file.flags['model']} \\",
         f"  --memory {file.kv_gib}GiB --max-model-len {file.flags['max-model-len']}{ranks}",

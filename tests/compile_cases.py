@@ -45,7 +45,8 @@ class Case:
     def __init__(self, name: str, calibrated: bool) -> None:
         options, self.head_size, gqa, self.queries = FORMATS[name]
         self.heads = gqa * KV_HEADS
-        self.layout: CacheLayout = LogQuantConfig.from_options(options).layout(self.head_size)
+        config = LogQuantConfig.from_options(options)
+        self.layout: CacheLayout = config.layout(self.head_size, decode_query_len=self.queries)
         self._basis = rotation_basis(self.head_size, torch.bfloat16, "cpu")
         if calibrated:
             basis = calibrated_basis(random_moments(self.head_size, KV_HEADS))
@@ -60,7 +61,7 @@ class Case:
         """What a server does before its first request."""
         from logquant_vllm.kernels.warm_up import warm_up
 
-        warm_up(self.layer(device), self.heads, KV_HEADS, torch.bfloat16, device, requests, length, self.queries)
+        warm_up(self.layer(device), self.heads, KV_HEADS, torch.bfloat16, device, requests, length)
 
     def decode_step(self, device: torch.device, requests: int, length: int) -> None:
         """One token of each request, the longest of ``length``; block tables as vLLM makes them."""

@@ -256,6 +256,19 @@ def test_plan_json_is_the_planner(tmp_path: Path) -> None:
     assert report["formats"][2]["tokens_ratio"] > 6
 
 
+def test_plan_counts_drafts(tmp_path: Path) -> None:
+    """More layers make a block larger, and more tokens that may be taken back a request's window."""
+    pytest.importorskip("transformers")
+    model = str(write_config(tmp_path / "model"))
+    drafts = ["--num-speculative-tokens", "5", "--draft-layers", "1"]
+    arguments = ["plan", model, "--memory", "1GiB", "--max-model-len", "8192", "--json"]
+    plain, drafting = (
+        json.loads(runner.invoke(app, [*arguments, *more]).stdout)["formats"][2] for more in ([], drafts)
+    )
+    assert drafting["num_blocks"] == plain["num_blocks"] * 2 // 3
+    assert drafting["blocks_per_request"] == plain["blocks_per_request"] + 1
+
+
 def test_plan_table(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     model = str(write_config(tmp_path / "model"))

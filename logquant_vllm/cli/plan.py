@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ from logquant_vllm.cli.arguments import parse_json
 from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.models import NAMED, model_directory
 from logquant_vllm.config import LogQuantConfig
-from logquant_vllm.planning import DEFAULT_BLOCK_SIZE, Capacity, ModelShape, model_shape
+from logquant_vllm.planning import DEFAULT_BLOCK_SIZE, Capacity, ModelShape, model_shape, rollback_tokens
 from logquant_vllm.planning import plan as plan_capacity
 
 UNITS = (
@@ -46,6 +47,8 @@ def plan(
         int, typer.Option(help="Block size of vLLM's own formats (its default: 16 on CUDA, 128 on CPU).")
     ] = DEFAULT_BLOCK_SIZE["cuda"],
     options: Annotated[str, typer.Option(help="LogQuant's options as JSON.")] = "{}",
+    num_speculative_tokens: Annotated[int, typer.Option(min=0, help="Drafts that a step verifies.")] = 0,
+    draft_layers: Annotated[int, typer.Option(min=0, help="Layers of a draft model or head.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how many tokens and requests fit in a given KV memory, beside the model's own dtype and fp8.
@@ -56,13 +59,15 @@ def plan(
         config = LogQuantConfig.from_options(parse_json("--options", options))
         available = parse_memory(memory)
         shape = model_shape(model_directory(model), dtype, max_model_len)
+        with_drafts = replace(shape, num_layers=shape.num_layers + draft_layers)
         capacities = plan_capacity(
-            shape,
+            with_drafts,
             available,
             max_model_len,
             config,
             tensor_parallel_size=tensor_parallel_size,
             block_size=block_size,
+            rollback_tokens=rollback_tokens(num_speculative_tokens, draft_layers=draft_layers > 0),
         )
     if as_json:
         typer.echo(json.dumps(_as_json(model, shape, available, config, capacities), indent=2))

