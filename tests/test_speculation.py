@@ -42,9 +42,14 @@ class Models:
         self.target = write_model(folder / "model", num_hidden_layers=3)
         self.drafts: dict[str, dict[str, Any]] = {
             "draft_model": {"model": str(first_layers(self.target, folder / "draft", 2))},
+            "a smaller draft": {"method": "draft_model", "model": str(self.small(folder / "small"))},
             "eagle": {"model": str(eagle_head(self.target, folder / "eagle"))},
             "eagle3": {"model": str(eagle_head(self.target, folder / "eagle3", eagle3=True))},
         }
+
+    @staticmethod
+    def small(path: Path) -> Path:
+        return write_model(path, seed=1, num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=2, head_dim=80)
 
     def engine(self, method: str | None, **arguments: Any) -> Engine:
         return engine(self.target, method, self.drafts[method] if method else {}, **arguments)
@@ -104,6 +109,14 @@ def test_a_draft_model(plain: Engine, drafting: Engine) -> None:
     compare(plain, drafting)
     drafted, accepted = acceptance(drafting)
     assert 0 < accepted < drafted
+
+
+@pytest.mark.slow
+def test_a_draft_model_of_another_shape(models: Models, plain: Engine) -> None:
+    """It fills a part of the model's blocks."""
+    engine = models.engine("a smaller draft")
+    compare(plain, engine)
+    assert acceptance(engine)[0] > 1000
 
 
 @pytest.mark.slow

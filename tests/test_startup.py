@@ -143,7 +143,11 @@ DRAFTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"method": "dflash"},
         "the speculative method dflash is not supported: use one of ngram, ",
     ),
-    "a draft of another shape": ({"num_key_value_heads": 1}, {}, "1 KV heads of 64 channels and the model 2 of 64"),
+    "a larger draft": (
+        {"num_key_value_heads": 4},
+        {},
+        "4 KV heads of 64 .* no room .2 of 64.: use a smaller draft",
+    ),
     "a draft of another kind": (MISTRAL_SLIDING, {}, "of the draft: all layers attend to the last 256 tokens"),
     "a draft with another cache": ({}, {"kv_cache_dtype": "auto"}, "leave kv_cache_dtype auto out of --speculative"),
     "a draft with a backend": ({}, {"attention_backend": "FLASH_ATTN"}, "leave attention_backend out"),

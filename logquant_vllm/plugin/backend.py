@@ -163,6 +163,10 @@ def _operations() -> ModuleType:
     return operations
 
 
+def _impl_of(layer: Any) -> Any:
+    return getattr(layer, "impl", None)
+
+
 class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
     """One attention layer."""
 
@@ -202,17 +206,16 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         self._draft_model = vllm_config.model_config if is_draft_model(vllm_config) else None
         self.operations = _operations()
         self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
-        for other in (getattr(layer, "impl", None) for layer in self._layers.values()):
-            if isinstance(other, LogQuantImpl) and (other.num_kv_heads, other.head_size) != (
-                self.num_kv_heads,
-                head_size,
-            ):
+        self._window_layer: WindowLayer | None = None
+        # the layer whose blocks this one's are like: its own, or for a draft the model's, whose weights are loaded
+        self._first = next((x for x in map(_impl_of, self._layers.values()) if isinstance(x, LogQuantImpl)), self)
+        if self._first._window_layer is None:
+            mine, first = ((x.num_kv_heads, x.head_size) for x in (self, self._first))
+            if mine != first:
                 raise ValueError(
                     f"--kv-cache-dtype {KV_CACHE_DTYPE} needs layers of one shape, and this model has layers of "
-                    f"{other.num_kv_heads} KV heads of {other.head_size} and of {self.num_kv_heads} of {head_size}: "
-                    "use --kv-cache-dtype auto"
+                    f"{first[0]} KV heads of {first[1]} and of {mine[0]} of {mine[1]}: use --kv-cache-dtype auto"
                 )
-        self._window_layer: WindowLayer | None = None
         layout = self.config.layout(
             head_size,
             prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
@@ -232,7 +235,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
 
         It is the first call that comes when vLLM has named the layer.
         """
-        name, layer = next((n, m) for n, m in self._layers.items() if getattr(m, "impl", None) is self)
+        name, layer = next((n, m) for n, m in self._layers.items() if _impl_of(m) is self)
         vllm_config = get_current_vllm_config()
         if self.config.rotation or self.config.value_rotation:
             # of these weights: vLLM reloads from other places, too
@@ -241,7 +244,10 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             self._layer = self._layer._replace(basis=basis)
         if self._window_layer is None:
             layer.attn_backend = configured_backend(self.config)
-            self._window_layer = WindowLayer(name + WINDOW_SUFFIX, layer, self._layer.layout)
+            first = next(m for m in self._layers.values() if _impl_of(m) is self._first)
+            if first is not layer:  # blocks of one size, which a draft of another shape does not fill
+                layer.get_kv_cache_spec = first.get_kv_cache_spec
+            self._window_layer = WindowLayer(name + WINDOW_SUFFIX, first, self._first._layer.layout)
             self._layers[name + WINDOW_SUFFIX] = self._window_layer
         if current_platform.is_cuda():
             from logquant_vllm.plugin.prefill import flash_attention
@@ -270,9 +276,10 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
                 self._layer.dense.workspace(query, self.num_kv_heads)
             return output.fill_(0)
         tokens = slice(attn_metadata.num_actual_tokens)
+        page_bytes = self._layer.layout.fmt.page_bytes(self.num_kv_heads)
         cache = PagedCache(
-            kv_cache[:, 0, 0],
-            self.window_layer.window_bytes(),
+            kv_cache[:, 0, 0, :page_bytes],
+            self.window_layer.window_bytes()[:, :page_bytes],
             attn_metadata.block_table,
             self.window_layer.metadata(get_forward_context().attn_metadata).block_table,
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from logquant_vllm import planning
-from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.config import HEAD_SIZES, LogQuantConfig
 from logquant_vllm.plugin import KV_CACHE_DTYPE
 
 METHODS = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3", "mtp")
@@ -95,18 +95,24 @@ def speculation_problems(vllm_config: Any, config: LogQuantConfig) -> Iterator[s
     if has_draft_layers(vllm_config):
         if speculative.draft_parallel_config.tensor_parallel_size != ranks:
             yield f"the draft needs the model's tensor parallel size: use draft_tensor_parallel_size {ranks}"
-        shapes = [
-            (model.get_total_num_kv_heads(), model.get_head_size())
-            for model in (vllm_config.model_config, speculative.draft_model_config)
-        ]
-        if shapes[0] != shapes[1]:
-            (heads, size), (draft_heads, draft_size) = shapes
-            yield (
-                f"the draft has {draft_heads} KV heads of {draft_size} channels and the model {heads} of {size}: use a "
-                "draft with the model's"
-            )
+        yield from _draft_too_large(vllm_config, config)
     if (needed := rollback_tokens(vllm_config)) > config.window_length:
         yield (
             f"with num_speculative_tokens {speculative.num_speculative_tokens} up to {needed} tokens are taken back, "
             f"and window_length is {config.window_length}: use fewer, or a window_length of at least {needed}"
+        )
+
+
+def _draft_too_large(vllm_config: Any, config: LogQuantConfig) -> Iterator[str]:
+    """A draft's blocks are as large as the model's: a page of it has to fit. (So do then as many copies.)"""
+    models = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
+    if any(model.get_head_size() not in HEAD_SIZES for model in models):
+        return  # refused for that
+    shapes = [(model.get_num_kv_heads(vllm_config.parallel_config), model.get_head_size()) for model in models]
+    room, needed = (config.page_format(size).page_bytes(heads) for heads, size in shapes)
+    if needed > room:
+        (heads, size), (draft_heads, draft_size) = shapes
+        yield (
+            f"the draft has {draft_heads} KV heads of {draft_size} channels, for which the model's blocks have no room "
+            f"({heads} of {size}): use a smaller draft"
         )
