@@ -51,16 +51,21 @@ class Sequence:
     """One sequence with exact K/V and their 2-bit images, and attention over the mix that the paper prescribes.
 
     ``first_copy`` is the first position that ever had a full-precision copy: the start of the sequence's own computing.
+    Before it, token 0 may have one (``sink``).
     """
 
     def __init__(self, fmt: PageFormat, window_length: int, first_copy: int = 0) -> None:
-        self.fmt, self.window, self.first_copy = fmt, LogWindow(window_length), first_copy
+        self.fmt, self.window, self.first_copy, self.sink = fmt, LogWindow(window_length), first_copy, first_copy == 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.images: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def hit(self, key: Tensor, value: Tensor, replay: int) -> None:
-        """Begin at pages that another sequence made of ``[tokens, heads, head_size]``; ``replay`` tokens come again."""
+    def hit(self, key: Tensor, value: Tensor, replay: int, sink: bool = True) -> None:
+        """Begin at pages that another sequence made of ``[tokens, heads, head_size]``; ``replay`` tokens come again.
+
+        ``sink``: whether the other's copy of token 0 is there.
+        """
+        self.sink = sink
         for start in range(0, len(key), self.fmt.key_group_size):
             self._image(start, list(key), list(value))
         self.first_copy = len(key) - replay
@@ -88,7 +93,8 @@ class Sequence:
     def mixture(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values that a chunk ``[tokens, heads, head_size]`` sees: the cache as it was, and itself exactly."""
         past, size = len(self.keys), self.fmt.key_group_size
-        copied = {p for p in self.window.selected + self.window.recent if p >= self.first_copy}
+        kept = self.window.selected + self.window.recent
+        copied = {p for p in kept if p >= self.first_copy or (p == 0 and self.sink)}
         keys, values = [*self.keys, *key], [*self.values, *value]
         mixed_keys = [k.double() for k in keys]
         mixed_values = [v.double() for v in values]

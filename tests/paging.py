@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from logquant_vllm.core import operations
-from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
+from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, cold_window_table
 
 RELATIVE_ERROR = 5e-3
 """The tolerance: operands in half precision, sums in float32."""
@@ -60,9 +60,20 @@ class PagedBatch:
         ids = ids.to(self.device)
         # the window's table is wider than the window, as vLLM's is
         width = 3 + self.layout.num_window_blocks(self.layout.num_slots, self.num_kv_heads, self.dtype)
-        padded = torch.nn.functional.pad(ids[:, pages:], (0, width - window)).contiguous()
+        padded = torch.nn.functional.pad(cold_window_table(ids[:, pages:]), (0, width - window)).contiguous()
         self.cache = PagedCache(memory, memory, ids[:, :pages].contiguous(), padded)
         self.seq_lens = self.seq_lens or [0] * self.num_reqs
+
+    def hit(self, source: int, target: int, tokens: int, sink: bool = True) -> None:
+        """Let ``target`` begin on the pages of the first ``tokens`` of ``source``, by the same ids in its tables.
+
+        Args:
+            sink: whether the source's first window block is still there.
+        """
+        pages, cache = tokens // self.layout.fmt.page_size, self.cache
+        cache.block_table[target, :pages] = cache.block_table[source, :pages]
+        cache.sink_blocks[target] = cache.sink_blocks[source] if sink else 0
+        self.seq_lens[target] = tokens - self.layout.prefix_replay_tokens
 
     def batch(self, new: list[int]) -> Batch:
         """Metadata of a step that adds ``new[r]`` tokens to request ``r``; advances the lengths."""

@@ -13,10 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from logquant_vllm.core.page_format import HEADER_SLOTS
+from logquant_vllm.core.paged import window_slots_view
 from logquant_vllm.planning import model_shape, plan
 from tests.models import write_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from logquant_vllm.plugin.specs import WindowManager
+from logquant_vllm.plugin.window_layer import WindowLayer
+
 pytestmark = pytest.mark.server
 
 VOCABULARY = 512
@@ -52,6 +58,31 @@ class Engine:
     def metric(self, name: str) -> int:
         """One of vLLM's counters."""
         return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)  # type: ignore[union-attr]
+
+    def begin(self, name: str, prompt: list[int], tokens: int = 100) -> None:
+        """Add a request, and compute a step."""
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, self.sampling(tokens))  # type: ignore[arg-type]
+        self.llm.llm_engine.step()
+
+    def end(self) -> None:
+        """Abort all requests."""
+        self.llm.llm_engine.abort_request(list(self.core.scheduler.requests), internal=True)
+        self.llm.llm_engine.step()
+
+    def sink_block(self, name: str) -> int:
+        """The block with the copy of token 0 of a request that was begun."""
+        managers = self.core.scheduler.kv_cache_manager.coordinator.single_type_managers
+        (rows,) = (manager.req_to_blocks for manager in managers if isinstance(manager, WindowManager))
+        (row,) = (row for request, row in rows.items() if request.startswith(name))
+        return row[0].block_id
+
+    def copies_of_token_0(self, block: int) -> list[Tensor]:
+        """The copy in a sink block, views of each layer's memory ``[num_kv_heads, 2, head_size]``."""
+        config = self.llm.llm_engine.vllm_config
+        layers = [x for x in config.compilation_config.static_forward_context.values() if isinstance(x, WindowLayer)]
+        heads, size = config.model_config.get_total_num_kv_heads(), config.model_config.get_head_size()
+        dtype = config.model_config.dtype
+        return [window_slots_view(x.window_bytes(), heads, size, dtype)[block, HEADER_SLOTS] for x in layers]
 
     def sampling(self, tokens: int) -> Any:
         """Greedy, with every log-probability."""
@@ -154,6 +185,41 @@ def test_prefix_hits(engine: Engine) -> None:
     assert distance(alone, hits[:1]) < ROUNDING
     assert distance(cold, alone) > 0  # 2 bits against none: the hit was used
     assert float((cold[0][0].exp() * (cold[0][0] - alone[0][0])).sum()) < 0.2
+    assert engine.free_blocks == free
+
+
+def test_token_0_stays_exact_after_a_hit(engine: Engine) -> None:
+    """Who hits a prefix reads the copy of who computed it, alive, ended or aborted, and the page when it is evicted."""
+    (prompt,) = prompts_of(777)
+    free = engine.free_blocks
+    engine.begin("owner", prompt)
+    block = engine.sink_block("owner")
+    copies = engine.copies_of_token_0(block)
+    exact = [copy.clone() for copy in copies]
+    assert all(copy.abs().sum() > 0 for copy in exact)
+    engine.begin("beside", prompt)
+    assert engine.sink_block("beside") == block
+    engine.end()
+    engine.begin("behind", prompt)
+    assert engine.sink_block("behind") == block
+    engine.end()
+    assert engine.free_blocks == free
+    with_copy, cached = engine.ask([prompt], 150)  # beyond compactions
+    assert cached == [768]
+    assert all(torch.equal(copy, whole) for copy, whole in zip(copies, exact, strict=True))
+
+    for copy in copies:
+        copy.mul_(-1)
+    wrong, _ = engine.ask([prompt], 1)
+    assert distance(wrong, [with_copy[0][:1]]) > ROUNDING, "nobody reads the copy"
+    engine.core.scheduler.kv_cache_manager.evict_blocks({block})
+    without, cached = engine.ask([prompt], 1)
+    assert cached == [768]
+    assert distance(without, [with_copy[0][:1]]) > 0
+    assert mean_kl([(with_copy[0][0], without[0][0])]) < 0.1
+    engine.begin("last", prompt)
+    assert engine.sink_block("last") == 0
+    engine.end()
     assert engine.free_blocks == free
 
 

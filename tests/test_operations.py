@@ -172,34 +172,31 @@ def test_special_values_are_stored_alike(ops: ModuleType, special: float, scale_
     assert torch.equal(actual.cache.pages, expected.cache.pages)
 
 
-def copy_hit(requests: PagedBatch, source: int, target: int, pages: int) -> None:
-    """Give ``target`` the pages of ``source``, as a prefix cache does: the same ids in its block table."""
-    requests.cache.block_table[target, :pages] = requests.cache.block_table[source, :pages]
-
-
 @every_implementation
+@pytest.mark.parametrize("sink", [True, False])
 @pytest.mark.parametrize(("window", "group", "replay"), [(64, 64, 128), (64, 64, 0), (42, 32, 84), (42, 32, 50)])
-def test_prefix_hit(ops: ModuleType, window: int, group: int, replay: int) -> None:
+def test_prefix_hit(ops: ModuleType, window: int, group: int, replay: int, sink: bool) -> None:
     """A request starts on pages that another has written: it computes the last tokens of the hit again, leaves those
-    pages as they are, and below its first copy reads 2 bits."""
+    pages as they are, and below its first copy reads 2 bits, but for the other's copy of token 0 if it is there."""
     layout = CacheLayout(PageFormat(32, key_group_size=group), window, replay)
     hit, total, size = 256, 256 + 3 * window, 32
     q, k, v = random_qkv(total, 4, 1, size, torch.float32)
     requests = PagedBatch(layout, 1, 2, total, torch.float32)
     requests.step(q[: hit + 3], k[: hit + 3], v[: hit + 3], [hit + 3, 0], size**-0.5, ops)
-    copy_hit(requests, 0, 1, hit // layout.fmt.page_size)
-    shared = requests.cache.block_table[1, : hit // layout.fmt.page_size].long()
+    requests.hit(0, 1, hit, sink)
+    pages = requests.cache.block_table[1, : hit // layout.fmt.page_size]
+    shared = torch.cat([pages, requests.cache.window_block_table[0]]).long()
     before = requests.cache.pages[shared].clone()
     oracle = Sequence(layout.fmt, window)
-    oracle.hit(k[:hit], v[:hit], replay)
+    oracle.hit(k[:hit], v[:hit], replay, sink)
 
     # replayed tokens never come out quite as they were; here they differ by far more, to tell copies from pages
     k, v = (x * (1 + 0.1 * torch.rand(total, 1, 1, generator=torch.Generator().manual_seed(1))) for x in (k, v))
-    start = requests.seq_lens[1] = hit - replay
+    start = hit - replay
     for chunk in (max(replay // 2, 5), replay - replay // 2 + 1, 1, 1, window - 2, 1, window + 1):
         rows = slice(start, start + chunk)
         output, lse = requests.step(q[rows], k[rows], v[rows], [0, chunk], size**-0.5, ops)
-        assert torch.equal(requests.cache.pages[shared], before), "a replayed token was written to a shared page"
+        assert torch.equal(requests.cache.pages[shared], before), "the other request's pages or window were written"
         expected, expected_lse = oracle.attend(q[rows], k[rows], v[rows], size**-0.5)
         assert_close(output, expected, 1e-4, f"output at {start} + {chunk}")
         assert_close(lse, expected_lse, 1e-4, f"lse at {start} + {chunk}")
@@ -214,15 +211,13 @@ def test_hit_on_pages_of_the_same_step(ops: ModuleType) -> None:
     q, k, v = random_qkv(300, 2, 1, size, torch.float32)
     alone = PagedBatch(layout, 1, 2, 300, torch.float32)
     alone.step(q[:256], k[:256], v[:256], [256, 0], size**-0.5, ops)
-    copy_hit(alone, 0, 1, 2)
-    alone.seq_lens[1] = 256
+    alone.hit(0, 1, 256)
     expected, _ = alone.step(q[256:], k[256:], v[256:], [0, 44], size**-0.5, ops)
 
     for order in ([0, 1], [1, 0]):
         first, second = order  # the request that completes the pages, and the one that starts on them
         both = PagedBatch(layout, 1, 2, 300, torch.float32)
-        copy_hit(both, first, second, 2)
-        both.seq_lens[second] = 256
+        both.hit(first, second, 256)
         rows = {first: slice(0, 256), second: slice(256, 300)}
         qkv = [torch.cat([x[rows[0]], x[rows[1]]]) for x in (q, k, v)]
         new = [rows[r].stop - rows[r].start for r in (0, 1)]
@@ -295,7 +290,7 @@ def test_stale_bytes_are_not_read(ops: ModuleType) -> None:
     for poison in (0xFF, 0x00, 0x7F):
         requests = PagedBatch(layout, 1, 2, 500)
         used = torch.cat([requests.cache.block_table, requests.cache.window_block_table], 1).long().unique()
-        window_heads = requests.cache.window_block_table[:, 0].long()
+        window_heads = requests.cache.own_blocks[:, 0].long()
         requests.cache.pages[used] = poison
         requests.cache.pages[window_heads, :4] = 0  # fresh headers, as after vLLM's zeroing
         results = []

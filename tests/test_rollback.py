@@ -48,14 +48,13 @@ def rounds(num_reqs: int, rollback_tokens: int) -> st.SearchStrategy[list[Round]
 class Requests:
     """A batch whose last request begins on pages of the first, and the tokens that its requests will have."""
 
-    def __init__(self, layout: CacheLayout, ops: ModuleType, starts: list[int], hit: int) -> None:
+    def __init__(self, layout: CacheLayout, ops: ModuleType, starts: list[int], hit: int, sink: bool) -> None:
         self.paged = PagedBatch(layout, KV_HEADS, len(starts) + 1, TOTAL, torch.float32)
         self.tokens = [random_qkv(TOTAL, HEADS, KV_HEADS, SIZE, torch.float32, seed=r) for r in range(len(starts) + 1)]
         self.layout, self.ops = layout, ops
         self.step([*starts, 0])
-        pages = hit // layout.fmt.page_size
-        self.paged.cache.block_table[-1, :pages] = self.paged.cache.block_table[0, :pages]
-        self.paged.seq_lens[-1] = self.window_start = hit - layout.prefix_replay_tokens
+        self.paged.hit(0, -1, hit, sink)
+        self.window_start = self.paged.seq_lens[-1]
         self.tokens[-1] = tuple(
             torch.cat([shared[:hit], own[hit:]]) for shared, own in zip(self.tokens[0], self.tokens[-1], strict=True)
         )
@@ -109,11 +108,11 @@ def assert_holds_the_same(actual: Requests, expected: Requests, request: int, wh
         assert torch.equal(copies[position], copy), f"copy of {position} of {what}"
 
 
-def expected_copies(seq_len: int, window_length: int, window_start: int) -> set[int]:
+def expected_copies(seq_len: int, window_length: int, window_start: int, sink: bool) -> set[int]:
     window = LogWindow(window_length)
     for position in range(seq_len):
         window.append(position)
-    return {p for p in window.selected + window.recent if p >= window_start}
+    return {p for p in window.selected + window.recent if p >= window_start or (p == 0 and sink)}
 
 
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
@@ -126,7 +125,8 @@ def test_what_was_taken_back_leaves_no_trace(ops: ModuleType, window: int, data:
     layout = CacheLayout(fmt, window, REPLAY, rollback_tokens=rollback_tokens)
     edge = st.builds(lambda m, d: m + d, st.sampled_from([64, 96, 4 * window, 5 * window]), st.integers(-2, 1))
     starts = [data.draw(edge.map(lambda n: max(n, 128))), data.draw(st.just(0) | edge)]
-    taken_back, never_run = (Requests(layout, ops, starts, 128) for _ in range(2))
+    sink = data.draw(st.booleans())
+    taken_back, never_run = (Requests(layout, ops, starts, 128, sink) for _ in range(2))
     for number, (right, wrong, apart) in enumerate(data.draw(rounds(3, rollback_tokens))):
         expected = never_run.step(right)
         outputs = taken_back.step(right, None if apart else wrong)
@@ -139,7 +139,7 @@ def test_what_was_taken_back_leaves_no_trace(ops: ModuleType, window: int, data:
                 assert_close(outputs[request], expected[request], 1e-5, what)
             assert_holds_the_same(taken_back, never_run, request, what)
             begin = never_run.window_start if request == 2 else 0
-            copies = expected_copies(never_run.paged.seq_lens[request], window, begin)
+            copies = expected_copies(never_run.paged.seq_lens[request], window, begin, request < 2 or sink)
             assert taken_back.live(request)[2].keys() == copies, what
 
 
@@ -154,7 +154,8 @@ def test_verified_drafts_leave_what_decoding_leaves(ops: ModuleType, data: st.Da
     layout = replace(plain_layout, rollback_tokens=drafts, decode_query_len=1 + drafts)
     near = st.builds(lambda m, d: m + d, st.sampled_from([96, 128, 192]), st.integers(-2 - drafts, 1))
     starts = [data.draw(near.map(lambda n: max(n, 128))), data.draw(st.just(0) | near)]
-    verifying, plain = Requests(layout, ops, starts, 128), Requests(plain_layout, ops, starts, 128)
+    sink = data.draw(st.booleans())
+    verifying, plain = (Requests(x, ops, starts, 128, sink) for x in (layout, plain_layout))
     accepted = st.lists(st.integers(0, drafts), min_size=3, max_size=3)
     for number, numbers in enumerate(data.draw(st.lists(accepted, min_size=1, max_size=12))):
         right, wrong = [n + 1 for n in numbers], [drafts - n for n in numbers]

@@ -204,7 +204,7 @@ def test_hole(window_length: int, rollback_tokens: int, queries: int) -> None:
     wanted = torch.zeros(len(lengths), padded, dtype=torch.bool)
     wanted[:, layout.num_slots : end] = True
     for compactions in (selected, settled.clamp(min=0)):
-        position, valid = slot_positions(lengths, Header(torch.zeros_like(lengths), compactions), layout)
+        position, valid = slot_positions(lengths, Header(torch.zeros_like(lengths), compactions, lengths > 0), layout)
         goes_to = (position == lengths[:, None]) & ~due[:, None]
         wanted[:, : layout.num_slots] |= valid | (goes_to if queries == 1 else False)
     wanted = wanted.unflatten(1, (-1, tile)).any(2)

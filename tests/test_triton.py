@@ -143,22 +143,33 @@ def test_random_chunks(seed: int) -> None:
             pair.step(new, seed=100 * seed + i)
 
 
-def test_prefix_hit() -> None:
-    """A request that starts behind pages of another one: no copies below its start, replayed pages stay as they are."""
+@pytest.mark.parametrize("sink", [True, False])
+def test_prefix_hit(sink: bool) -> None:
+    """A request that starts behind pages of another one: below its start there is no copy but the other's of token
+    0, if that is there, and what the other wrote stays as it is."""
     fmt = PageFormat(32, 64, key_group_size=32, value_group_size=32)
     replay = 40
     layout = CacheLayout(fmt, 32, prefix_replay_tokens=replay)
-    donor = Pair(layout, 2, 1, 1, 400, torch.float16)
-    q, k, v = donor.qkv(300, 1)
-    donor.step([300], qkv=(q, k, v))
+    pair = Pair(layout, 2, 1, 2, 400, torch.float16)
+    q, k, v = pair.qkv(300, 1)
+    pair.step([300, 0], qkv=(q, k, v))
     hit = 4 * 64
-    pair = Pair(layout, 2, 1, 1, 400, torch.float16, seed=1, seq_lens=[hit - replay])
-    for own, other in ((pair.expected, donor.expected), (pair.actual, donor.actual)):
-        own.cache.pages[own.cache.block_table[0, :4].long()] = other.cache.pages[other.cache.block_table[0, :4].long()]
+    for side in (pair.expected, pair.actual):
+        side.hit(0, 1, hit, sink)
     first = slice(hit - replay, 300)
-    pair.step([300 - hit + replay], qkv=(q[first], k[first], v[first]))
+    pair.step([0, 300 - hit + replay], qkv=(q[first], k[first], v[first]))
     for i, tokens in enumerate((1, 1, 70, 1)):
-        pair.step([tokens], seed=10 + i)
+        pair.step([1, tokens], seed=10 + i)
+
+
+def test_hit_on_the_window_of_the_same_step() -> None:
+    """Token 0 is copied before the attention of the step in which another request reads it."""
+    layout = CacheLayout(PageFormat(32, 64, key_group_size=32, value_group_size=32), 32)
+    pair = Pair(layout, 2, 1, 2, 200, torch.float16)
+    for side in (pair.expected, pair.actual):
+        side.hit(0, 1, 128)
+    pair.step([128, 9])
+    pair.step([1, 1], seed=1)
 
 
 def test_null_rows_and_long_bounds() -> None:

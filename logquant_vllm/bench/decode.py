@@ -20,6 +20,7 @@ from logquant_vllm.core.paged import (
     CacheLayout,
     Header,
     PagedCache,
+    cold_window_table,
     compactions_after,
     page_views,
     window_slots_view,
@@ -98,13 +99,14 @@ def random_inputs(
         torch.randn(len(copies), memory.shape[1] // 2, device=device, generator=g).to(dtype).view(torch.uint8)
     )
     columns = layout.num_window_blocks(layout.num_slots, shape.num_kv_heads, dtype)
-    window_table = torch.nn.functional.pad(blocks[:, pages:], (0, columns - window)).contiguous()
+    window_table = torch.nn.functional.pad(cold_window_table(blocks[:, pages:]), (0, columns - window))
     cache = PagedCache(memory, memory, blocks[:, :pages].contiguous(), window_table)
     starts = queries * torch.arange(batch + 1, dtype=torch.int32, device=device)
     lens = torch.full((batch,), context, dtype=torch.int32, device=device)
     begin = torch.zeros_like(lens)  # copies from position 0 on
     slots = window_slots_view(memory, shape.num_kv_heads, shape.head_dim, dtype)
-    write_header(cache, Header(begin, compactions_after(lens - queries, begin, layout)), lens > 0, slots)
+    header = Header(begin, compactions_after(lens - queries, begin, layout), lens > 0)
+    write_header(cache, header, lens > 0, slots)
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
     q, k, v = (torch.randn(batch * queries, n, shape.head_dim, device=device, generator=g).to(dtype) for n in heads)
     return Inputs(q, k, v, cache, Batch(starts, lens, queries, context))

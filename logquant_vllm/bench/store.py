@@ -81,7 +81,7 @@ def inputs_of(
     tokens = (2, requests * new, shape.num_kv_heads, shape.head_dim)
     key, value = torch.randn(tokens, device=device, generator=g).bfloat16()
     if new > 1:  # a prompt's first step: vLLM has zeroed its window
-        inputs.cache.window[inputs.cache.window_block_table[:, 0].long()] = 0
+        inputs.cache.window[inputs.cache.own_blocks[:, 0].long()] = 0
     starts = new * torch.arange(requests + 1, dtype=torch.int32, device=device)
     batch = Batch(starts, torch.tensor(lens, dtype=torch.int32, device=device), new, max(lens))
     return Inputs(inputs.query, key, value, inputs.cache, batch)

@@ -2,7 +2,8 @@
 
 The order within a step is fixed (a request may hit a prefix that another request completes in the same step):
 
-1. :func:`quantize_pages` for the whole batch: every group whose last token arrives now becomes 2-bit;
+1. :func:`quantize_pages` for the whole batch: every group whose last token arrives now becomes 2-bit, and what others
+   may read of a window is written;
 2. :func:`attention`: cached tokens from pages and window, this step's own tokens as they come;
 3. :func:`update_window`: compact the log-selected set, copy the new tokens to the recent window.
 
@@ -28,6 +29,7 @@ from logquant_vllm.core.paged import (
     compactions_after,
     dequantize_pages,
     gather_tokens,
+    has_copy,
     page_views,
     read_header,
     slot_address,
@@ -56,11 +58,13 @@ def shared_prefix_end(window_start: Tensor, layout: CacheLayout) -> Tensor:
 def quantize_pages(
     key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor | None = None
 ) -> None:
-    """Quantize every group of tokens that this step completes into its page.
+    """Quantize every group of tokens that this step completes into its page, and copy a new token 0 with its group.
+
+    Others may read either in this very step.
 
     Args:
         key, value: this step's ``[num_tokens, num_kv_heads, head_size]``; keys rotated.
-        cache: ``cache.pages`` is written.
+        cache: ``cache.pages`` is written, and slot 0 of ``cache.window``.
         feedback: of :class:`logquant_vllm.core.calibration.Basis`; sums are rounded differently in each implementation,
             so with it two of them may choose different codes for a few channels, of equal merit.
     """
@@ -69,10 +73,11 @@ def quantize_pages(
     computed = batch.num_computed
     shared = shared_prefix_end(read_header(cache, computed, layout).window_start, layout)
     first = torch.maximum(computed // size, -(-shared // size))
-    live = cache.window_block_table[:, 0] > 0
+    live = cache.own_blocks[:, 0] > 0
     request, group = _ranges(first, torch.where(live, batch.seq_lens // size, 0))
     if len(request) == 0:
         return
+    _copy_first_tokens(request[(group == 0) & (computed[request] == 0)], key, value, cache, batch)
     position = group[:, None] * size + torch.arange(size, device=key.device)
     tokens = gather_tokens(position, request[:, None].expand_as(position), key, value, cache, batch, layout)
     keys = quantize_key_group(tokens[..., 0, :].transpose(1, 2), fmt, feedback)
@@ -96,6 +101,14 @@ def quantize_pages(
         _bits(view)[b[..., 0], heads[..., 0], in_page[:, None]] = _bits(data)
     for view, data in ((views.value_scale, values.scale), (views.value_zero, values.zero)):
         _bits(view)[b[..., None], heads[..., None], value_groups, rows[:, :, None]] = _bits(data)
+
+
+def _copy_first_tokens(request: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch) -> None:
+    """Copy token 0 of requests where it is new and its group complete: a prefix hit may read it in this very step."""
+    row = batch.query_start_loc[request].long()
+    slots = window_slots_view(cache.window, key.shape[1], key.shape[2], key.dtype)
+    block, offset = slot_address(torch.zeros_like(request), request, cache, slots.shape[1])
+    slots[block, offset] = torch.stack([key[row], value[row]], -2)
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -124,14 +137,14 @@ def read_cached_tokens(
     fmt, window_length, device = layout.fmt, layout.window_length, num_computed.device
     header = read_header(cache, num_computed, layout)
     window_start = header.window_start[:, None]
-    live = (cache.window_block_table[:, 0] > 0)[:, None]
+    live = (cache.own_blocks[:, 0] > 0)[:, None]
 
     num_pages = -(-max(int(num_computed.max()), 1) // fmt.page_size)
     page_keys, page_values = dequantize_pages(cache.pages[cache.block_table[:, :num_pages].long()], num_kv_heads, fmt)
     position = torch.arange(num_pages * fmt.page_size, device=device, dtype=torch.int32)[None]
     compactions = num_compactions_tensor(num_computed, window_length)[:, None]
     end = torch.minimum(torch.maximum((compactions + 1) * window_length, window_start), num_computed[:, None])
-    copied = is_log_selected(position, compactions, window_length) & (position >= window_start)
+    copied = is_log_selected(position, compactions, window_length) & has_copy(position, header)
 
     slot_position, slot_valid = slot_positions(num_computed, header, layout)
     slots = window_slots_view(cache.window, num_kv_heads, fmt.head_size, dtype)
@@ -177,7 +190,7 @@ def attention(
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     computed = batch.num_computed
     lengths = batch.query_start_loc[1:] - batch.query_start_loc[:-1]
-    live = (cache.window_block_table[:, 0] > 0)[:, None]
+    live = (cache.own_blocks[:, 0] > 0)[:, None]
 
     cached = read_cached_tokens(cache, computed, layout, num_kv_heads, key.dtype)
 
@@ -222,7 +235,7 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
     """
     window_length, computed = layout.window_length, batch.num_computed
     device, num_reqs = key.device, len(computed)
-    live = (cache.window_block_table[:, 0] > 0) & (batch.seq_lens > computed)
+    live = (cache.own_blocks[:, 0] > 0) & (batch.seq_lens > computed)
     header = read_header(cache, computed, layout)
     after = compactions_after(batch.seq_lens, header.compactions, layout)
     slots = window_slots_view(cache.window, key.shape[1], key.shape[2], key.dtype)

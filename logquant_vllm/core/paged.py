@@ -81,13 +81,37 @@ class CacheLayout:
         return not self.prefix_caching or self.prefix_replay_tokens >= self.fmt.page_size
 
 
+SINK_COLUMNS = 1
+"""Columns of a window table before those of the request's own blocks."""
+
+
+def cold_window_table(own_blocks: Tensor) -> Tensor:
+    """The window table of requests that began without a prefix hit: they have the copy of token 0 themselves.
+
+    Args:
+        own_blocks: int32 ``[num_reqs, blocks]``.
+    """
+    return torch.cat([own_blocks[:, :SINK_COLUMNS], own_blocks], 1)
+
+
 class PagedCache(NamedTuple):
     """One layer's cache memory and the step's block tables. Block 0 is vLLM's null block: never written, never read."""
 
     pages: Tensor  # uint8 [num_blocks, page_bytes], last dimension contiguous
     window: Tensor  # uint8 [num_blocks, page_bytes], likewise; may alias ``pages``
     block_table: Tensor  # int32 [num_reqs, max_pages]
-    window_block_table: Tensor  # int32 [num_reqs, blocks of num_slots tokens or more]
+    window_block_table: Tensor  # int32 [num_reqs, SINK_COLUMNS + blocks of num_slots tokens or more]
+
+    @property
+    def sink_blocks(self) -> Tensor:
+        """Whose slot 0 has the copy of token 0, int32 ``[num_reqs]``: that of a request's own first block, or after a
+        prefix hit another request's, which is not written; 0 if there is none."""
+        return self.window_block_table[:, 0]
+
+    @property
+    def own_blocks(self) -> Tensor:
+        """The requests' own window blocks, int32 ``[num_reqs, blocks]``; the first is 0 in a row of padding."""
+        return self.window_block_table[:, SINK_COLUMNS:]
 
 
 class Batch(NamedTuple):
@@ -123,10 +147,11 @@ def window_slots_view(window: Tensor, num_kv_heads: int, head_size: int, dtype: 
 
 
 class Header(NamedTuple):
-    """What a request's first window block says; int32 ``[num_reqs]`` each."""
+    """What a request's own first window block says, and whether there is a sink block; ``[num_reqs]`` each."""
 
-    window_start: Tensor  # first position with a full-precision copy
-    compactions: Tensor  # of the log-selected slots so far: at most one behind ``num_compactions(num_computed)``
+    window_start: Tensor  # int32, first position with a full-precision copy of the request's own
+    compactions: Tensor  # int32, of the log-selected slots: at most one behind ``num_compactions(num_computed)``
+    sink: Tensor  # bool, whether token 0 has a copy, whoever's
 
 
 def read_header(cache: PagedCache, num_computed: Tensor, layout: CacheLayout) -> Header:
@@ -134,10 +159,14 @@ def read_header(cache: PagedCache, num_computed: Tensor, layout: CacheLayout) ->
 
     A fresh block's header is 0: then it is the request's first step, and nothing before it was ever copied.
     """
-    words = cache.window[cache.window_block_table[:, 0].long(), :8].contiguous().view(torch.int32)
+    words = cache.window[cache.own_blocks[:, 0].long(), :8].contiguous().view(torch.int32)
     begun = words[:, 0] > 0
     fresh = num_compactions_tensor(num_computed, layout.window_length)
-    return Header(torch.where(begun, words[:, 0] - 1, num_computed), torch.where(begun, words[:, 1], fresh))
+    return Header(
+        torch.where(begun, words[:, 0] - 1, num_computed),
+        torch.where(begun, words[:, 1], fresh),
+        cache.sink_blocks > 0,
+    )
 
 
 def write_header(cache: PagedCache, header: Header, live: Tensor, slots: Tensor) -> None:
@@ -148,7 +177,7 @@ def write_header(cache: PagedCache, header: Header, live: Tensor, slots: Tensor)
     """
     words = torch.stack([header.window_start + 1, header.compactions], 1)[live].int().contiguous().view(slots.dtype)
     keys = slots[:, 0, :, 0]
-    blocks = cache.window_block_table[live, 0].long()
+    blocks = cache.own_blocks[live, 0].long()
     for channel in range(0, keys.shape[-1], HEADER_CHANNELS):
         keys[blocks, :, channel : channel + words.shape[1]] = words[:, None]
 
@@ -161,6 +190,12 @@ def compactions_after(seq_lens: Tensor, before: Tensor, layout: CacheLayout) -> 
         before: int32 ``[num_reqs]``, compactions before it; they stay, also where tokens were taken back since.
     """
     return torch.maximum(before, num_compactions_tensor(seq_lens - layout.rollback_tokens, layout.window_length))
+
+
+def has_copy(position: Tensor, header: Header) -> Tensor:
+    """Whether a computed position, int32 ``[num_reqs, tokens]``, was copied when it was new: by the request itself, or
+    if it is 0 by whoever's the sink block is."""
+    return (position >= header.window_start[:, None]) | ((position == 0) & header.sink[:, None])
 
 
 def slot_of_position(position: Tensor, layout: CacheLayout) -> Tensor:
@@ -178,22 +213,25 @@ def slot_positions(num_computed: Tensor, header: Header, layout: CacheLayout) ->
             after ``num_computed`` tokens. Slots may be a compaction behind and hold others, or tokens taken back.
     """
     w, device, dtype = layout.window_length, num_computed.device, num_computed.dtype
-    computed, start, stored = num_computed[:, None], header.window_start[:, None], header.compactions[:, None]
+    computed, stored = num_computed[:, None], header.compactions[:, None]
     log_position = log_slot_position(torch.arange(w, device=device, dtype=dtype)[None], stored, w)
     ring = torch.arange(layout.ring_slots, device=device, dtype=dtype)[None]
     ring_position = (stored + 1) * w + (ring - stored * w) % layout.ring_slots
     positions = torch.cat([log_position, ring_position], 1)
     compactions = num_compactions_tensor(computed, w)
     seen = (positions >= (compactions + 1) * w) | is_log_selected(positions, compactions, w)
-    return positions, seen & (positions >= start) & (positions < computed)
+    return positions, seen & has_copy(positions, header) & (positions < computed)
 
 
 def slot_address(slot: Tensor, request: Tensor, cache: PagedCache, slots_per_block: int) -> tuple[Tensor, Tensor]:
-    """Block id and offset in the block of a request's window slot (header not counted)."""
+    """Block id and offset in the block of a request's window slot (header not counted).
+
+    Slot 0 is token 0's for ever, at the same offset in every first block, and the sink block's is meant.
+    """
     index = slot.long() + HEADER_SLOTS
     table = cache.window_block_table
-    column = (index // slots_per_block).clamp(max=table.shape[1] - 1)
-    return table[request.long(), column].long(), index % slots_per_block
+    own = (SINK_COLUMNS + index // slots_per_block).clamp(max=table.shape[1] - 1)
+    return table[request.long(), torch.where(slot == 0, 0, own)].long(), index % slots_per_block
 
 
 def gather_tokens(

@@ -107,7 +107,7 @@ def gather_past(
     cached = read_cached_tokens(cache, computed, layout, keys.shape[1], keys.dtype)
     keys[: piece.rows], values[: piece.rows] = 0, 0
     for request, start in enumerate(piece.start_loc[:-1].tolist()):
-        if cache.window_block_table[request, 0] == 0:
+        if cache.own_blocks[request, 0] == 0:
             continue
         n, count = int(computed[request]), int(piece.start_loc[request + 1]) - start
         copied = cached.copy_valid[request]

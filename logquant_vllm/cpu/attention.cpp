@@ -287,7 +287,7 @@ class Attention {
         int32_t* wanted = b.wanted + to;
         bool any = false;
         for (int64_t i = 0; i < f_.group_size; ++i) {
-            const bool copied = !old && first + i >= r.window_start &&
+            const bool copied = !old && r.has_copy(first + i) &&
                                 is_log_selected(first + i, r.compactions, f_.window_length);
             wanted[i] = i < end && !copied;
             any |= wanted[i] != 0;
@@ -315,7 +315,7 @@ class Attention {
             // the ring's positions begin at ring; those behind the last computed one may have been taken back
             const int64_t position = slot < w ? log_slot_position(slot, r.stored_compactions, w)
                                               : ring + slot - begin + (slot < begin ? f_.ring_slots() : 0);
-            if (position >= r.computed || position < r.window_start) continue;
+            if (position >= r.computed || !r.has_copy(position)) continue;
             if (position < recent && !is_log_selected(position, r.compactions, w)) continue;
             const T* copy = cache_.slot<T>(t.request, slot, t.head, f_);
             tokens[count++] = {copy, copy + f_.head_size};

@@ -51,9 +51,9 @@ Args read_args(const Tensor& key, const Tensor& value, const Tensor& pages, cons
     c.slots_per_block = window.size(1) / (heads * 2 * size * key.element_size());
     c.block_table = block_table.const_data_ptr<int32_t>();
     c.block_table_stride = block_table.stride(0);
-    c.window_table = window_table.const_data_ptr<int32_t>();
+    c.window_table = window_table.const_data_ptr<int32_t>() + a.layout.sink_columns;
     c.window_table_stride = window_table.stride(0);
-    c.window_columns = window_table.size(1);
+    c.window_columns = window_table.size(1) - a.layout.sink_columns;
     c.num_kv_heads = heads;
     c.feedback = nullptr;
     const int32_t* start = query_start_loc.const_data_ptr<int32_t>();
@@ -66,6 +66,7 @@ Args read_args(const Tensor& key, const Tensor& value, const Tensor& pages, cons
         r.seq_len = lens[i];
         r.computed = r.seq_len - r.query_len;
         r.live = c.window_table[i * c.window_table_stride] > 0 && r.query_len > 0;
+        r.sink = c.window_table[i * c.window_table_stride - a.layout.sink_columns] > 0;
         const Header header = r.live ? c.header(i) : Header{};
         const bool fresh = header.window_begin == 0;  // the request's first step: nothing was copied yet
         r.compactions = num_compactions(r.computed, a.layout.window_length);

@@ -13,7 +13,8 @@ struct Layout {
     int64_t head_size, page_size, group_size, value_group_size, key_bits, value_bits, scale_bits;
     int64_t key_words, value_words, value_words_per_group, groups_per_page, value_groups, head_bytes;
     int64_t key_codes, value_codes, key_scale, key_zero, value_scale, value_zero;  // byte offsets in a slab
-    int64_t header_slots, header_channels, window_length, replay_tokens, rollback_tokens, decode_query_len;
+    int64_t header_slots, header_channels, sink_columns;
+    int64_t window_length, replay_tokens, rollback_tokens, decode_query_len;
 
     int64_t ring_slots() const { return 2 * window_length + rollback_tokens - 1; }
     int64_t num_slots() const { return window_length + ring_slots(); }
@@ -44,10 +45,14 @@ struct Header {
 
 struct Request {
     int64_t first_row, query_len, computed, seq_len;
-    int64_t window_start;        // first position with a full-precision copy
+    int64_t window_start;        // first position with a full-precision copy of its own
     int64_t compactions;         // of the computed tokens: what attention sees
     int64_t stored_compactions;  // of the log-selected slots: at most one behind
     bool live;                   // owns window blocks and has tokens in this step
+    bool sink;                   // token 0 has a copy, its own or another request's
+
+    // Whether a computed position was copied when it was new: core/paged.py's has_copy.
+    bool has_copy(int64_t position) const { return position >= window_start || (position == 0 && sink); }
 };
 
 struct Cache {
@@ -57,7 +62,7 @@ struct Cache {
     int64_t window_stride, slots_per_block;
     const int32_t* block_table;
     int64_t block_table_stride;
-    const int32_t* window_table;
+    const int32_t* window_table;  // a request's own blocks; in front of them is the sink block
     int64_t window_table_stride, window_columns;
     int64_t num_kv_heads;
     const float* feedback;  // [num_kv_heads, head_size, head_size], or null: see core/calibration.py
@@ -68,14 +73,14 @@ struct Cache {
         return pages + block * page_stride + head * f.head_bytes;
     }
 
-    // key of a window slot (header not counted); the value follows it
+    // key of a window slot (header not counted), slot 0 in the sink block; the value follows it
     template <typename T>
     T* slot(int64_t request, int64_t index, int64_t head, const Layout& f) const {
         // 32-bit divisions: several per slot and head, and 64-bit ones take longer than the copy
         const auto i = static_cast<uint32_t>(index + f.header_slots);
         const auto per_block = static_cast<uint32_t>(slots_per_block);
-        const int64_t column = std::min<int64_t>(i / per_block, window_columns - 1);
-        const int64_t block = window_table[request * window_table_stride + column];
+        const int64_t own = std::min<int64_t>(i / per_block, window_columns - 1);
+        const int64_t block = window_table[request * window_table_stride + (index == 0 ? -f.sink_columns : own)];
         const int64_t row = (i % per_block) * num_kv_heads + head;
         return reinterpret_cast<T*>(window + block * window_stride) + row * 2 * f.head_size;
     }

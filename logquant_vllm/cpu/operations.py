@@ -13,7 +13,7 @@ from torch import Tensor
 from logquant_vllm.core.calibration import rotate_back, rotate_heads
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.page_format import HEADER_CHANNELS, HEADER_SLOTS
-from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
+from logquant_vllm.core.paged import SINK_COLUMNS, Batch, CacheLayout, PagedCache
 from logquant_vllm.core.quantizer import E4M3_MAX, E4M3_TINY, FP16_MAX, FP16_TINY, scale_floor_divisor
 from logquant_vllm.cpu.build import load
 
@@ -27,7 +27,8 @@ def _constants(layout: CacheLayout) -> tuple[Tensor, Tensor]:
         *(f.key_words, f.value_words, f.value_words_per_group, f.groups_per_page, f.value_groups, f.head_bytes),
         *(f.key_codes_offset, f.value_codes_offset, f.key_scale_offset, f.key_zero_offset),
         *(f.value_scale_offset, f.value_zero_offset),
-        *(HEADER_SLOTS, HEADER_CHANNELS, layout.window_length, layout.prefix_replay_tokens, layout.rollback_tokens),
+        *(HEADER_SLOTS, HEADER_CHANNELS, SINK_COLUMNS),
+        *(layout.window_length, layout.prefix_replay_tokens, layout.rollback_tokens),
         layout.decode_query_len,
     ]
     spread = [f.key_range / ((1 << f.key_bits) - 1), f.value_range / ((1 << f.value_bits) - 1)]

@@ -111,6 +111,16 @@ struct Scratch {
     std::vector<uint8_t> codes;
 };
 
+// Copies token 0, new in this step, with its group: a request that hits this prefix in this very step reads both.
+template <typename T>
+void copy_first_token(int64_t request, int64_t head, const Rows<T>& key, const Rows<T>& value, const Cache& cache,
+                      const Layout& f) {
+    const int64_t row = cache.requests[request].first_row;
+    T* slot = cache.slot<T>(request, 0, head, f);
+    std::memcpy(slot, key.at(row, head), f.head_size * sizeof(T));
+    std::memcpy(slot + f.head_size, value.at(row, head), f.head_size * sizeof(T));
+}
+
 template <typename T>
 void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>& key, const Rows<T>& value,
                     const Cache& cache, const Layout& f, const Quantizer& q, Scratch& scratch) {
@@ -216,6 +226,8 @@ void quantize_pages(const Rows<T>& key, const Rows<T>& value, const Cache& cache
         static thread_local Scratch scratch;
         for (int64_t task = begin; task < end; ++task) {
             const Group& g = groups[task / heads];
+            if (g.index == 0 && cache.requests[g.request].computed == 0)
+                copy_first_token(g.request, task % heads, key, value, cache, f);
             quantize_group(g.request, g.index, task % heads, key, value, cache, f, q, scratch);
         }
     });

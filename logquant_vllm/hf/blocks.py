@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.paged import CacheLayout, PagedCache
+from logquant_vllm.core.paged import CacheLayout, PagedCache, cold_window_table
 
 
 class BlockColumns:
@@ -56,7 +56,8 @@ class BlockColumns:
 
     def paged(self) -> PagedCache:
         """The same memory as the core's operations take it."""
-        return PagedCache(self.memory, self.memory, self._table(self.page_columns), self._table(self.window_columns))
+        window_table = cold_window_table(self._table(self.window_columns))
+        return PagedCache(self.memory, self.memory, self._table(self.page_columns), window_table)
 
     def select(self, sequences: Tensor) -> None:
         """Replace the batch by copies of its ``sequences`` (integer ``[new batch size]``; any order, repeats too)."""

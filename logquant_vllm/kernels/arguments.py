@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache, window_slots_view
+from logquant_vllm.core.paged import SINK_COLUMNS, Batch, CacheLayout, PagedCache, window_slots_view
 from logquant_vllm.kernels.architecture import Architecture, architecture
 
 # members are tensors and integers on the host, pointers and scalars in a kernel
@@ -50,7 +50,7 @@ class CacheArgument(NamedTuple):
     num_kv_heads: Member
     block_table: Member  # int32 [num_reqs, max_pages]
     table_stride_x16: Member
-    window_table: Member  # int32 [num_reqs, blocks of all slots or more]
+    window_table: Member  # int32 [num_reqs, SINK_COLUMNS + blocks of all slots or more]
     window_table_stride_x16: Member
 
 
@@ -64,8 +64,8 @@ class BatchArgument(NamedTuple):
 
 @functools.cache
 def window_columns(layout: CacheLayout, num_kv_heads: int, dtype: torch.dtype) -> int:
-    """Columns that a window table needs, for the blocks of all slots."""
-    return layout.num_window_blocks(layout.num_slots, num_kv_heads, dtype)
+    """Columns that a window table needs, for the sink block and the blocks of all slots."""
+    return SINK_COLUMNS + layout.num_window_blocks(layout.num_slots, num_kv_heads, dtype)
 
 
 @dataclass(frozen=True)

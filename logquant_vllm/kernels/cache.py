@@ -12,11 +12,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from logquant_vllm.core import log_selection, page_format
+from logquant_vllm.core import log_selection, page_format, paged
 from logquant_vllm.kernels.arguments import Member
 
 HEADER_SLOTS = tl.constexpr(page_format.HEADER_SLOTS)
 HEADER_CHANNELS = tl.constexpr(page_format.HEADER_CHANNELS)
+SINK_COLUMNS = tl.constexpr(paged.SINK_COLUMNS)
 MAX_SHIFT = tl.constexpr(log_selection._MAX_SHIFT)
 
 
@@ -26,9 +27,10 @@ class Request(NamedTuple):
     start: Member  # row of its first new token
     query_len: Member  # new tokens
     computed: Member  # tokens computed before this step
-    window_start: Member  # first position with a full-precision copy
+    window_start: Member  # first position with a full-precision copy of its own
     compactions: Member  # of its stored log-selected slots
     live: Member  # whether it has a window at all: a row of padding has the null block
+    sink: Member  # from ``find_sink``
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -45,8 +47,14 @@ def page_row(cache, request):
 
 @triton.jit
 def window_row(cache, request):
-    """Pointer to the blocks of a request's window."""
-    return cache.window_table + request.to(tl.int64) * (cache.window_table_stride_x16 // 16)
+    """Pointer to the blocks of a request's window; in front of them is the sink block."""
+    return cache.window_table + request.to(tl.int64) * (cache.window_table_stride_x16 // 16) + SINK_COLUMNS
+
+
+@triton.jit
+def find_sink(table_row):
+    """The position whose copy the sink block of a :func:`window_row` has: 0, or -1 without such a block."""
+    return tl.where(tl.load(table_row - SINK_COLUMNS) > 0, 0, -1)
 
 
 @triton.jit
@@ -112,9 +120,10 @@ def find_task(ends, index, count, task):
 def read_request(cache, batch, request, head, LAYOUT: tl.constexpr, chunk=0):
     """All of :class:`Request`, by the header of a KV head and chunk of channels."""
     start, query_len, computed = read_lengths(batch, request)
-    block = tl.load(window_row(cache, request))
+    table_row = window_row(cache, request)
+    block, sink = tl.load(table_row), find_sink(table_row)
     window_start, compactions = open_header(load_header(cache, block, head, chunk, LAYOUT), computed, LAYOUT)
-    return Request(start, query_len, computed, window_start, compactions, block > 0)
+    return Request(start, query_len, computed, window_start, compactions, block > 0, sink)
 
 
 # -- headers ----------------------------------------------------------------------------------------------------------
@@ -226,6 +235,12 @@ def compaction_due(request, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def has_copy(position, request):
+    """``core.paged.has_copy`` for computed positions."""
+    return (position >= request.window_start) | (position == request.sink)
+
+
+@triton.jit
 def holds_copy(slot, request, due, LAYOUT: tl.constexpr):
     """Whether attention reads a slot below ``num_slots`` (``core.paged.slot_positions``). What it sees follows from the
     computed tokens alone: if a compaction is due, every second token of what it will halve is dropped already.
@@ -241,7 +256,7 @@ def holds_copy(slot, request, due, LAYOUT: tl.constexpr):
     position = tl.where(slot < WINDOW, selected, recent + in_ring)
     index = tl.where(slot < WINDOW, slot, WINDOW + in_ring)
     dropped = ((index & due) != 0) & (index < 2 * WINDOW)
-    return (position < request.computed) & (position >= request.window_start) & ~dropped
+    return (position < request.computed) & has_copy(position, request) & ~dropped
 
 
 @triton.jit
@@ -302,11 +317,11 @@ def skip_hole(slot, hole):
 @triton.jit
 def slot_offset(slot, cache, table_row, LAYOUT: tl.constexpr):
     """Offset of a window slot of KV head 0 from ``cache.window``, in its elements (int64, shape of ``slot``); slots
-    from ``num_slots`` on share the last one's."""
+    from ``num_slots`` on share the last one's. Slot 0 lies in the sink block (``core.paged.slot_address``)."""
     SLOT_BYTES: tl.constexpr = 2 * LAYOUT.fmt.head_size * cache.window.dtype.element_ty.primitive_bitwidth // 8
     SLOTS_PER_BLOCK: tl.constexpr = LAYOUT.fmt.head_bytes // SLOT_BYTES
     index = tl.minimum(slot, LAYOUT.num_slots - 1) + HEADER_SLOTS
-    block = tl.load(table_row + index // SLOTS_PER_BLOCK)
+    block = tl.load(table_row + tl.where(slot == 0, -SINK_COLUMNS, index // SLOTS_PER_BLOCK))
     place = index % SLOTS_PER_BLOCK * (cache.num_kv_heads * (2 * LAYOUT.fmt.head_size))
     return block.to(tl.int64) * cache.window_stride + place.to(tl.int64)
 
@@ -327,5 +342,5 @@ def read_from_page(position, end, request, LAYOUT: tl.constexpr):
         end: from :func:`pages_end`.
     """
     selected = count_compactions(request.computed, LAYOUT)
-    copied = is_log_selected(position, selected, LAYOUT) & (position >= request.window_start)
+    copied = is_log_selected(position, selected, LAYOUT) & has_copy(position, request)
     return (position < end) & ~copied

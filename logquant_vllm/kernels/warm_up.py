@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from logquant_vllm.core.layer import Layer
-from logquant_vllm.core.paged import Batch, PagedCache
+from logquant_vllm.core.paged import SINK_COLUMNS, Batch, PagedCache, cold_window_table
 from logquant_vllm.core.past import past_slices
 from logquant_vllm.kernels import operations
 from logquant_vllm.kernels.arguments import window_columns
@@ -32,14 +32,15 @@ def warm_up(
     length = layout.num_slots + fmt.page_size
     pages = -(-length // fmt.page_size)
     columns = max(pages, -(-max_model_len // fmt.page_size))
-    window = window_columns(layout, num_kv_heads, dtype)
+    width = window_columns(layout, num_kv_heads, dtype)
+    window = width - SINK_COLUMNS
     blocks = 1 + torch.arange(2 * (pages + window), dtype=torch.int32, device=device).view(2, pages + window)
     memory = torch.zeros(1 + blocks.numel(), fmt.page_bytes(num_kv_heads), dtype=torch.uint8, device=device)
 
     def inputs(num_reqs: int, new: int, seq_len: int) -> tuple[list[Tensor], PagedCache, Batch]:
         page_table, window_table = (
             pad(table, (0, width - table.shape[1], 0, num_reqs - 2))
-            for table, width in ((blocks[:, :pages], columns), (blocks[:, pages:], window))
+            for table, width in ((blocks[:, :pages], columns), (cold_window_table(blocks[:, pages:]), width))
         )
         starts = (new * torch.arange(num_reqs + 1, device=device)).clamp(max=2 * new).int()
         lens = (seq_len * (torch.arange(num_reqs, device=device) < 2)).int()

@@ -82,6 +82,20 @@ def copied_keys(cache, group, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def copy_first_token(group, key, value, cache, LAYOUT: tl.constexpr):
+    """Copy token 0, if it is new, with the group that it is in: a request that hits this prefix in this very step reads
+    both."""
+    if group.index + group.computed == 0:
+        channel = tl.arange(0, triton.next_power_of_2(LAYOUT.fmt.head_size))
+        exists = channel < LAYOUT.fmt.head_size
+        copy = copied_keys(cache, group, LAYOUT) + copy_offset(group, group.index, cache, LAYOUT) + channel
+        new_key = tl.load(new_rows(key, group, group.index) + channel, mask=exists)
+        new_value = tl.load(new_rows(value, group, group.index) + channel, mask=exists)
+        tl.store(copy, new_key, mask=exists)
+        tl.store(copy + LAYOUT.fmt.head_size, new_value, mask=exists)
+
+
+@triton.jit
 def load_tokens(position, channel, exists, rows, copies, group, cache, LAYOUT: tl.constexpr):
     """Keys or values at ``position`` in float32, from this step's tokens or from the window as it was before the step.
 

@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from logquant_vllm.kernels.arguments import Step, num_chunks
 from logquant_vllm.kernels.store.feedback.codes import feedback_warps
 from logquant_vllm.kernels.store.feedback.launch import quantize_keys, takes_keys
-from logquant_vllm.kernels.store.group import find_group, open_group
+from logquant_vllm.kernels.store.group import copy_first_token, find_group, open_group
 from logquant_vllm.kernels.store.slices import SlicePlan, quantize_slice
 from logquant_vllm.kernels.store.step import store_step
 from logquant_vllm.kernels.store.window import update_slots, window_chunks
@@ -43,6 +43,7 @@ def quantize_kernel(
     if exists:
         group, writable = open_group(cache, batch, request, index, tl.program_id(1), LAYOUT)
         if writable:
+            copy_first_token(group, key, value, cache, LAYOUT)
             for part in range(PLAN.slices):
                 quantize_slice(group, part, key, value, feedback, cache, LAYOUT, PLAN)
 

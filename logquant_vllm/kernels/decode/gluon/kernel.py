@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.architecture import Architecture
 from logquant_vllm.kernels.arguments import Member, Rows, Step
-from logquant_vllm.kernels.cache import Request, load_header, open_header, page_row, read_lengths, window_row
+from logquant_vllm.kernels.cache import Request, find_sink, load_header, open_header, page_row, read_lengths, window_row
 from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS, DecodeOutput
 from logquant_vllm.kernels.decode.gluon.copies import block_of, copy_first_keys, load_blocks
 from logquant_vllm.kernels.decode.gluon.pages import attend_pages
@@ -80,6 +80,7 @@ class Tile(NamedTuple):
     stop: Member  # where the program's part of them ends
     page_blocks: Member  # ``load_blocks`` of the first pages of that part
     window_block: Member  # the first one, in every lane: as a scalar it would be waited for at once
+    sink: Member  # ``find_sink``, likewise
 
 
 @gluon.jit
@@ -90,8 +91,8 @@ def open_tile(cache, batch, request, block, count, LAYOUT: gl.constexpr):
     blocks = tile_blocks(query_len, computed, LAYOUT)
     stop = gl.minimum(block + count, blocks)
     page_blocks = load_blocks(page_row(cache, request), gl.maximum(block - WINDOW_BLOCKS, 0), stop - WINDOW_BLOCKS)
-    window_block = gl.load(window_row(cache, request) + 0 * gl.arange(0, 32, layout=LANES))
-    return Tile(start, query_len, computed, blocks, stop, page_blocks, window_block)
+    table_row = window_row(cache, request) + 0 * gl.arange(0, 32, layout=LANES)
+    return Tile(start, query_len, computed, blocks, stop, page_blocks, gl.load(table_row), find_sink(table_row))
 
 
 @gluon.jit
@@ -226,7 +227,7 @@ def decode_kernel(
             live = gl.max(tile.window_block, 0) > 0
             window_start, compactions = open_header(gl.max(header, 0), tile.computed, LAYOUT)
             query_len = 1 if VECTORS.queries == 1 else tile.query_len
-            this = Request(tile.start, query_len, tile.computed, window_start, compactions, live)
+            this = Request(tile.start, query_len, tile.computed, window_start, compactions, live, gl.max(tile.sink, 0))
             sums = no_sums(TILES, FMT)
             # a row of padding attends to nothing, not even to itself
             if live & (begin < WINDOW_BLOCKS):
