@@ -49,7 +49,8 @@ CASES = [
 def test_decode(
     monkeypatch: pytest.MonkeyPatch, head_size: int, gqa: int, queries: int, options: dict[str, object], late: bool
 ) -> None:
-    """Lengths around groups, pages and compactions, over poisoned memory; programs that share the requests.
+    """Lengths around groups, pages and compactions, over poisoned memory; programs that share the requests. The last
+    one begins with a prefix hit.
 
     Args:
         late: when copies to shared memory happen (``tests.gluon_interpreter``).
@@ -57,12 +58,15 @@ def test_decode(
     layout = LogQuantConfig.from_options(options).layout(head_size)
     layout = dataclasses.replace(layout, rollback_tokens=2 * queries - 1)
     monkeypatch.setattr(arguments, "architecture", lambda device: Architecture((0, 0), 228 << 10, 1))
-    pair = Pair(layout, gqa, 1, 3, 800, torch.bfloat16)
-    pair.step([1, 191, 700])
+    pair = Pair(layout, gqa, 1, 4, 800, torch.bfloat16)
+    pair.step([1, 191, 700, 0])
+    for side in (pair.expected, pair.actual):
+        side.hit(2, 3, 512)
+    pair.step([0, 0, 0, layout.prefix_replay_tokens + 70])
     with imported("logquant_vllm.kernels.decode.gluon.kernel", late) as kernel:
         monkeypatch.setattr(launch, "_choose", lambda *_: kernel)
-        pair.step([queries, queries, 1], seed=1, queries=queries)
-        pair.step([1, 0, queries], seed=2, queries=queries)
+        pair.step([queries, queries, 1, queries], seed=1, queries=queries)
+        pair.step([1, 0, queries, 1], seed=2, queries=queries)
 
 
 @pytest.mark.parametrize(("head_size", "gqa", "queries", "options"), CASES, ids=str)
