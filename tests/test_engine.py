@@ -69,12 +69,12 @@ class Engine:
         self.llm.llm_engine.abort_request(list(self.core.scheduler.requests), internal=True)
         self.llm.llm_engine.step()
 
-    def sink_block(self, name: str) -> int:
-        """The block with the copy of token 0 of a request that was begun."""
+    def first_blocks(self, name: str) -> tuple[int, int]:
+        """Of a request that was begun: its first page, and the block with the copy of token 0."""
         managers = self.core.scheduler.kv_cache_manager.coordinator.single_type_managers
-        (rows,) = (manager.req_to_blocks for manager in managers if isinstance(manager, WindowManager))
-        (row,) = (row for request, row in rows.items() if request.startswith(name))
-        return row[0].block_id
+        (request,) = (r for r in self.core.scheduler.requests if r.startswith(name))
+        page, sink = (m.req_to_blocks[request][0] for m in sorted(managers, key=lambda m: isinstance(m, WindowManager)))
+        return page.block_id, sink.block_id
 
     def copies_of_token_0(self, block: int) -> list[Tensor]:
         """The copy in a sink block, views of each layer's memory ``[num_kv_heads, 2, head_size]``."""
@@ -193,17 +193,20 @@ def test_token_0_stays_exact_after_a_hit(engine: Engine) -> None:
     (prompt,) = prompts_of(777)
     free = engine.free_blocks
     engine.begin("owner", prompt)
-    block = engine.sink_block("owner")
+    page, block = engine.first_blocks("owner")
     copies = engine.copies_of_token_0(block)
     exact = [copy.clone() for copy in copies]
     assert all(copy.abs().sum() > 0 for copy in exact)
     engine.begin("beside", prompt)
-    assert engine.sink_block("beside") == block
+    assert engine.first_blocks("beside") == (page, block)
     engine.end()
     engine.begin("behind", prompt)
-    assert engine.sink_block("behind") == block
+    assert engine.first_blocks("behind") == (page, block)
     engine.end()
     assert engine.free_blocks == free
+    queue = engine.core.scheduler.kv_cache_manager.block_pool.free_block_queue.get_all_free_blocks()
+    evicted = [b.block_id for b in queue]
+    assert evicted.index(page) < evicted.index(block), "the copy is evicted before the page"
     with_copy, cached = engine.ask([prompt], 150)  # beyond compactions
     assert cached == [768]
     assert all(torch.equal(copy, whole) for copy, whole in zip(copies, exact, strict=True))
@@ -218,7 +221,7 @@ def test_token_0_stays_exact_after_a_hit(engine: Engine) -> None:
     assert distance(without, [with_copy[0][:1]]) > 0
     assert mean_kl([(with_copy[0][0], without[0][0])]) < 0.1
     engine.begin("last", prompt)
-    assert engine.sink_block("last") == 0
+    assert engine.first_blocks("last") == (page, 0)
     engine.end()
     assert engine.free_blocks == free
 
