@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup other-versions smollm2 serve test test-slow test-all lint fmt clean
+.PHONY: help setup other-versions smollm2 docs serve test test-slow test-all lint fmt clean
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -77,9 +77,16 @@ lint: setup  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(VENV)/.docs: pyproject.toml $(VENV)/.project
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs  ## build the documentation site into site/, and check its links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 fmt: setup  ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

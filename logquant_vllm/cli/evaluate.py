@@ -53,15 +53,17 @@ def evaluate(
     with user_errors():
         from logquant_vllm import calibration
         from logquant_vllm.config import LogQuantConfig
-        from logquant_vllm.lab.methods import QUICK, choose_methods
+        from logquant_vllm.lab.methods import GENERAL, QUICK, choose_methods, needs_calibration
         from logquant_vllm.lab.tasks import choose_tasks
 
         names = split(methods)
         directory = model_directory(model)
         check_device(device)
         calibrated = calibration.find(LogQuantConfig(), directory) is not None
-        chosen = choose_methods(list(QUICK) if quick and names is None else names, calibrated)
-        asked = choose_tasks(split(tasks), quick)
+        if names is None and (quick or model != DEMO):
+            names = [name for name in (QUICK if quick else GENERAL) if calibrated or not needs_calibration(name)]
+        chosen = choose_methods(names, calibrated)
+        asked = choose_tasks(split(tasks), quick, general=model != DEMO)
         result = (
             _with_progress(directory, device, chosen, asked, count, time_limit, batch)
             if base_url is None
@@ -73,7 +75,9 @@ def evaluate(
         if not result["complete"]:
             typer.echo("time is up: the results are partial")
         typer.echo(f"wrote {path}")
-        _report(result, output, plots)
+        if model != DEMO and base_url is None:
+            _summarize(result, output, Path(model).name, plots)
+        _report(result, output, plots and model == DEMO)
 
 
 def _with_progress(
@@ -118,6 +122,20 @@ def _served(base_url: str, directory: str, tasks: list[Task], count: int | None,
         concurrency,
         lambda name, share: console.print(f"{name}: {share:.0%}"),
     )
+
+
+def _summarize(result: dict[str, Any], output: Path, name: str, plots: bool) -> None:
+    from logquant_vllm.lab import summary
+
+    found = summary.summarize(result, name)
+    image = output / f"accuracy_{name}.png"
+    drawn = plots and summary.plot(found, image)
+    for path, text in (
+        (output / f"accuracy_{name}.json", json.dumps(found, indent=1)),
+        (output / f"accuracy_{name}.md", summary.markdown(found, image.name if drawn else None)),
+    ):
+        path.write_text(text, encoding="utf-8")
+        typer.echo(f"wrote {path}")
 
 
 def _report(result: dict[str, Any], output: Path, plots: bool) -> None:

@@ -39,8 +39,9 @@ def named_model(name: str) -> Path:
     if not (directory / "config.json").is_file():
         from logquant_vllm.hf import smollm2
 
+        source = smollm2.gguf_file()
         print(f"making {directory} from the package {smollm2.PACKAGE}, once", file=sys.stderr, flush=True)
-        smollm2.make(directory)
+        smollm2.make(directory, source)
     return directory
 
 

@@ -15,8 +15,9 @@ import logquant_vllm
 from logquant_vllm.lab import statistics
 from logquant_vllm.lab.methods import BASELINE, PRIMARY_OPPONENTS, Method, primary_of
 from logquant_vllm.lab.runner import Prompts, Runner
-from logquant_vllm.lab.tasks import Item, Task, compare
+from logquant_vllm.lab.tasks import ALIKE, Item, Task, compare
 
+RIGHT_OR_WRONG = ("exact match", "valid JSON")
 Values = dict[int, float]
 """Item number to its number under one metric."""
 
@@ -103,34 +104,50 @@ class Experiment:
         """One batch under every method; False if time ran out on the way."""
         if self._out_of_time():
             return False
-        scored = items[0].right is None
         new_tokens = max(item.new_tokens for item in items)
-        cut = new_tokens if scored else 0
+        cut = new_tokens if items[0].right is None and not task.writes else 0
         prompts = self.runner.prefill([item.ids[: len(item.ids) - cut] for item in items], new_tokens)
         tally = self.tallies[task.name]
         for i, item in enumerate(items):
             tally.bins[first + i] = item.bins
-        reference: torch.Tensor | None = None
+        self.reference: torch.Tensor | None = None  # the baseline's, which is first
         for method in self.methods:
+            if task.methods is not None and method.name not in task.methods:
+                continue
             if self._out_of_time():
                 return False
-            if scored:
-                suffix = torch.tensor([item.ids[-cut:] for item in items])
-                result = self.runner.score(method, prompts, suffix, task.chunk, task.keep)
-                reference = result if reference is None else reference
-                numbers = compare(result, reference, suffix[:, -task.keep :].to(result.device))
+            if task.writes:
+                numbers = self._written(task, method, prompts)
+            elif cut:
+                numbers = self._scores(task, method, prompts, torch.tensor([item.ids[-cut:] for item in items]))
             else:
-                numbers = {task.metrics[0]: self._answers(task, method, prompts, items, new_tokens)}
+                numbers = self._answers(task, method, prompts, items, new_tokens)
             for metric, values in numbers.items():
                 tally.values[method.name, metric] |= {first + i: value for i, value in enumerate(values)}
-            length = prompts.lens + cut
+            length = prompts.lens + cut + task.writes
             tally.stored[method.name] += method.bytes_per_token(length, prompts.lens, self.runner.head_size).tolist()
-        tally.lengths += (prompts.lens + cut).tolist()
+        tally.lengths += (prompts.lens + cut + task.writes).tolist()
         return True
 
-    def _answers(self, task: Task, method: Method, prompts: Prompts, items: list[Item], limit: int) -> list[float]:
+    def _answers(
+        self, task: Task, method: Method, prompts: Prompts, items: list[Item], limit: int
+    ) -> dict[str, list[float]]:
         texts = self.runner.generate(method, prompts, limit, task.replay)
-        return [float(item.right is not None and item.right(text)) for item, text in zip(items, texts, strict=True)]
+        right = [float(item.right is not None and item.right(text)) for item, text in zip(items, texts, strict=True)]
+        return {task.metrics[0]: right}
+
+    def _scores(self, task: Task, method: Method, prompts: Prompts, suffix: torch.Tensor) -> dict[str, list[float]]:
+        result = self.runner.score(method, prompts, suffix, task.chunk, task.keep, task.replay)
+        self.reference = result if self.reference is None else self.reference
+        return compare(result, self.reference, suffix[:, -task.keep :].to(result.device))
+
+    def _written(self, task: Task, method: Method, prompts: Prompts) -> dict[str, list[float]]:
+        """How long a text is the baseline's, and how the end of it compares with the model's exact view of the same."""
+        written, scores = self.runner.write(method, prompts, task.writes, task.keep, task.greedy)
+        self.reference = written if self.reference is None else self.reference
+        alike = (written == self.reference).long().cumprod(1).sum(1).double().tolist()
+        exact = self.runner.score_exactly(prompts, written, task.keep)
+        return {ALIKE: alike, **compare(scores, exact, written[:, -task.keep :])}
 
     def result(self) -> dict[str, Any]:
         """Everything that a report needs, as JSON stores it."""
@@ -154,7 +171,7 @@ class Experiment:
             values = _part(tally, method.name, metric, part)
             if not values:
                 continue
-            binary = metric == "exact match"
+            binary = metric in RIGHT_OR_WRONG
             measure = (statistics.proportion if binary else statistics.mean)(list(values.values()))
             stored = tally.stored[method.name]
             records.append(
@@ -163,6 +180,7 @@ class Experiment:
                     "quantizer": "none" if method.name == BASELINE else method.quantizer.name,
                     "selection": method.selection.name,
                     "task": task.name if part is None else f"{task.name}: {part}",
+                    "context": task.context,
                     "metric": metric,
                     "bytes_per_token": round(sum(stored) / len(stored), 2),
                     "quantized_bits_per_element": 16.0

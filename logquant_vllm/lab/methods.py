@@ -164,6 +164,26 @@ def primary_of(methods: Iterable[Method]) -> str:
     return next((name for name in PRIMARIES if name in names), PRIMARY)
 
 
+GENERAL = (
+    BASELINE,
+    "fp8",
+    *PRIMARIES[::-1],
+    "sink-window-w64-calibrated",
+    "log-w64-first-calibrated",
+    "calibrated-w64-k4v2",
+    "log-w64-k4v4",
+    "kivi-g32-r160",
+    "2bit-token",
+)
+"""What is compared on models that were not trained for it: long contexts take time."""
+
+
+def needs_calibration(name: str) -> bool:
+    """Whether a method, if there is one of that name, quantizes in the model's own basis."""
+    method = all_methods().get(name)
+    return method is not None and method.quantizer.calibrated
+
+
 QUICK = (BASELINE, PRIMARY, *PRIMARY_OPPONENTS, "2bit-token")
 
 

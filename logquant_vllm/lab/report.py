@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-HIGHER_IS_BETTER = {"exact match", "top-1 agreement"}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -82,8 +81,8 @@ def family(method: str) -> str:
     return re.sub(r"-[wr]\d+(?=-|$)", "", method)
 
 
-def plot(records: Sequence[Record], path: Path) -> None:
-    """Value against bytes per token, a curve for each family of methods.
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, sizes in inches.
 
     Raises:
         ValueError: if matplotlib is not installed.
@@ -94,7 +93,16 @@ def plot(records: Sequence[Record], path: Path) -> None:
         raise ValueError(
             "plots need matplotlib: pip install 'logquant-vllm[eval]', then `logquant-vllm eval report RESULT.json`"
         ) from None
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Value against bytes per token, a curve for each family of methods.
+
+    Raises:
+        ValueError: if matplotlib is not installed.
+    """
+    figure = new_figure(9, 5.5)
     axes = figure.add_subplot()
     curves: dict[str, list[Record]] = {}
     for record in records:

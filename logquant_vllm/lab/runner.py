@@ -87,10 +87,7 @@ class Runner:
             replay: None: the prompt was computed in place. Otherwise it is a prefix hit of all whole pages but what
                 holds the last token, of which so many tokens are computed again.
         """
-        if replay is None:
-            cache, logits = LabCache(method, prompts.layers, prompts.lens, self.bases), prompts.logits
-        else:
-            cache, logits = self._after_hit(method, prompts, replay)
+        cache, logits = self._begin(method, prompts, replay)
         one = torch.ones_like(prompts.lens)
         token = logits.argmax(-1)
         written, done = [token], torch.isin(token, self.stops)
@@ -116,19 +113,73 @@ class Runner:
         last = hidden[torch.arange(len(count)), count - 1]
         return cache, self.model.lm_head(last).float()
 
+    def _begin(self, method: Method, prompts: Prompts, replay: int | None) -> tuple[LabCache, Tensor]:
+        """The cache behind the prompts, and float32 logits ``[batch, vocabulary]`` of the next token."""
+        if replay is None:
+            return LabCache(method, prompts.layers, prompts.lens, self.bases), prompts.logits
+        return self._after_hit(method, prompts, replay)
+
     @torch.inference_mode()
-    def score(self, method: Method, prompts: Prompts, suffix: Tensor, chunk: int, keep: int) -> Tensor:
+    def write(
+        self, method: Method, prompts: Prompts, tokens: int, keep: int, greedy: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Let the model write ``tokens`` tokens, whatever they are.
+
+        Args:
+            greedy: the likeliest tokens; else samples, by random numbers that depend on the place in the text alone, so
+                that what is written differs only as far as distributions do.
+
+        Returns:
+            int64 ``[batch, tokens]``, and the logarithms of the probabilities by which the last ``keep`` of them were
+            chosen, float32 ``[batch, keep, vocabulary]``.
+        """
+        cache, logits = self._begin(method, prompts, None)
+        one, written, scores = torch.ones_like(prompts.lens), list[Tensor](), list[Tensor]()
+        generator = torch.Generator(self.device)
+        for i in range(tokens):
+            if i:
+                logits = self.model.lm_head(self._step(cache, written[-1][:, None], one)[:, 0]).float()
+            if i >= tokens - keep:
+                scores.append(logits.log_softmax(-1))
+            if not greedy:
+                generator.manual_seed(i)
+                uniform = torch.rand(logits.shape, generator=generator, device=self.device).clamp(1e-20, 1 - 1e-7)
+                logits = logits - (-uniform.log()).log()  # the largest is then a sample
+            written.append(logits.argmax(-1))
+        return torch.stack(written, 1), torch.stack(scores, 1)
+
+    @torch.inference_mode()
+    def score_exactly(self, prompts: Prompts, written: Tensor, keep: int) -> Tensor:
+        """Like :meth:`score`, of what was written behind the prompts, without any cache."""
+        longest, tokens = prompts.ids.shape[1], written.shape[1]
+        ids = torch.cat([prompts.ids, torch.zeros_like(written)], 1)
+        place = prompts.lens.to(self.device)[:, None] + torch.arange(tokens, device=self.device)
+        ids = ids.scatter(1, place, written)
+        positions = torch.arange(longest + tokens, device=self.device)[None].expand_as(ids)
+        hidden = self.model.model(input_ids=ids, position_ids=positions, use_cache=False)[0]
+        asked = place[:, -keep:] - 1
+        return (
+            self.model.lm_head(hidden.gather(1, asked[..., None].expand(-1, -1, hidden.shape[2])))
+            .float()
+            .log_softmax(-1)
+        )
+
+    @torch.inference_mode()
+    def score(
+        self, method: Method, prompts: Prompts, suffix: Tensor, chunk: int, keep: int, replay: int | None = None
+    ) -> Tensor:
         """Logarithms of the probabilities of the next token, at the last ``keep`` places that predict ``suffix``.
 
         Args:
             suffix: int64 ``[batch, tokens]``, fed ``chunk`` at a time, so that the cache is read.
+            replay: as in :meth:`generate`.
 
         Returns:
             float32 ``[batch, keep, vocabulary]``; the last row predicts the last token of the suffix.
         """
-        cache = LabCache(method, prompts.layers, prompts.lens, self.bases)
+        cache, logits = self._begin(method, prompts, replay)
         suffix = suffix.to(self.device)
-        parts, fed = [prompts.logits[:, None]], suffix[:, :-1]
+        parts, fed = [logits[:, None]], suffix[:, :-1]
         for piece in fed.split(chunk, 1):
             count = torch.full_like(prompts.lens, piece.shape[1])
             parts.append(self.model.lm_head(self._step(cache, piece, count)).float())

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-from openai import APIConnectionError, OpenAI
+from openai import APIConnectionError, BadRequestError, OpenAI
 
 import logquant_vllm
 from logquant_vllm.lab import statistics
@@ -36,7 +36,7 @@ def run(
         concurrency: requests under way at once.
 
     Raises:
-        ValueError: if nothing answers there, or no task is a text task.
+        ValueError: if nothing answers there, no task asks for answers, or the server refuses one (as too long).
     """
     client = OpenAI(base_url=base_url, api_key="none")
     try:
@@ -46,21 +46,25 @@ def run(
     started, records = time.monotonic(), list[dict[str, Any]]()
 
     def ask(item: Item) -> float:
+        # as token ids: a template may begin with what the server would put in front of text once more
         answer = client.completions.create(
-            model=model, prompt=item.text, max_tokens=item.new_tokens, temperature=0, stop=["\n"]
+            model=model, prompt=item.ids, max_tokens=item.new_tokens, temperature=0, stop=["\n"]
         )
         return float(item.right is not None and item.right(answer.choices[0].text))
 
     # a prefix hit is the second pass here, not a task of its own
     for task in [task for task in tasks if task.replay is None]:
-        if not next(task.items(tokenizer)).text:
+        if next(task.items(tokenizer)).right is None:
             continue
         items = list(itertools.islice(task.items(tokenizer), count or task.count))
         parts = [None, *sorted({name for item in items for name in item.bins})]
         cold: list[float] = []
         for i, name in enumerate(PASSES):
             with ThreadPoolExecutor(concurrency) as pool:
-                values = list(pool.map(ask, items))
+                try:
+                    values = list(pool.map(ask, items))
+                except BadRequestError as error:
+                    raise ValueError(f"the server refuses {task.name}: {error}") from None
             for part in parts:
                 chosen = [k for k, item in enumerate(items) if part is None or part in item.bins]
                 right = [values[k] for k in chosen]
@@ -70,7 +74,8 @@ def run(
                         "quantizer": "the server's",
                         "selection": "the server's",
                         "task": task.name if part is None else f"{task.name}: {part}",
-                        "metric": "exact match",
+                        "context": task.context,
+                        "metric": task.metrics[0],
                         "bytes_per_token": None,
                         "quantized_bits_per_element": None,
                         "mean_length": round(sum(len(items[k].ids) for k in chosen) / len(chosen)),
@@ -82,7 +87,7 @@ def run(
             advance(task.name, (i + 1) / len(PASSES))
     if not records:
         raise ValueError(
-            f"none of {', '.join(task.name for task in tasks)} is a text task; use lookup, arithmetic, trace"
+            f"none of {', '.join(task.name for task in tasks)} asks for answers; use lookup, or pass-key 1k"
         )
     return {
         "logquant_vllm": logquant_vllm.__version__,

@@ -1,4 +1,7 @@
-"""The laboratory's tasks: what is asked, in batches, and how an answer becomes numbers."""
+"""What a task is, and the demo model's: what is asked, in batches, and how an answer becomes numbers.
+
+Those of any other model are in :mod:`.general`.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,7 @@ class Item:
     bins: tuple[str, ...] = ()
     """Parts of the task that are reported by themselves as well."""
     right: Callable[[str], bool] | None = field(default=None, compare=False)
-    """Whether generated text is the answer; None for a scored text."""
-    text: str = ""
-    """The prompt as text, for a server."""
+    """Whether generated text is the answer; None for a scored text, and where the model writes for itself."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,11 @@ class Task:
         batch: items in a batch on a GPU.
         replay: tokens computed again behind a prefix hit; None for no hit.
         chunk: tokens of a scored suffix that are fed at a time.
-        keep: last tokens of the suffix that count.
+        keep: last tokens of the suffix, or of what the model writes, that count.
+        context: tokens of a prompt, where the task has a size for a name.
+        writes: tokens that the model writes for itself.
+        greedy: which of those it takes: the likeliest, or a sample with random numbers that all methods share.
+        methods: names of those that it is run for, where it takes long; None: all.
     """
 
     name: str
@@ -56,6 +61,10 @@ class Task:
     replay: int | None = None
     chunk: int = 16
     keep: int = 64
+    context: int | None = None
+    writes: int = 0
+    greedy: bool = True
+    methods: tuple[str, ...] | None = None
 
 
 def _cases(name: str, **options: int) -> Callable[[PreTrainedTokenizerBase], Iterator[Item]]:
@@ -72,7 +81,6 @@ def _item(case: tasks.Case, tokenizer: PreTrainedTokenizerBase, bins: tuple[str,
         len(tokenizer(case.completion, add_special_tokens=False).input_ids) + 12,
         bins,
         lambda generated: tasks.score(case, generated),
-        case.prompt,
     )
 
 
@@ -140,7 +148,9 @@ def _matches(line: str) -> Callable[[str], bool]:
     return lambda generated: generated.strip() == line.strip()
 
 
-SCORES = ("KL divergence", "top-1 agreement", "negative log-likelihood")
+SCORES = ("KL divergence", "top-1 agreement", "negative log-likelihood", "log perplexity ratio")
+ALIKE = "tokens alike"
+"""Of two texts that a model wrote, how many at their begin are the same."""
 
 
 def all_tasks() -> dict[str, Task]:
@@ -165,13 +175,21 @@ QUICK = {
 """A few minutes' worth on two cores, and far less where the machine is idle."""
 
 
-def choose_tasks(names: list[str] | None, quick: bool) -> list[Task]:
+def choose_tasks(names: list[str] | None, quick: bool, general: bool = False) -> list[Task]:
     """Tasks by name, all of them for None.
+
+    Args:
+        general: those of any model instead of the demo model's.
 
     Raises:
         ValueError: naming an unknown task and those that exist.
     """
-    known = QUICK if quick else all_tasks()
+    if general:
+        from logquant_vllm.lab.general import general_tasks
+
+        known = general_tasks(quick) | (all_tasks() if names else {})
+    else:
+        known = QUICK if quick else all_tasks()
     for name in names or ():
         if name not in known:
             raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(known)}")
@@ -187,8 +205,8 @@ def compare(scored: Tensor, reference: Tensor, targets: Tensor) -> dict[str, lis
     """
     divergence = (reference.exp() * (reference - scored)).sum(-1).mean(-1)
     agreement = (reference.argmax(-1) == scored.argmax(-1)).float().mean(-1)
-    loss = -torch.gather(scored, 2, targets[..., None])[..., 0].mean(-1)
-    numbers = (divergence, agreement, loss)
+    loss, expected = (-torch.gather(x, 2, targets[..., None])[..., 0].mean(-1) for x in (scored, reference))
+    numbers = (divergence, agreement, loss, loss - expected)
     return {name: x.double().tolist() for name, x in zip(SCORES, numbers, strict=True)}
 
 

@@ -1,0 +1,147 @@
+"""A result as one record for each method, task and length of context: what ``accuracy_<model>.json`` holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from logquant_vllm.lab.report import Record
+
+NAMES = {
+    "KL divergence": "kl",
+    "top-1 agreement": "agreement",
+    "log perplexity ratio": "perplexity_ratio",
+    "exact match": "exact_match",
+    "valid JSON": "valid_json",
+    "tokens alike": "tokens_alike",
+}
+LEAST = 0.9
+"""Of a question's answers, bfloat16 must give as many rightly for it to say something of a cache."""
+
+COLUMNS = ("kl", "agreement", "perplexity_ratio")
+
+
+def summarize(result: dict[str, Any], model: str) -> dict[str, Any]:
+    """The same figures, those of a task under one method together; ``intervals`` are of 95%."""
+    rows: dict[tuple[str, int, str], Record] = {}
+    for record in result["records"]:
+        context, name = record.get("context"), NAMES.get(record["metric"])
+        if context is None or name is None:
+            continue
+        task = record["task"].rsplit(" ", 1)[0] if record["task"].endswith("k") else record["task"]
+        row = rows.setdefault(
+            (task, context, record["method"]),
+            {
+                "method": record["method"],
+                "bits": record["quantized_bits_per_element"],
+                "bytes_per_token": record["bytes_per_token"],
+                "task": task,
+                "context": context,
+                "count": record["count"],
+                "intervals": {},
+            },
+        )
+        values = [record[key] for key in ("value", "low", "high")]
+        if name == "perplexity_ratio":
+            values = [math.exp(value) for value in values]
+        row[name], *row["intervals"][name] = [round(value, 6) for value in values]
+    kept = {key: result[key] for key in ("logquant_vllm", "torch", "device", "dtype", "seconds", "complete")}
+    return {"model": model, **kept, "records": list(rows.values())}
+
+
+def _contexts(records: Sequence[Record]) -> list[int]:
+    return sorted({record["context"] for record in records})
+
+
+def _by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record["task"], []).append(record)
+    return found
+
+
+def telling(records: Sequence[Record], name: str) -> bool:
+    """Whether the baseline answers well enough for others to be judged by it."""
+    return all(record[name] >= LEAST for record in records if record["method"] == "bf16")
+
+
+def _cell(record: Record | None, name: str) -> str:
+    if record is None or name not in record:
+        return ""
+    low, high = record["intervals"][name]
+    if name == "perplexity_ratio":
+        return f"{100 * (record[name] - 1):+.2f}%"
+    return f"{record[name]:.4f}" if name == "kl" else f"{record[name]:.3f} ({low:.2f} to {high:.2f})"
+
+
+def _table(records: Sequence[Record], columns: Sequence[str]) -> list[str]:
+    """Methods down, contexts across."""
+    contexts = _contexts(records)
+    found = {(record["method"], record["context"]): record for record in records}
+    heads = [f"{name.replace('_', ' ')}, {context:,}" for context in contexts for name in columns]
+    lines = ["| method | bits | bytes/token | " + " | ".join(heads) + " |", "|---" * (3 + len(heads)) + "|"]
+    for method in dict.fromkeys(record["method"] for record in records):
+        ours = [found.get((method, context)) for context in contexts]
+        first = next(record for record in ours if record is not None)
+        cells = [_cell(record, name) for record in ours for name in columns]
+        lines.append(f"| {method} | {first['bits']:.2f} | {first['bytes_per_token']:.1f} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def markdown(summary: dict[str, Any], image: str | None = None) -> str:
+    """Tables of all tasks, a line for each method."""
+    lines = [
+        f"# Accuracy of {summary['model']}",
+        "",
+        f"Device {summary['device']}, {summary['dtype']}, {summary['seconds']:.0f} s.",
+        "",
+        "KL divergence (nats), top-1 agreement and perplexity are against bfloat16 on the same texts.",
+        "Bytes are of one KV head and layer for one token, at the shortest context.",
+        "",
+    ]
+    if not summary["complete"]:
+        lines += ["**Partial: the time limit ended the run; counts are what was finished.**", ""]
+    if image:
+        lines += [f"![KL divergence against bytes per token]({image})", ""]
+    for task, records in _by_task(summary["records"]).items():
+        columns = [name for name in ("tokens_alike", *COLUMNS, "exact_match", "valid_json") if name in records[0]]
+        lines += [f"## {task}", ""]
+        answers = [name for name in columns if name in ("exact_match", "valid_json")]
+        if answers and not telling(records, answers[0]):
+            lines += [f"bfloat16 gives fewer than {LEAST} of the answers: this says little of a cache.", ""]
+        counts = {record["context"]: record["count"] for record in records}
+        lines += [f"Items: {', '.join(f'{n} at {context:,} tokens' for context, n in counts.items())}.", ""]
+        lines += _table(records, columns)
+    return "\n".join(lines)
+
+
+def plot(summary: dict[str, Any], path: Path) -> bool:
+    """KL divergence against bytes per token, a panel for each kind of text; False without any.
+
+    Raises:
+        ValueError: if matplotlib is not installed.
+    """
+    from logquant_vllm.lab.report import new_figure
+
+    found = {
+        task: [r for r in records if r["method"] != "bf16"]
+        for task, records in _by_task(summary["records"]).items()
+        if "kl" in records[0] and "tokens_alike" not in records[0]
+    }
+    if not found:
+        return False
+    figure = new_figure(3.6 * len(found), 4.6)
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axes, (task, records) in zip(panels, found.items(), strict=True):
+        for i, method in enumerate(dict.fromkeys(r["method"] for r in records)):
+            ours = sorted((r for r in records if r["method"] == method), key=lambda r: r["context"])
+            x, y = [r["bytes_per_token"] for r in ours], [r["kl"] for r in ours]
+            axes.plot(x, y, marker="osv^DPX*"[i % 8], markersize=4, linewidth=1, label=method)
+        axes.set(title=task, xlabel="bytes per token", xscale="log", yscale="log")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("KL divergence from bfloat16")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    figure.savefig(path, dpi=100)
+    return True
