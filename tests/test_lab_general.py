@@ -104,7 +104,7 @@ def test_scores_after_a_hit(runner: Runner) -> None:
     assert 0 < lost[0] < lost[1]
 
 
-def test_a_small_run(runner: Runner) -> None:
+def test_a_small_run(runner: Runner, tmp_path: Path) -> None:
     """All kinds of tasks, and the summary's figures are the records'."""
     chosen = [
         general.text_task("prose", "1k", 256, 2, 2),
@@ -132,7 +132,11 @@ def test_a_small_run(runner: Runner) -> None:
     assert rows["greedy text", BF16]["tokens_alike"] == 40 > rows["greedy text", "2bit-token"]["tokens_alike"]
     assert rows["greedy text", BF16]["kl"] < 1e-4 < rows["greedy text", "2bit-token"]["kl"]
     assert 0 <= rows["JSON", BF16]["valid_json"] <= 1
-    report = summary.markdown(found)
+    pytest.importorskip("matplotlib")
+    data, written, image = summary.write(found, tmp_path / "accuracy_demo")
+    assert json.loads(data.read_text()) == found and image.stat().st_size > 10_000
+    report = written.read_text()
+    assert "![KL divergence against bytes per token](accuracy_demo.png)" in report
     assert "## prose after a prefix hit" in report and "| 2bit-token | 2.50 |" in report
 
 

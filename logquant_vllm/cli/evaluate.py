@@ -69,15 +69,14 @@ def evaluate(
             if base_url is None
             else _served(base_url, directory, asked, count, concurrency)
         )
+        result = {"model": Path(model).name, **result}
         output.mkdir(parents=True, exist_ok=True)
         path = output / "result.json"
         path.write_text(json.dumps(result, indent=1), encoding="utf-8")
         if not result["complete"]:
             typer.echo("time is up: the results are partial")
         typer.echo(f"wrote {path}")
-        if model != DEMO and base_url is None:
-            _summarize(result, output, Path(model).name, plots)
-        _report(result, output, plots and model == DEMO)
+        _report(result, output, plots)
 
 
 def _with_progress(
@@ -124,24 +123,18 @@ def _served(base_url: str, directory: str, tasks: list[Task], count: int | None,
     )
 
 
-def _summarize(result: dict[str, Any], output: Path, name: str, plots: bool) -> None:
-    from logquant_vllm.lab import summary
-
-    found = summary.summarize(result, name)
-    image = output / f"accuracy_{name}.png"
-    drawn = plots and summary.plot(found, image)
-    for path, text in (
-        (output / f"accuracy_{name}.json", json.dumps(found, indent=1)),
-        (output / f"accuracy_{name}.md", summary.markdown(found, image.name if drawn else None)),
-    ):
-        path.write_text(text, encoding="utf-8")
-        typer.echo(f"wrote {path}")
-
-
 def _report(result: dict[str, Any], output: Path, plots: bool) -> None:
+    """Of a model's own tasks a table and a plot of each; of what any model is asked, also all of it in one."""
+    from logquant_vllm.lab import summary
     from logquant_vllm.lab.report import write_report
 
-    for path in write_report(result, output, plots):
+    name = result.get("model", "model")
+    found = summary.summarize(result, name)
+    general = bool(found["records"])
+    written = write_report(result, output, plots and not general)
+    if general:
+        written += summary.write(found, output / f"accuracy_{name}", plots)
+    for path in written:
         typer.echo(f"wrote {path}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def summarize(result: dict[str, Any], model: str) -> dict[str, Any]:
     rows: dict[tuple[str, int, str], Record] = {}
     for record in result["records"]:
         context, name = record.get("context"), NAMES.get(record["metric"])
-        if context is None or name is None:
+        if context is None or name is None or record["bytes_per_token"] is None:
             continue
         task = record["task"].rsplit(" ", 1)[0] if record["task"].endswith("k") else record["task"]
         row = rows.setdefault(
@@ -145,3 +146,12 @@ def plot(summary: dict[str, Any], path: Path) -> bool:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(path, dpi=100)
     return True
+
+
+def write(summary: dict[str, Any], stem: Path, plots: bool = True) -> list[Path]:
+    """Write ``stem`` with .json, .md and .png; returns what was written."""
+    image, report, data = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "md", "json"))
+    drawn = plots and plot(summary, image)
+    report.write_text(markdown(summary, image.name if drawn else None), encoding="utf-8")
+    data.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    return [data, report, *([image] if drawn else [])]
