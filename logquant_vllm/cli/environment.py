@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from logquant_vllm import __version__
-from logquant_vllm.cli.engine import INSTALL, Engine, installed_engine
+from logquant_vllm.cli.engine import INSTALL, Engine, installed_engine, wrong_builds
 from logquant_vllm.engines import VERSIONS
 
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -143,8 +143,8 @@ def _torch() -> Check:
 
 def _engine(engine: Engine) -> Check:
     found = f"{engine.distribution} {engine.version}"
-    if engine.problem:
-        return Check("vLLM", "missing", found, engine.problem)
+    if problem := engine.problem or wrong_builds(engine):
+        return Check("vLLM", "missing", found, problem)
     major, minor = VERSIONS[engine.device]
     return Check("vLLM", "ok", f"{found} (supported on {engine.device}: {major}.{minor}.x)")
 

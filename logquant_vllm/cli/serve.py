@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from logquant_vllm import calibration
-from logquant_vllm.cli.engine import Engine, installed_engine
+from logquant_vllm.cli.engine import Engine, installed_engine, wrong_builds
 from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.models import NAMED, NAMES, named_model
 from logquant_vllm.config import LogQuantConfig, shown
@@ -95,8 +95,8 @@ def server_command(model: str, flags: Sequence[str], engine: Engine) -> list[str
     """
     if model.startswith("-"):
         raise ValueError(f"MODEL must come first, got {model!r}: logquant-vllm serve MODEL [flags of vllm serve]")
-    if engine.problem:
-        raise ValueError(engine.problem)
+    if problem := engine.problem or wrong_builds(engine):
+        raise ValueError(problem)
     defaults: dict[str, str | None] = {"--kv-cache-dtype": KV_CACHE_DTYPE, **SERVER_FLAGS}
     _refuse_abbreviations(flags, [*defaults, "--api-key", "--additional-config", "--config", "--uds"])
     dtype = setting(flags, "--kv-cache-dtype") or KV_CACHE_DTYPE

@@ -1,4 +1,4 @@
-"""Train the demo model from scratch: ``python -m logquant_vllm.demo.train --out DIR --minutes 8``.
+"""Train the demo model from scratch: ``python -m logquant_vllm.demo.training.train --out DIR --minutes 8``.
 
 Worker processes make rows of tokens ahead of the training, which runs for a fixed time: learning rate, curriculum
 and row length all follow the share of the time that has passed.
@@ -21,12 +21,12 @@ import typer
 from torch import Tensor
 
 from logquant_vllm.demo import corpus
-from logquant_vllm.demo.batches import Batches
-from logquant_vllm.demo.card import model_card
 from logquant_vllm.demo.evaluate import Evaluator
-from logquant_vllm.demo.model import Decoder, ModelConfig
-from logquant_vllm.demo.muon import Muon
-from logquant_vllm.demo.tokenizer import train_tokenizer
+from logquant_vllm.demo.training.batches import Batches
+from logquant_vllm.demo.training.card import model_card
+from logquant_vllm.demo.training.model import Decoder, ModelConfig
+from logquant_vllm.demo.training.muon import Muon
+from logquant_vllm.demo.training.tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from logquant_vllm.demo.model import ModelConfig
+from logquant_vllm.demo.training.model import ModelConfig
 
 _HEAD = """\
 ---
@@ -64,7 +64,7 @@ As a chat, the same without `Question:` and `Answer:`. `logquant_vllm.demo.tasks
 ## Train it again
 
 ```sh
-python -m logquant_vllm.demo.train --out DIR --minutes 4
+python -m logquant_vllm.demo.training.train --out DIR --minutes 4
 ```
 """
 
