@@ -310,7 +310,9 @@ def decode_kernel(
                 Rows(key.data + start * key.stride + kv_head * key.head_stride, key.stride, 0),
                 Rows(value.data + start * value.stride + kv_head * value.head_stride, value.stride, 0),
             )
-            slots = block * WINDOW_SLOTS, end_of_slots(stop, VECTORS.queries, LAYOUT)
+            # new tokens may lie behind the last window block, where a share of pages begins: they are not its
+            end = end_of_slots(stop, VECTORS.queries, LAYOUT)
+            slots = tl.where(block < WINDOW_BLOCKS, block * WINDOW_SLOTS, end), end
             window_blocks = window_row(cache, request)
             sums = attend_slots(sums, q, token, rows, cache, slots, this, window_blocks, qk_scale, VECTORS, LAYOUT)
             first_page, end_page = tl.maximum(block - WINDOW_BLOCKS, 0), stop - WINDOW_BLOCKS
