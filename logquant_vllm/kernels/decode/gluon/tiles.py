@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 ROWS = gl.constexpr(16)  # of a matrix instruction
 
@@ -161,6 +162,15 @@ def multiply_pairs(a, b):
     """Product of float16 tensors, two with one instruction."""
     a, b = gl.broadcast(a, b)
     return gl.inline_asm_elementwise("mul.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def multiply_left(left, rights, step: gl.constexpr, sums):
+    """Products of one left operand with a step of each tile's right operands, added to ``sums``; tuples of tiles."""
+    added = ()
+    for tile in gl.static_range(len(sums)):
+        added += (mma_v2(left, rights[tile][step], sums[tile]),)
+    return added
 
 
 # -- arithmetic -------------------------------------------------------------------------------------------------------

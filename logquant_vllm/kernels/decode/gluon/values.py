@@ -1,0 +1,142 @@
+"""A page's values in the Gluon decode kernel: added to the sums, by their weights."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from logquant_vllm.kernels.decode.gluon.copies import value_tile
+from logquant_vllm.kernels.decode.gluon.factors import load_left, load_right
+from logquant_vllm.kernels.decode.gluon.scales import LOG_PRODUCT_UNIT
+from logquant_vllm.kernels.decode.gluon.sizes import group_channels, num_pairs, paired
+from logquant_vllm.kernels.decode.gluon.state import Sums
+from logquant_vllm.kernels.decode.gluon.tiles import (
+    BY_ROW,
+    CODE_UNIT,
+    LOG_WEIGHT_UNIT,
+    halves_of,
+    left_operand,
+    load_words,
+    move_all,
+    multiply_left,
+    multiply_pairs,
+    on_top_blocks,
+    row_steps,
+    scale_and_shift,
+    spread_rows,
+    transpose_tiles,
+)
+
+
+@gluon.jit
+def right_steps(weights, tile: gl.constexpr, COLUMNS: gl.constexpr, FMT: gl.constexpr):
+    """A tile's weights as right operands, in the order in which the words of values hold tokens, and as
+    :func:`add_weights` takes them."""
+    tiles = transpose_tiles(weights[0][tile])
+    if COLUMNS == 2:
+        # eight tokens of either group: the scales are 0 where a column's weight is of the other
+        return row_steps(on_top_blocks(tiles, tiles, True)), row_steps(gl.reshape(tiles, (FMT.key_group_size, 8)))
+    elif len(weights) == 1:
+        steps = row_steps(gl.reshape(tiles, (FMT.page_size, 8)))
+        return steps, steps
+    else:
+        steps = row_steps(on_top_blocks(tiles, transpose_tiles(weights[1][tile]), paired(FMT)))
+        return steps, steps
+
+
+@gluon.constexpr_function
+def value_step(step, fmt):
+    """Which step of the words the tokens of ``step`` lie in: of 32 words to a row, 16 belong to either group."""
+    slots = 16 // fmt.value_bits
+    return step if fmt.value_words == 16 else step % slots * 2 + step // slots
+
+
+@gluon.jit
+def multiply_scaled(left, rights, step: gl.constexpr, scales, sums):
+    """:func:`tiles.multiply_left` with a step of right operands times ``scales``."""
+    added = ()
+    for tile in gl.static_range(len(sums)):
+        added += (mma_v2(left, multiply_pairs(rights[tile][step], scales), sums[tile]),)
+    return added
+
+
+@gluon.jit
+def add_values(acc, memory, rights, scales, group: gl.constexpr, FMT: gl.constexpr):
+    """``acc`` plus the values of one group of channels, weighted; for each tile."""
+    BITS: gl.constexpr = FMT.value_bits
+    CHUNKS: gl.constexpr = FMT.page_size // 32
+    words = load_words(memory.slice(group * FMT.value_group_size, group_channels(FMT, group)))
+    moved = move_all(words, BITS)
+    for chunk in gl.static_range(CHUNKS):
+        even, odd = load_right(scales, group * CHUNKS + chunk)
+        left = left_operand(words, moved, value_step(2 * chunk, FMT), BITS)
+        acc = multiply_scaled(left, rights, 2 * chunk, even, acc)
+        left = left_operand(words, moved, value_step(2 * chunk + 1, FMT), BITS)
+        acc = multiply_scaled(left, rights, 2 * chunk + 1, odd, acc)
+    return acc
+
+
+@gluon.jit
+def add_weights(totals, rights, value_zeros, pair: gl.constexpr, FMT: gl.constexpr):
+    """``totals`` plus the weights times the zeros, of a pair's first and second group of channels (upper and lower
+    half), and the weights; of ``2 * COLUMNS`` rows in turn the first are of zeros, one for each column of a vector."""
+    STEPS: gl.constexpr = value_zeros.shape[0] // num_pairs(FMT)
+    for step in gl.static_range(STEPS):
+        totals = multiply_left(load_left(value_zeros, pair * STEPS + step), rights, step, totals)
+    return totals
+
+
+@gluon.jit
+def add_page(sums, memory, weights, COLUMNS: gl.constexpr, FMT: gl.constexpr):
+    """``sums`` with a page's values, by their weights."""
+    rights, unscaled = (), ()
+    for tile in gl.static_range(len(weights[0])):
+        both = right_steps(weights, tile, COLUMNS, FMT)
+        rights += (both[0],)
+        unscaled += (both[1],)
+    async_copy.wait_group(1)
+    GROUPS: gl.constexpr = FMT.value_groups
+    totals, acc = (), ()
+    for pair in gl.static_range(num_pairs(FMT)):
+        totals += (add_weights(sums.totals[pair], unscaled, memory.value_zeros, pair, FMT),)
+    for group in gl.static_range(GROUPS):
+        acc += (add_values(sums.acc[group], value_tile(memory, FMT), rights, memory.value_scales, group, FMT),)
+    return Sums(acc, totals, sums.maximum)
+
+
+@gluon.jit
+def begin_pages(sums, COLUMNS: gl.constexpr):
+    """``sums`` in the units of pages. Rows of totals take the weights times the values' zeros too, in turn."""
+    UNIT: gl.constexpr = 2.0 ** (LOG_PRODUCT_UNIT - LOG_WEIGHT_UNIT) / CODE_UNIT
+    kind = gl.arange(0, 16, layout=BY_ROW)[:, None] % (2 * COLUMNS)
+    acc, totals = (), ()
+    for group in gl.static_range(len(sums.acc)):
+        tiles = ()
+        for tile in gl.static_range(len(sums.maximum)):
+            tiles += (sums.acc[group][tile] * UNIT,)
+        acc += (tiles,)
+    for pair in gl.static_range(len(sums.totals)):
+        tiles = ()
+        for tile in gl.static_range(len(sums.maximum)):
+            tiles += (gl.where(kind >= COLUMNS, sums.totals[pair][tile], 0.0),)
+        totals += (tiles,)
+    return Sums(acc, totals, sums.maximum)
+
+
+@gluon.jit
+def end_pages(sums, COLUMNS: gl.constexpr):
+    """``sums`` with the values' zeros added: values in PRODUCT_UNIT, totals as ``[8, 8]`` with equal rows."""
+    acc, totals = (), ()
+    for group in gl.static_range(len(sums.acc)):
+        tiles = ()
+        for tile in gl.static_range(len(sums.maximum)):
+            zeros = spread_rows(halves_of(sums.totals[group // 2][tile])[group % 2], 0, COLUMNS)
+            tiles += (scale_and_shift(sums.acc[group][tile], CODE_UNIT, zeros),)
+        acc += (tiles,)
+    for pair in gl.static_range(len(sums.totals)):
+        tiles = ()
+        for tile in gl.static_range(len(sums.maximum)):
+            tiles += (spread_rows(halves_of(sums.totals[pair][tile])[0], COLUMNS, COLUMNS),)
+        totals += (tiles,)
+    return Sums(acc, totals, sums.maximum)
