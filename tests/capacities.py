@@ -23,11 +23,24 @@ MODELS = {
     "meta-llama/Llama-3.1-70B-Instruct": (ModelShape(80, 8, 128), 70.55e9),
     "Qwen/Qwen3-8B": (ModelShape(36, 8, 128), 8.19e9),
     "Qwen/Qwen3-32B": (ModelShape(64, 8, 128), 32.76e9),
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": (ModelShape(48, 4, 128), 30.53e9),
+    "Qwen/Qwen3-235B-A22B-Instruct-2507-FP8": (ModelShape(94, 4, 128), 235.09e9),
+    "zai-org/GLM-4.5-Air-FP8": (ModelShape(46, 8, 128), 106.85e9),
+    "zai-org/GLM-4.7-FP8": (ModelShape(92, 8, 128), 358.34e9),
     "mistralai/Mistral-7B-Instruct-v0.3": (ModelShape(32, 8, 128), 7.25e9),
 }
 """Shapes as in each model's ``config.json``, and the number of parameters as on its model card. No hub is asked."""
 
-GPU_GIB = {"h200": 139.8, "h100": 79.1, "a100": 79.1, "l40s": 44.4, "rtx4090": 23.5}
+GPU_GIB = {
+    "b200": 178.4,
+    "h200": 139.8,
+    "h100": 79.1,
+    "a100": 79.1,
+    "l40s": 44.4,
+    "rtx5090": 31.4,
+    "rtx4090": 23.5,
+    "rtx3090": 23.6,
+}
 """What CUDA reports as a GPU's memory, which is less than its name says."""
 
 RESERVED_GIB = 3
@@ -53,8 +66,8 @@ class ConfigFile:
     @property
     def kv_gib(self) -> int:
         """KV memory of one GPU, estimated."""
-        _, parameters = MODELS[self.flags["model"]]
-        weights = 2 * parameters / GIB / self.ranks
+        model = self.flags["model"]
+        weights = (1 if model.endswith("-FP8") else 2) * MODELS[model][1] / GIB / self.ranks
         return math.floor(GPU_GIB[self.gpu] * self.flags["gpu-memory-utilization"] - weights - RESERVED_GIB)
 
     def capacities(self) -> list[Capacity]:
@@ -94,7 +107,8 @@ def updated_readme() -> str:
         "| file | GPUs | longest request | KV memory per GPU | tokens | requests | vs bfloat16 |",
         "|---|---|---|---|---|---|---|",
     ]
-    names = {"h200": "H200", "h100": "H100", "a100": "A100 80 GB", "l40s": "L40S", "rtx4090": "RTX 4090"}
+    names = {"b200": "B200", "h200": "H200", "h100": "H100", "a100": "A100 80 GB", "l40s": "L40S"}
+    names |= {name: name.upper().replace("RTX", "RTX ") for name in GPU_GIB if name.startswith("rtx")}
     for file in config_files():
         bf16, _, logquant = file.capacities()
         lines.append(

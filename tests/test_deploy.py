@@ -311,13 +311,27 @@ def test_the_compose_file() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_dashboard_asks_for_metrics_that_exist() -> None:
+def test_alerts_are_loaded_and_explained() -> None:
+    prometheus = yaml.safe_load((DEPLOY / "compose" / "prometheus.yml").read_text())
+    assert [(DEPLOY / "compose" / name).is_file() for name in prometheus["rule_files"]] == [True]
+    (group,) = yaml.safe_load((DEPLOY / "compose" / "alerts.yml").read_text())["groups"]
+    guide = (DEPLOY.parent / "docs" / "operations.md").read_text()
+    jobs = {job["job_name"] for job in prometheus["scrape_configs"]}
+    for rule in group["rules"]:
+        assert f"| `{rule['alert']}` |" in guide
+        assert {*re.findall(r'job="(\w+)"', rule["expr"])} <= jobs
+        assert rule["expr"].count("(") == rule["expr"].count(")") and rule["annotations"]["summary"]
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_exist() -> None:
     dashboard = json.loads((DEPLOY / "compose" / "grafana" / "dashboards" / "vllm.json").read_text())
     sources = yaml.safe_load(
         (DEPLOY / "compose" / "grafana" / "provisioning" / "datasources" / "prometheus.yaml").read_text()
     )
     assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {sources["datasources"][0]["uid"]}
-    asked = set(re.findall(r"vllm:\w+", json.dumps(dashboard)))
+    alerts = (DEPLOY / "compose" / "alerts.yml").read_text()
+    asked = set(re.findall(r"vllm:\w+", json.dumps(dashboard) + alerts))
+    assert re.findall(r"vllm:\w+", alerts)
     vllm = find_spec("vllm")
     if vllm is None or vllm.origin is None:
         pytest.skip("vLLM is not installed")

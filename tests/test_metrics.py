@@ -143,9 +143,10 @@ def test_an_error_ends_the_metrics_and_not_the_server(tmp_path: Path) -> None:
     assert not LogQuantStatLogger(object()).active
 
 
-def test_the_dashboard_asks_for_metrics_that_exist(server: Server) -> None:
-    path = Path(__file__).parent.parent / "deploy" / "compose" / "grafana" / "dashboards" / "vllm.json"
-    asked = set(re.findall(r"logquant_\w+", path.read_text()))
+def test_dashboard_and_alerts_ask_for_metrics_that_exist(server: Server) -> None:
+    compose = Path(__file__).parent.parent / "deploy" / "compose"
+    paths = compose / "grafana" / "dashboards" / "vllm.json", compose / "alerts.yml"
+    asked = {name for path in paths for name in re.findall(r"logquant_\w+", path.read_text())}
     assert asked
     for name in asked:
         server.metric(name)
