@@ -92,16 +92,18 @@ def test_scores_after_a_hit(runner: Runner) -> None:
     """With all of it computed again they are the cold ones; with the server's part the window alone is back."""
     rows = [ids[:600] for ids in itertools.islice(texts.source(runner.tokenizer, 664), 2)]
     suffix = torch.tensor([ids[600:664] for ids in itertools.islice(texts.source(runner.tokenizer, 664), 2)])
-    method, prompts = all_methods()["logquant-w64"], runner.prefill(rows, 65)
+    prompts = runner.prefill(rows, 65)
 
     def scores(replay: int | None, name: str = "logquant-w64") -> torch.Tensor:
         return runner.score(all_methods()[name], prompts, suffix, 16, 64, replay)
 
     cold, exact = scores(None), scores(None, BF16)
     torch.testing.assert_close(scores(100_000), cold, atol=1e-3, rtol=0)
-    assert method.keeps_first_after_hit is False
     lost = [sum(compare(x, exact, suffix)["KL divergence"]) for x in (cold, scores(128))]
     assert 0 < lost[0] < lost[1]
+    without = scores(128, "log-w64-lost-first")
+    assert not torch.allclose(without, scores(128), atol=1e-3)
+    torch.testing.assert_close(scores(None, "log-w64-lost-first"), cold)
 
 
 def test_a_small_run(runner: Runner, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class LabCache(Cache):
 
     def hit(self, hit_len: Tensor, replay: int) -> None:
         """Go back to a prefix hit of ``hit_len`` tokens (int64 ``[batch]``, CPU) whose last ``replay`` are computed
-        again: there are quantized tokens for all of the hit, and no copy of any."""
+        again: there are quantized tokens for all of the hit, and no copy of any but the first."""
         unit = self.method.quantizer.unit
         self.seq_len = (hit_len - replay).clamp(min=0) // unit * unit
         self.shared_end = hit_len.clone()

@@ -30,14 +30,14 @@ class Method:
 
     Args:
         duplicates: whether tokens in full precision are stored in quantized form as well, as in prefix-cacheable pages.
-        keeps_first_after_hit: whether token 0 keeps its copy after a prefix hit.
+        loses_first_after_hit: whether token 0 has no copy after a prefix hit, as in the product's first version.
     """
 
     name: str
     selection: Selection
     quantizer: Quantizer = field(default_factory=Quantizer)
     duplicates: bool = True
-    keeps_first_after_hit: bool = False
+    loses_first_after_hit: bool = False
 
     def keep(self, position: Tensor, seq_len: Tensor, prompt_len: Tensor, window_start: Tensor) -> Kept:
         """Positions read in full precision: the selected ones that have a copy, and those not yet quantized.
@@ -49,7 +49,7 @@ class Method:
         if isinstance(self.selection, Everything):
             return kept
         copied = position >= window_start
-        if self.keeps_first_after_hit:
+        if not self.loses_first_after_hit:
             copied = copied | (position == 0)
         still_open = position >= seq_len // self.quantizer.unit * self.quantizer.unit
         return Kept(kept.keys & copied | still_open, kept.values & copied | still_open)
@@ -122,7 +122,7 @@ def all_methods() -> dict[str, Method]:
         Method("partial-log-w64", LogSelection(64, partial=True)),
         Method("random-w64", RandomSelection(64)),
         Method("residual128", KiviResidual(128)),
-        Method("log-w64-first", LogSelection(64), keeps_first_after_hit=True),
+        Method("log-w64-lost-first", LogSelection(64), loses_first_after_hit=True),
         # more of the crossing
         Method("sink-window-w64-calibrated", SinkWindow(64), CALIBRATED),
         Method("sink-window-w64-plain", SinkWindow(64), PLAIN),
@@ -130,7 +130,7 @@ def all_methods() -> dict[str, Method]:
         Method("2bit-kivi32", Selection(), kivi_quantizer(32)),
         Method("2bit-k4v2", Selection(), K4V2),
         Method("2bit-k4v2-calibrated", Selection(), CALIBRATED_K4V2),
-        Method("log-w64-first-calibrated", LogSelection(64), CALIBRATED, keeps_first_after_hit=True),
+        Method("log-w64-lost-first-calibrated", LogSelection(64), CALIBRATED, loses_first_after_hit=True),
         Method("partial-log-w64-calibrated", LogSelection(64, partial=True), CALIBRATED),
         Method("random-w64-calibrated", RandomSelection(64), CALIBRATED),
     ]
@@ -169,7 +169,7 @@ GENERAL = (
     "fp8",
     *PRIMARIES[::-1],
     "sink-window-w64-calibrated",
-    "log-w64-first-calibrated",
+    "log-w64-lost-first-calibrated",
     "calibrated-w64-k4v2",
     "log-w64-k4v4",
     "kivi-g32-r160",
