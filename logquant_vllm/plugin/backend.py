@@ -33,7 +33,7 @@ from logquant_vllm.core.parts import Parts
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.basis import load_basis
 from logquant_vllm.plugin.parts import parts_of
-from logquant_vllm.plugin.speculation import is_draft_model, num_drafts, options_of, rollback_tokens
+from logquant_vllm.plugin.speculation import decode_query_len, is_draft_model, options_of, rollback_tokens
 from logquant_vllm.plugin.window_layer import WindowLayer
 
 WINDOW_SUFFIX = ".logquant_window"
@@ -121,7 +121,8 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
         super().__init__(*args, **kwargs)
         if current_platform.is_cuda():  # elsewhere requests may come in any order
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self.decode_query_len = 1 + num_drafts(self.vllm_config)
+        impl = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]].impl
+        self.decode_query_len, self.uncounted = impl.decode_query_len, int(impl.is_draft_model)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -136,7 +137,7 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
             from logquant_vllm.plugin.prefill import past_room
 
             room = past_room(self.vllm_config.scheduler_config.max_num_seqs)
-            parts = parts_of(common, batch, room, self.decode_query_len)
+            parts = parts_of(common, batch, room, self.decode_query_len, self.uncounted)
         return LogQuantMetadata(common.num_actual_tokens, batch, common.block_table_tensor, parts)
 
 
@@ -220,9 +221,19 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             head_size,
             prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
             rollback_tokens=rollback_tokens(vllm_config),
-            decode_query_len=1 + num_drafts(vllm_config),
+            decode_query_len=decode_query_len(vllm_config),
         )
         self._layer = Layer(layout, self.scale)
+
+    @property
+    def is_draft_model(self) -> bool:
+        """Whether the layer is one of a draft model."""
+        return self._draft_model is not None
+
+    @property
+    def decode_query_len(self) -> int:
+        """Tokens of a request in a decode step, at most."""
+        return self._layer.layout.decode_query_len
 
     @property
     def window_layer(self) -> WindowLayer:

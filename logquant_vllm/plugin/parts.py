@@ -11,7 +11,9 @@ from logquant_vllm.core.paged import Batch
 from logquant_vllm.core.parts import Parts, split_step
 
 
-def parts_of(common: CommonAttentionMetadata, step: Batch, room: int, decode_query_len: int = 1) -> Parts | None:
+def parts_of(
+    common: CommonAttentionMetadata, step: Batch, room: int, decode_query_len: int = 1, uncounted: int = 0
+) -> Parts | None:
     """Split a step, unless it is a decode step of all its requests.
 
     Args:
@@ -19,6 +21,7 @@ def parts_of(common: CommonAttentionMetadata, step: Batch, room: int, decode_que
         step: all its requests.
         room: as in ``core.past.past_slices``.
         decode_query_len: new tokens of a request in a decode step, at most: 1 and its drafts.
+        uncounted: tokens that vLLM's bounds leave out: for a draft model runner V2's do not count the newest.
     """
     if common.max_query_len <= decode_query_len:
         return None
@@ -26,5 +29,5 @@ def parts_of(common: CommonAttentionMetadata, step: Batch, room: int, decode_que
     starts = common.query_start_loc_cpu.tolist()
     bounds = common.seq_lens_cpu_upper_bound
     most = [common.max_seq_len] * common.num_reqs if bounds is None else bounds.tolist()
-    cached = [bound - (end - start) for bound, (start, end) in zip(most, pairwise(starts), strict=True)]
+    cached = [bound + uncounted - (end - start) for bound, (start, end) in zip(most, pairwise(starts), strict=True)]
     return split_step(step, starts, cached, decodes, room, decode_query_len)

@@ -45,6 +45,14 @@ def is_draft_model(vllm_config: Any) -> bool:
     return speculative is not None and vllm_config.model_config is speculative.draft_model_config
 
 
+def decode_query_len(vllm_config: Any) -> int:
+    """Tokens of a request in a decode step of this configuration's model, at most.
+
+    A draft model takes in what was verified and the token behind it at once.
+    """
+    return 1 + num_drafts(vllm_config) + int(is_draft_model(vllm_config))
+
+
 def options_of(vllm_config: Any) -> LogQuantConfig:
     """Our options for the model of a configuration.
 
