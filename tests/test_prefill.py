@@ -118,3 +118,37 @@ def test_prefill(head_size: int, gqa: int, dtype: torch.dtype, room: int) -> Non
         assert_close(outputs[1], outputs[0], what=f"step {seed}")
         if counts is not None:  # single tokens are rotated by a kernel, which rounds otherwise
             assert torch.equal(*(side.cache.pages for side in sides))
+
+
+@pytest.mark.slow
+def test_steps_with_drafts() -> None:
+    """Requests with up to four new tokens are decoded, whatever others of the step do."""
+    from logquant_vllm.kernels import operations as kernels
+    from logquant_vllm.plugin.parts import parts_of
+
+    dtype, room = torch.float16, 8192
+    layout = CacheLayout(PageFormat(64), 64, rollback_tokens=7)
+    layer = Layer(layout, 64**-0.5, rotation_basis(64, dtype, DEVICE), dense(64, dtype, room))
+    sides = [PagedBatch(layout, 2, 4, 1200, dtype, DEVICE) for _ in range(2)]
+    # new tokens, and requests that decode, have a past, have none
+    steps = [
+        ([70, 190, 400, 0], (0, 0, 4)),
+        ([4, 2, 1, 300], (3, 0, 1)),
+        ([4, 4, 4, 4], None),
+        ([3, 1, 5, 40], (2, 2, 0)),
+    ]
+    for seed, (new, counts) in enumerate(steps):
+        qkv = random_qkv(sum(new), 4, 2, 64, dtype, DEVICE, seed)
+        bounds = [n + q for n, q in zip(sides[0].seq_lens, new, strict=True)]
+        outputs = [torch.full_like(qkv[0], torch.nan) for _ in sides]
+        for side, output, ops in zip(sides, outputs, (reference, kernels), strict=True):
+            batch = side.batch(new)
+            parts = parts_of(described(batch, new, bounds), batch, room, decode_query_len=4)
+            if counts is None:
+                assert parts is None
+            else:
+                assert parts is not None
+                assert tuple(len(p.batch.seq_lens) if p else 0 for p in parts) == counts
+                assert parts.decoding is None or parts.decoding.batch.max_query_len == 4
+            ops.step(layer, *qkv, side.cache, batch, output, parts)
+        assert_close(outputs[1], outputs[0], what=f"step {seed}")
