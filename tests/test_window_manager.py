@@ -245,3 +245,17 @@ def test_no_more_sink_blocks_are_remembered_than_there_are_blocks() -> None:
         assert len(manager._sinks) <= 40
         pool.leave(request)
         pool.check()
+
+
+def test_a_page_whose_hash_is_still_to_come() -> None:
+    """For a head that sees one token ahead, vLLM 0.33 hashes a page when the token behind it is there."""
+    pool = Pool(40, PAGE)
+    hashes, pool.hasher = pool.hasher, lambda request: []
+    request = pool.request(prompt(1, PAGE))
+    manager = pool.manager.coordinator.single_type_managers[WINDOW]
+    first, *_ = manager.allocate_new_blocks(request.request_id, PAGE)
+    manager.cache_blocks(request, PAGE)
+    assert first.block_hash is None
+    request.block_hashes.extend(hashes(request))
+    manager.cache_blocks(request, PAGE + 1)
+    assert first.block_hash is not None

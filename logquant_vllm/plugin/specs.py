@@ -116,7 +116,7 @@ class WindowManager(CircularBufferManager):
         row = self.req_to_blocks[request.request_id]
         if row[0].is_null:
             row[0] = self._find_sink(request)
-        elif num_tokens >= self.block_size:  # with its first page
+        elif num_tokens >= self.block_size and request.block_hashes:  # with its first page, once that has a hash
             self._publish_sink(request, row[0])
         else:
             return
