@@ -149,3 +149,35 @@ def report(
         from logquant_vllm.lab.report import load
 
         _report(load(result), result.parent if output is None else output, plots)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@user_errors()
+def public(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help=f"Model directory or hub name, {NAMED}.")],
+    output: Output = Path("public"),
+    formats: Annotated[str | None, typer.Option(help="Names between commas; default all.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="The harness's, between commas.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples of each task; default all.")] = None,
+    chat: Annotated[bool, typer.Option(help="Ask through the model's chat template.")] = False,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a prompt and its answer.")] = 32_768,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 32,
+    include: Annotated[Path | None, typer.Option(help="A directory with tasks of your own.")] = None,
+) -> None:
+    """GSM8K, MATH-500, LongBench, RULER and JSON by a schema, for bfloat16, fp8 and our presets, in one table.
+
+    The lm-evaluation-harness downloads the data. Each format is served by a vLLM server of its own, one after another;
+    flags of `vllm serve` may follow, and are given to all of them. A run that was interrupted goes on.
+    """
+    from logquant_vllm.lab import public as benchmarks
+
+    questions = benchmarks.Questions(
+        tuple(split(tasks) or benchmarks.TASKS), limit, chat, max_length, concurrency, include
+    )
+    flags = ["--max-model-len", str(max_length), *context.args]
+    chosen = benchmarks.choose_formats(split(formats))
+    result = benchmarks.run(model_directory(model), chosen, questions, output, flags, typer.echo)
+    (output / "public.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    (output / "table.md").write_text(benchmarks.table(result), encoding="utf-8")
+    typer.echo(f"wrote {output / 'public.json'} and {output / 'table.md'}")
