@@ -78,7 +78,7 @@ def early_fact(rng: random.Random, filler: Sequence[str]) -> Question:
 
 def copy_list(rng: random.Random, filler: Sequence[str]) -> Question:
     """A list given before much else, word by word."""
-    chosen = rng.sample([*words.THINGS], 8)
+    chosen = rng.sample([*words.THINGS], 5)
     listed = ", ".join(chosen)
     turns = [user(f"This is my shopping list: {listed}."), assistant(f"Your shopping list is: {listed}.")]
     turns += _read(filler)
@@ -90,18 +90,6 @@ def copy_list(rng: random.Random, filler: Sequence[str]) -> Question:
 
     start = f"Your shopping list is: {chosen[0]},"
     return Question([*turns, user("What is my shopping list?")], start, right, f" {', '.join(rest)}.")
-
-
-def one_of_several(rng: random.Random, filler: Sequence[str]) -> Question:
-    """One number of five, each said once somewhere among prose."""
-    things = rng.sample([*words.NOUNS], 5)
-    numbers = {thing: str(rng.randint(100, 999)) for thing in things}
-    parts = list(filler)
-    for thing in things:
-        parts.insert(rng.randint(0, len(parts)), f"The number of the {thing} is {numbers[thing]}.")
-    asked = f"What is the number of the {things[0]}?"
-    start, number = f"The number of the {things[0]} is", numbers[things[0]]
-    return Question([user("\n\n".join([*parts, asked]))], start, begins(number), f" {number}.")
 
 
 def as_json(rng: random.Random, filler: Sequence[str]) -> Question:
@@ -133,7 +121,6 @@ QUESTIONS: dict[str, Callable[[random.Random, Sequence[str]], Question]] = {
     "pass-key": pass_key,
     "early fact": early_fact,
     "copy a list": copy_list,
-    "one of several": one_of_several,
     "JSON": as_json,
 }
 
