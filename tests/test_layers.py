@@ -21,7 +21,7 @@ LAYERS = {
     "kernels": ({"core", "kernels"}, {"torch", "triton"}),
     "cpu": ({"core", "cpu"}, {"torch"}),
     "lab": (
-        {"core", "kernels", "config", "calibration", "planning", "bench", "hf", "demo", "lab"},
+        {"core", "kernels", "config", "calibration", "planning", "processes", "bench", "hf", "demo", "lab"},
         {"torch", "transformers", "numpy", "matplotlib", "openai"},
     ),
     "hf": ({"core", "config", "hf"}, {"torch", "transformers"}),
