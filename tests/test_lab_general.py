@@ -160,6 +160,7 @@ def smollm2() -> Path:
         pytest.skip("SmolLM2 is not installed: make smollm2")
 
 
+@pytest.mark.slow
 def test_on_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     """From a GGUF file to a report; bfloat16 answers, and methods lose as much as they were found to."""
     arguments = ["eval", "--model", "smollm2", "--output", str(tmp_path), "--count", "2", "--no-plots"]

@@ -35,6 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_the_wheel(wheel: Path, tmp_path: Path) -> None:
     assert wheel.name == f"logquant_vllm-{__version__}-py3-none-any.whl" and wheel.stat().st_size < MAX_BYTES
     names = zipfile.ZipFile(wheel).namelist()
@@ -44,6 +45,7 @@ def test_the_wheel(wheel: Path, tmp_path: Path) -> None:
     assert [name for name in names if re.search(r"training|metrics\.json|test", name)] == []
 
 
+@pytest.mark.slow
 def test_it_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
     """With this Python's packages, but none of this checkout."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path)]
