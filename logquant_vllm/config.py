@@ -72,8 +72,14 @@ class LogQuantConfig(BaseModel):
     value_rotation: bool = Field(True, description="rotate values by one, too, and outputs back")
     calibration: str | None = Field(
         "auto",
-        description="a file of `logquant-vllm calibrate`: keys in the model's own basis, rounded with error feedback; "
-        '"auto": the one beside the model, if there is one; null: none',
+        description='keys in the model\'s own basis, rounded with error feedback; "auto": by the file beside the '
+        "model, or else as the engine measures at the model's first start and finds again at later ones; a file of "
+        "`logquant-vllm calibrate`; null: none",
+    )
+    calibration_text: str | None = Field(
+        None,
+        description="what the engine measures on: a text file, or a .jsonl with messages, text or prompt in each line; "
+        "null: the text that comes with the package",
     )
     prefix_replay_tokens: int | None = Field(
         None,
@@ -100,6 +106,11 @@ class LogQuantConfig(BaseModel):
             )
         if self.calibration not in (None, "auto") and not self.rotation:
             raise ValueError("a calibration replaces the rotation by the model's own: leave rotation true to use it")
+        if self.calibration_text is not None and not self.measures:
+            raise ValueError(
+                "calibration_text is what a calibration is measured on: use it with rotation true and calibration "
+                '"auto", or leave it out'
+            )
         return self
 
     def _largest_group(self) -> int:
@@ -108,6 +119,11 @@ class LogQuantConfig(BaseModel):
     def _longest_replay(self) -> int:
         """Tokens back to the oldest copy that is ever log-selected, token 0 aside."""
         return ((self.window_length - 1).bit_length() + 2) * self.window_length
+
+    @property
+    def measures(self) -> bool:
+        """Whether an engine that finds no calibration measures one."""
+        return self.calibration == "auto" and self.rotation
 
     @property
     def replay_tokens(self) -> int:

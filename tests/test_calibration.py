@@ -32,11 +32,11 @@ from logquant_vllm.core.calibration import (
 )
 from logquant_vllm.core.hadamard import hadamard_matrix
 from logquant_vllm.core.layer import Layer
+from logquant_vllm.core.moments import sensitivity
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.core.quantizer import dequantize, quantize, round_with_feedback
 from logquant_vllm.cpu import operations as cpp
-from logquant_vllm.hf.calibrate import sensitivity
 from tests.calibrations import feedback_of
 from tests.paging import PagedBatch, assert_close, random_qkv
 

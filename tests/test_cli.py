@@ -15,13 +15,15 @@ import pytest
 from typer.testing import CliRunner
 
 import logquant_vllm
-from logquant_vllm import __version__
+from logquant_vllm import __version__, calibration
+from logquant_vllm.bench.calibrations import random_moments
 from logquant_vllm.cli import app, environment, models
 from logquant_vllm.cli import serve as serve_module
 from logquant_vllm.cli.engine import Engine
 from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.plan import parse_memory
 from logquant_vllm.cli.serve import flag_value, reachability, server_command
+from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.planning import model_shape
 from logquant_vllm.planning import plan as plan_capacity
 from tests.models import write_config
@@ -396,6 +398,31 @@ def test_a_damaged_configuration(damage: dict[str, Any], tmp_path: Path) -> None
 def test_options_without_a_model() -> None:
     result = runner.invoke(app, ["doctor", "--options", '{"window_length": 64}'])
     assert result.exit_code == 2 and "name it" in result.stderr
+
+
+def test_doctor_names_the_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that a start would use: beside the model, measured before, or still to be measured."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    model = write_config(tmp_path / "model")
+    kept = calibration.measured_path(LogQuantConfig(), str(model))
+
+    def found(**options: object) -> tuple[str, str]:
+        result = runner.invoke(app, ["doctor", str(model), "--options", json.dumps(options), "--json"])
+        (check,) = [check for check in json.loads(result.stdout)["checks"] if check["name"] == "calibration"]
+        return check["found"], check["advice"]
+
+    assert found() == (f"the first start measures one, and keeps it in {kept}", "")
+    assert found(calibration=None)[0] == "none"
+    calibration.keep([random_moments(64, 2, seed) for seed in range(2)], kept)
+    assert found() == (f"{kept}, measured at an earlier start", "")
+    kept.write_bytes(b"no")
+    assert found()[0].startswith("the first start measures one") and "is not a calibration" in found()[1]
+    beside = model / calibration.FILE_NAME
+    calibration.save([random_moments(64, 2, seed) for seed in range(2)], beside)
+    assert found() == (f"{beside}, beside the model", "")
+    beside.write_bytes(b"no")
+    result = runner.invoke(app, ["doctor", str(model)])
+    assert result.exit_code == 2 and f"{beside} is not a calibration" in result.stderr
 
 
 def test_doctor_of_a_model_that_is_not_there() -> None:

@@ -45,6 +45,7 @@ def test_endpoint(server: Server) -> None:
     assert info["model"] == server.model
     assert info["config"]["window_length"] == 64
     assert Path(info["calibration"]) == DEMO_MODEL / FILE_NAME
+    assert info["calibration_note"] == "beside the model"
     assert info["page"]["num_blocks"] == BLOCKS
     assert info["capacity"]["max_model_len"] == MAX_LEN
     assert info["capacity"]["tokens"] == int(info["capacity"]["concurrency"] * MAX_LEN)

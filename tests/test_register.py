@@ -22,6 +22,10 @@ CHANGES = {
         "type(current_platform).check_and_update_config = classmethod(lambda cls, something_else: None)",
         "something_else",
     ),
+    "an engine that starts in another way": (
+        "import vllm.v1.engine.core as m; m.EngineCore._initialize_kv_caches = lambda self, otherwise: None",
+        "its parameters are ['self', 'otherwise'], expected ['self', 'vllm_config']",
+    ),
     "a module that moved": (
         "import sys; sys.modules['vllm.v1.kv_cache_spec_registry'] = None",
         "vllm.v1.kv_cache_spec_registry",

@@ -176,10 +176,10 @@ def test_a_calibration_that_has_no_room_is_said_not_to_be_used(
     from logquant_vllm.plugin.basis import load_basis
 
     layer = Layer()
-    arguments = LogQuantConfig(), model_config(models["c"]), torch.bfloat16, "cpu"
+    arguments = LogQuantConfig(), model_config(models["c"]), torch.bfloat16, "cpu", "for a reason"
     first = load_basis(layer, "model.layers.0.attn", *arguments)
     assert first.feedback is None
-    assert f"no calibration beside {models['c']}: keys are rotated" in logged()
+    assert f"no calibration of {models['c']}: keys are rotated, which is less accurate: for a reason" in logged()
     kept = first.key.clone()
     second = load_basis(layer, "model.layers.0.attn", LogQuantConfig(), model_config(models["a"]), *arguments[2:])
     assert second.key is first.key and torch.equal(second.key, kept)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logquant_vllm.cli.arguments import parse_json
-from logquant_vllm.cli.environment import examine, kernels_of
+from logquant_vllm.cli.environment import examine, start_of
 from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.models import NAMED
 
@@ -21,7 +21,7 @@ _STYLE = {"ok": "green", "note": "yellow", "missing": "bold red"}
 def doctor(
     model: Annotated[
         str,
-        typer.Argument(help=f"Model directory or hub name, {NAMED}: which kernels would serve it.", metavar="[MODEL]"),
+        typer.Argument(help=f"Model directory or hub name, {NAMED}: what would serve it.", metavar="[MODEL]"),
     ] = "",
     options: Annotated[str, typer.Option(help="LogQuant's options as JSON, for MODEL.")] = "{}",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -31,7 +31,7 @@ def doctor(
     with user_errors():
         chosen = parse_json("--options", options)
         if model:
-            report.checks.extend(kernels_of(model, chosen))
+            report.checks.extend(start_of(model, chosen))
         elif chosen:
             raise ValueError("--options are those of a MODEL: name it")
     if as_json:

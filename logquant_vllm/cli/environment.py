@@ -11,11 +11,15 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from logquant_vllm import __version__
 from logquant_vllm.cli.engine import INSTALL, Engine, installed_engine, wrong_builds
 from logquant_vllm.engines import VERSIONS
+
+if TYPE_CHECKING:
+    from logquant_vllm.config import LogQuantConfig
+    from logquant_vllm.planning import ModelShape
 
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN_NAME = "logquant"
@@ -96,8 +100,9 @@ def find_gpu() -> Gpu | None:
     )
 
 
-def kernels_of(model: str, options: dict[str, Any]) -> Iterator[Check]:
-    """Which kernels would serve a model on this machine's GPU, and why not the fastest.
+def start_of(model: str, options: dict[str, Any]) -> Iterator[Check]:
+    """What a start with a model would use: its calibration, and on this machine's GPU which kernels, and why not the
+    fastest.
 
     Raises:
         ValueError: if there is no such model, or it or the options are not supported.
@@ -110,11 +115,14 @@ def kernels_of(model: str, options: dict[str, Any]) -> Iterator[Check]:
     from logquant_vllm.kernels.decode.choice import why_not_gluon
     from logquant_vllm.planning import model_shape
 
-    shape = model_shape(model_directory(model))
-    layout = LogQuantConfig.from_options(options).layout(shape.head_size)
+    directory = model_directory(model)
+    shape = model_shape(directory)
+    config = LogQuantConfig.from_options(options)
+    layout = config.layout(shape.head_size)
     heads = shape.num_heads or shape.num_kv_heads
     found = f"{heads} query and {shape.num_kv_heads} KV heads of {shape.head_size}"
     yield Check("model", "ok", f"{model}: {found}, {layout.fmt.bits_per_element:.2f} bits an element")
+    yield _calibration(config, directory, shape)
     gpu = find_gpu()
     if gpu is None or gpu.capability < MIN_CAPABILITY:
         yield Check("decode kernel", "ok", "C++ operations: no GPU for the others")
@@ -126,6 +134,25 @@ def kernels_of(model: str, options: dict[str, Any]) -> Iterator[Check]:
     else:
         advice = "it is slower, for some shapes than vLLM's bfloat16 cache: compare with `logquant-vllm bench decode`"
         yield Check("decode kernel", "note", f"Triton on {architecture.name}, as {reason}", advice)
+
+
+def _calibration(config: LogQuantConfig, directory: str, shape: ModelShape) -> Check:
+    """Raises ValueError if it is somebody's, and damaged."""
+    from logquant_vllm import calibration
+
+    path, damage = calibration.find(config, directory), ""
+    if path is not None:
+        try:
+            calibration.load(path, (shape.num_layers, shape.num_kv_heads, shape.head_size))
+            return Check("calibration", "ok", f"{path}, {calibration.origin(config, path)}")
+        except ValueError as error:
+            if not calibration.is_measured(path):
+                raise
+            damage = str(error)
+    if config.measures:
+        kept = calibration.measured_path(config, directory)
+        return Check("calibration", "ok", f"the first start measures one, and keeps it in {kept}", damage)
+    return Check("calibration", "note", "none", "keys are rotated, which is less accurate: see the option calibration")
 
 
 def _python() -> Check:

@@ -15,7 +15,7 @@ as much as others. Two things follow, neither of which changes the stored format
   geometric mean decomposition of Jiang, Hager and Li, Linear Algebra Appl. 396, 2005).
 
 ``S`` and ``C`` are measured once for a model, queries weighted by what an error would do to the layer's output; see
-``logquant_vllm.hf.calibrate``.
+``logquant_vllm.core.moments``.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 - ``specs``: the two kinds of cache blocks, as vLLM's planner and scheduler see them;
 - ``window_layer``: the companion of an attention layer that owns its full-precision blocks;
 - ``basis``: the buffers of an attention layer that hold the basis of its keys;
+- ``measure``, ``observe``: an engine measures its model when it first starts with it, and its workers' part in that;
 - ``backend``: the attention backend;
 - ``orphan``: an engine ends when its server is gone.
 """

@@ -32,6 +32,8 @@ from logquant_vllm.core.paged import Batch, PagedCache
 from logquant_vllm.core.parts import Parts
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.basis import load_basis
+from logquant_vllm.plugin.measure import obstacle
+from logquant_vllm.plugin.observe import Observer
 from logquant_vllm.plugin.parts import parts_of
 from logquant_vllm.plugin.speculation import decode_query_len, is_draft_model, options_of, rollback_tokens
 from logquant_vllm.plugin.window_layer import WindowLayer
@@ -224,6 +226,13 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             decode_query_len=decode_query_len(vllm_config),
         )
         self._layer = Layer(layout, self.scale)
+        self.observer: Observer | None = None
+        """Looks at what is computed, while the engine measures its model."""
+
+    @property
+    def drafts(self) -> bool:
+        """Whether this is a draft model's layer."""
+        return self._draft_model is not None
 
     @property
     def is_draft_model(self) -> bool:
@@ -250,8 +259,9 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         vllm_config = get_current_vllm_config()
         if self.config.rotation or self.config.value_rotation:
             # of these weights: vLLM reloads from other places, too
-            model = self._draft_model or vllm_config.model_config
-            basis = load_basis(layer, name, self.config, model, act_dtype, current_platform.device_type)
+            model, device = self._draft_model or vllm_config.model_config, current_platform.device_type
+            why_not = "drafts are not measured" if self.drafts else obstacle(vllm_config)
+            basis = load_basis(layer, name, self.config, model, act_dtype, device, why_not)
             self._layer = self._layer._replace(basis=basis)
         if self._window_layer is None:
             layer.attn_backend = configured_backend(self.config)
@@ -295,5 +305,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             self.window_layer.metadata(get_forward_context().attn_metadata).block_table,
         )
         new = query[tokens], key[tokens], value[tokens]
+        if self.observer is not None:
+            self.observer.see(*new, cache, attn_metadata.batch)
         self.operations.step(self._layer, *new, cache, attn_metadata.batch, output[tokens], attn_metadata.parts)
         return output

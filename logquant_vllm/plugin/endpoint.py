@@ -48,7 +48,7 @@ class LogQuantEndpoint:
                 raise HTTPException(401, "Unauthorized")
             if state.logquant_config is None:
                 raise HTTPException(404, "this server does not run with --kv-cache-dtype logquant")
-            return describe(state.logquant_config)
+            return describe(state.logquant_config, state.logquant_calibration)
 
         app.include_router(APIRouter(lifespan=_close_connections))
 
@@ -59,6 +59,8 @@ class LogQuantEndpoint:
         state.logquant_keys = None
         if state.logquant_config is None:
             return  # nothing to tell, and nothing of vLLM that may have moved is touched
+        path, note = await engine_client.engine_core.call_utility_async("logquant_calibration")
+        state.logquant_calibration = path, note
         import vllm.envs as envs
         from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 

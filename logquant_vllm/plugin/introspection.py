@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import platform
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 import logquant_vllm
-from logquant_vllm import calibration
 from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
 from logquant_vllm.planning import ModelShape, logquant_capacity, plain_capacity
 from logquant_vllm.plugin import KV_CACHE_DTYPE
@@ -66,7 +64,8 @@ class LogQuantInfo(Frozen):
     model: str
     dtype: str
     config: LogQuantConfig
-    calibration: str | None = Field(description="File that the option calibration found; null without a calibration.")
+    calibration: str | None = Field(description="File that the calibration is in; null if there is none.")
+    calibration_note: str = Field(description="Where the calibration comes from, or why there is none.")
     page: PageInfo
     capacity: CapacityInfo
     speculation: SpeculationInfo | None = Field(description="Null without speculative decoding.")
@@ -88,13 +87,6 @@ def _version(*names: str) -> str | None:
     return None
 
 
-@cache
-def _calibration(config: LogQuantConfig, model: str, revision: str | None) -> str | None:
-    """Looked for once: what an engine has loaded does not change with its files."""
-    path = calibration.find(config, model, revision)
-    return None if path is None else str(path)
-
-
 def _speculation(vllm_config: Any) -> SpeculationInfo | None:
     if vllm_config.speculative_config is None:
         return None
@@ -106,8 +98,11 @@ def _speculation(vllm_config: Any) -> SpeculationInfo | None:
     )
 
 
-def describe(vllm_config: Any) -> LogQuantInfo:
+def describe(vllm_config: Any, calibration: tuple[str | None, str] = (None, "unknown")) -> LogQuantInfo:
     """The active configuration of an engine whose memory has been measured.
+
+    Args:
+        calibration: what the engine says of it: its file, and where it comes from.
 
     Raises:
         ValueError: if the engine does not know its number of blocks yet.
@@ -136,7 +131,8 @@ def describe(vllm_config: Any) -> LogQuantInfo:
         model=str(model.served_model_name),
         dtype=shape.dtype,
         config=config,
-        calibration=_calibration(config, str(model.model), model.revision),
+        calibration=calibration[0],
+        calibration_note=calibration[1],
         page=PageInfo(page_size=PAGE_SIZE, block_bytes=ours.block_bytes * ranks, num_blocks=num_blocks),
         capacity=CapacityInfo(
             max_model_len=length,

@@ -1,4 +1,5 @@
-"""The vLLM functions that are wrapped: three methods of the platform class, in vLLM 0.32 and 0.33 alike.
+"""The vLLM functions that are wrapped, in vLLM 0.32 and 0.33 alike: three methods of the platform class, and one of the
+engine.
 
 =================================  =============================================================================
 ``get_attn_backend_cls``           vLLM picks an attention backend per platform and knows no plugin's dtype; the
@@ -8,6 +9,9 @@
                                    any weight is loaded: the place to refuse what is not supported.
 ``update_block_size_for_backend``  the one call of every worker when all layers exist: the place to see that each
                                    is ours, also those of models that choose a backend by themselves.
+``_initialize_kv_caches``          of ``EngineCore``: the last that a starting engine does with its workers, which
+                                   then have loaded, warmed up and captured everything: the place to measure the
+                                   model. The engine is imported only where it is already, or the dtype is ours.
 =================================  =============================================================================
 
 All act only if the KV cache dtype is ours, and none is wrapped unless all still are what is expected.
@@ -16,6 +20,7 @@ All act only if the KV cache dtype is ours, and none is wrapped unless all still
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +91,7 @@ def _check_and_update_config(original: Callable[..., None], vllm_config: Any) ->
         return original(vllm_config)
     from logquant_vllm.plugin.validation import prepare, validate_config
 
+    _patch_engine()  # processes that are forked from this one have it
     validate_config(vllm_config)
     prepare(vllm_config)
     return original(vllm_config)
@@ -97,6 +103,16 @@ def _update_block_size_for_backend(original: Callable[..., None], vllm_config: A
 
         check_layers(vllm_config)
     return original(vllm_config)
+
+
+def _initialize_kv_caches(original: Callable[..., Any], engine: Any, vllm_config: Any) -> Any:
+    kv_cache_config = original(engine, vllm_config)
+    if vllm_config.cache_config.cache_dtype == KV_CACHE_DTYPE:
+        from logquant_vllm.plugin.measure import calibrate
+
+        status = calibrate(vllm_config, engine.model_executor, kv_cache_config)
+        engine.logquant_calibration = lambda: list(status)  # answers its clients (`call_utility_async`)
+    return kv_cache_config
 
 
 _PATCHES: dict[str, tuple[list[str], Callable[..., Any]]] = {
@@ -119,11 +135,43 @@ def _patch(platform: type) -> None:
         _wrap(platform, name, _PATCHES[name][1])
 
 
+def _check_engine() -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    if not hasattr(EngineCore._initialize_kv_caches, _MARK):
+        _expect_parameters(EngineCore._initialize_kv_caches, ["self", "vllm_config"])
+
+
+def _patch_engine() -> None:
+    """Wrap the engine's method.
+
+    Raises:
+        RuntimeError: if it has changed.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    _check_engine()
+    original = EngineCore._initialize_kv_caches
+    if hasattr(original, _MARK):
+        return
+
+    def wrapped(self: Any, vllm_config: Any) -> Any:
+        return _initialize_kv_caches(original, self, vllm_config)
+
+    setattr(wrapped, _MARK, original)
+    EngineCore._initialize_kv_caches = wrapped
+
+
 def apply_patches() -> None:
     """Register the backend's name and wrap the platform's methods; does nothing the second time."""
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    in_engine = "vllm.v1.engine.core" in sys.modules  # one that was spawned loads plugins when it begins to start
+    if in_engine:
+        _check_engine()
     _patch(type(current_platform))
+    if in_engine:
+        _patch_engine()
     if BACKEND_NAME not in AttentionBackendEnum.__members__:
         register_backend(BACKEND_NAME, BACKEND_PATH)

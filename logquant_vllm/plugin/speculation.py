@@ -66,7 +66,7 @@ def options_of(vllm_config: Any) -> LogQuantConfig:
 def draft_options(vllm_config: Any, config: LogQuantConfig) -> LogQuantConfig:
     """``config`` for a draft: a calibration that is named is the model's, and a head that drafts has none."""
     own = "auto" if vllm_config.speculative_config.uses_draft_model() and config.calibration is not None else None
-    return config.model_copy(update={"calibration": own})
+    return config.model_copy(update={"calibration": own, "calibration_text": None})
 
 
 def num_draft_layers(vllm_config: Any) -> int:

@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from logquant_vllm import calibration
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig, unsupported_head_size
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
+from logquant_vllm.plugin.model import shape_of, where
 from logquant_vllm.plugin.speculation import draft_options, has_draft_layers, options_of, speculation_problems
 from logquant_vllm.plugin.window_layer import WindowLayer
 
@@ -113,8 +114,9 @@ def _model_problems(model: Any, config: LogQuantConfig) -> Iterator[str]:
         return
     try:
         config.layout(head_size)
-        if (path := calibration.find(config, str(model.model), model.revision)) is not None:
-            calibration.load(path, (model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), head_size))
+        path = calibration.find(config, *where(model))
+        if path is not None and not calibration.is_measured(path):  # what an engine measured, it can measure again
+            calibration.load(path, shape_of(model))
     except ValueError as error:
         yield str(error)
 

@@ -1,18 +1,18 @@
-"""The file that holds a model's calibration: where it is looked for, and what it must fit.
+"""The file that holds a model's calibration, and what it must fit.
 
 Moments (:mod:`logquant_vllm.core.calibration`) of every layer, ``layers.I.query`` and ``layers.I.key``, float16
-``[num_kv_heads, head_size, head_size]``; ``logquant-vllm calibrate`` writes them.
-
-Importing this module does not import torch: the command line looks for the file.
+``[num_kv_heads, head_size, head_size]``. An engine writes one at a model's first start, ``logquant-vllm calibrate``
+ahead of it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from logquant_vllm.config import LogQuantConfig, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,29 +23,53 @@ FILE_NAME = "calibration.logquant"
 """Found beside a model's weights. In safetensors' format, but not named so: engines load every such file as weights."""
 
 
-def save(moments: Sequence[Moments], path: Path) -> None:
-    """Write moments, those of each head scaled to mean variance 1: only their shape matters.
+def encoded(moments: Sequence[Moments]) -> list[Moments]:
+    """Moments as a file holds them: float16, those of each head scaled to mean variance 1, as only their shape matters.
 
     Raises:
-        ValueError: if they are none, naming the tensor, or the file cannot be written.
+        ValueError: if they are none, naming the layer and which of them.
     """
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
-    tensors = {}
+    from logquant_vllm.core.calibration import Moments
+
+    layers = []
     for i, layer in enumerate(moments):
+        tensors = []
         for kind, x in layer._asdict().items():
             size = x.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
             # of a head that was never seen at work nothing is known: no direction counts more than another
             unit = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-            name, scaled = f"layers.{i}.{kind}", torch.where(size == 0, unit, x / size).half().cpu().contiguous()
+            scaled = torch.where(size == 0, unit, x / size).half().cpu().contiguous()
             if problem := _problem(scaled):
-                raise ValueError(f"{name} {problem}: nothing was written to {path}")
-            tensors[name] = scaled
+                raise ValueError(f"layers.{i}.{kind} {problem}")
+            tensors.append(scaled)
+        layers.append(Moments(*tensors))
+    return layers
+
+
+def save(moments: Sequence[Moments], path: Path) -> None:
+    """Write moments, whole or not at all.
+
+    Raises:
+        ValueError: if they are none, naming the tensor, or the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
-        save_file(tensors, path, {"format": "logquant calibration 1"})
+        layers = encoded(moments)
+    except ValueError as error:
+        raise ValueError(f"{error}: nothing was written to {path}") from None
+    tensors = {f"layers.{i}.{kind}": x for i, layer in enumerate(layers) for kind, x in layer._asdict().items()}
+    # others read it at any time, and may write it as well
+    part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    try:
+        save_file(tensors, part, {"format": "logquant calibration 1"})
+        part.replace(path)
     except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {error}") from None
 
 
@@ -122,46 +146,3 @@ def _check_shapes(
             f"this model {(*model, model[-1])}; make one with `logquant-vllm calibrate MODEL`, or set the logquant "
             "option calibration to null"
         )
-
-
-def _beside(model: str, revision: str | None) -> Path | None:
-    """The calibration in a model's directory, or in the hub's cache on this machine; nothing is downloaded."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder / FILE_NAME
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        cached = try_to_load_from_cache(model, FILE_NAME, revision=revision)
-    except ValueError:  # not a name that a hub could know
-        return None
-    return Path(cached) if isinstance(cached, str) else None
-
-
-def find(config: LogQuantConfig, model: str, revision: str | None = None) -> Path | None:
-    """The calibration to use for a model directory or name; None for none.
-
-    Args:
-        revision: of a name on the hub; None for the newest that is cached.
-
-    Raises:
-        ValueError: if the options ask for one that is not there.
-    """
-    if config.calibration is None or not config.rotation:
-        return None
-    if config.calibration == "auto":
-        beside = _beside(model, revision)
-        return beside if beside is not None and beside.is_file() else None
-    path = Path(config.calibration)
-    try:
-        if path.is_file():
-            return path
-        problem = "not a regular file" if path.exists() else "not there"
-    except OSError as error:
-        problem = error.strerror or str(error)
-    except ValueError as error:  # no name that a file can have
-        problem = str(error)
-    raise ValueError(
-        f"logquant option calibration: there is no file {shown(config.calibration)} ({problem}); give a file of "
-        f'`logquant-vllm calibrate`, "auto" for {FILE_NAME} beside the model if it is there, or null'
-    )

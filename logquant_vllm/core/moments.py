@@ -1,0 +1,90 @@
+"""Measuring the moments that a calibration is made of (:mod:`logquant_vllm.core.calibration`): sums over sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from logquant_vllm.core.calibration import Moments
+
+SCORES = 1 << 24
+"""Scores that are looked at at once, float32: a bound on the memory that measuring takes."""
+
+
+class MomentSums:
+    """Running sums of one layer, in float64 on the CPU: the same whatever the device has room for.
+
+    Args:
+        group: tokens that share a key scale.
+        recent: keys of so many newest tokens are exact.
+    """
+
+    def __init__(self, group: int, recent: int) -> None:
+        self.group, self.recent = group, recent
+        self.query: Tensor | float = 0.0
+        self.key: Tensor | float = 0.0
+        self.queries: Tensor | int = 0
+        self.keys = 0
+
+    def add(self, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, first: int = 0) -> None:
+        """A sequence's queries ``[heads, tokens, channels]``, keys and values ``[num_kv_heads, tokens, channels]``.
+
+        Args:
+            scale: factor on the scores.
+            output: ``[heads, channels, channels]``: the squared length, in the layer's output, of what a head reads.
+            first: the first query that counts.
+        """
+        heads, tokens, channels = key.shape
+        k = key[:, : tokens // self.group * self.group].float().unflatten(1, (-1, self.group))
+        k = (k - k.mean(2, keepdim=True)).flatten(1, 2)
+        self.key, self.keys = self.key + (k.mT @ k).double().cpu(), self.keys + k.shape[1]
+        shared = zip(query.unflatten(0, (heads, -1)), key, value, output.unflatten(0, (heads, -1)), strict=True)
+        step = max(1, SCORES // (query.shape[0] // heads * tokens))
+        moments = []
+        for q, k, v, size in shared:
+            total = torch.zeros(channels, channels, dtype=torch.float64)
+            for start in range(first, tokens, step):
+                end = min(start + step, tokens)
+                asking = q[:, start:end].float()
+                weight = sensitivity(asking, k[:end].float(), v[:end].float(), scale, size, self.recent)
+                weighted = (asking * weight.sqrt()[..., None]).reshape(-1, channels)
+                total += (weighted.mT @ weighted).double().cpu()
+            moments.append(total)
+        stacked = torch.stack(moments)
+        mean = stacked.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        # every sequence counts alike, however sharp its attention; not where nothing was far enough back
+        self.query = self.query + torch.where(mean == 0, 0.0, stacked / mean)
+        self.queries = self.queries + (mean != 0)
+
+    def moments(self) -> Moments:
+        """The means; zero for the queries of a head whose far keys were never read.
+
+        Raises:
+            ValueError: if no sequence was long enough.
+        """
+        seen = isinstance(self.queries, Tensor) and bool(self.queries.any())
+        if not (seen and self.keys and isinstance(self.query, Tensor) and isinstance(self.key, Tensor)):
+            raise ValueError(f"the text is too short: no sequence has more than {max(self.group, self.recent)} tokens")
+        return Moments(self.query / torch.as_tensor(self.queries).clamp(min=1), self.key / self.keys)
+
+
+def sensitivity(query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, recent: int) -> Tensor:
+    """What independent errors in the scores of a query do to the layer's output, float32 ``[heads, queries]``.
+
+    With weights ``p`` and output ``o``, an error ``e`` in the score of token ``t`` moves the output by
+    ``p_t (v_t - o) e``; the squares are summed over the tokens that lie at least ``recent`` back, as nearer ones are
+    read exactly.
+
+    Args:
+        query: those of the last tokens, ``[heads, queries, channels]``, which share one KV head.
+        key, value: ``[tokens, channels]``.
+        output: ``[heads, channels, channels]``, see :meth:`MomentSums.add`.
+    """
+    position = torch.arange(key.shape[0], device=key.device)
+    back = position[len(position) - query.shape[1] :, None] - position
+    weight = (query @ key.mT * scale).masked_fill(back < 0, -torch.inf).softmax(-1)
+    mean = weight @ value
+    square = weight.masked_fill(back < recent, 0.0).square()
+    sized = value @ output
+    moved = (square @ (sized * value).sum(-1, keepdim=True))[..., 0] - 2 * (square @ sized * mean).sum(-1)
+    return (moved + square.sum(-1) * (mean @ output * mean).sum(-1)).clamp_min(0.0)

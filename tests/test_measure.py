@@ -1,0 +1,372 @@
+"""An engine that measures its model: the first start, the next one, and models that cannot be measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from logquant_vllm import calibration
+from logquant_vllm.bench.calibrations import random_moments
+from logquant_vllm.calibration import text
+from logquant_vllm.cli.models import DEMO_MODEL
+from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.core.calibration import Moments, calibrated_basis, rotation_basis
+from tests.models import write_model
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.server
+
+BUFFERS = ("logquant_query_basis", "logquant_key_basis", "logquant_feedback")
+SHAPE = {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096}
+DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of random weights, and the demo model's tokenizer."""
+    path = write_model(tmp_path_factory.mktemp("model") / "llama", **SHAPE)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL / name, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def few_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of the package's own text: as good as all of it to see that it is measured on, and quicker."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    chat, *_, prose = text.documents(None)
+    path.write_text("\n".join(json.dumps(record) for record in ({"messages": chat}, {"text": prose[:3000]})))
+    return path
+
+
+class Engine:
+    """In this process, on its own text."""
+
+    def __init__(self, model: Path, words: Path, **options: Any) -> None:
+        from vllm import LLM
+
+        self.config = LogQuantConfig(calibration_text=str(words), **options)
+        self.additional_config = {"logquant": {"calibration_text": str(words), **options}}
+        self.llm = LLM(
+            model=str(model),
+            kv_cache_dtype="logquant",
+            dtype=DTYPE,
+            enforce_eager=True,
+            max_model_len=1024,
+            num_gpu_blocks_override=100,
+            gpu_memory_utilization=0.3,
+            additional_config=self.additional_config,
+        )
+        self.core: Any = self.llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+        self.path = calibration.measured_path(self.config, str(model))
+
+    @property
+    def status(self) -> tuple[str | None, str]:
+        """What the engine tells its clients."""
+        path, note = self.core.logquant_calibration()
+        return path, note
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Those that hold queries' and keys' bases, and the feedback."""
+
+        def of_model(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+            return {name: x.clone() for name, x in model.named_buffers() if name.endswith(BUFFERS)}
+
+        return self.llm.apply_model(of_model)[0]
+
+    def forget(self) -> None:
+        """As if no calibration had been loaded: every layer waits for one."""
+        rotation = rotation_basis(64, torch.float32, "cpu").key
+
+        def of_model(model: torch.nn.Module) -> None:
+            for name, x in model.named_buffers():
+                if name.endswith(BUFFERS):
+                    x.copy_(0 * x if "feedback" in name else rotation)
+
+        self.llm.apply_model(of_model)
+
+    def start_again(self) -> tuple[str | None, str]:
+        """What a start does when vLLM has done its part."""
+        from logquant_vllm.plugin.measure import calibrate
+
+        self.forget()
+        config = self.core.scheduler.kv_cache_config
+        return calibrate(self.llm.llm_engine.vllm_config, self.core.model_executor, config)
+
+    def answers(self) -> list[tuple[int, ...]]:
+        from vllm import SamplingParams
+
+        prompts = [{"prompt_token_ids": [5 + i * j % 4000 for j in range(400)]} for i in (1, 2)]
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        return [tuple(x.outputs[0].token_ids) for x in self.llm.generate(prompts, params, use_tqdm=False)]  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, few_words: Path) -> Engine:
+    """Started for the first time."""
+    return Engine(model, few_words)
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
+    """What vLLM's logger was told; it hands nothing on to others."""
+    from vllm.logger import _print_info_once, _print_warning_once
+
+    for once in (_print_info_once, _print_warning_once):
+        once.cache_clear()
+    vllm = logging.getLogger("vllm")
+    vllm.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, "vllm")
+    yield lambda: "\n".join(caplog.messages)
+    vllm.removeHandler(caplog.handler)
+
+
+def assert_calibrated(engine: Engine, moments: list[Moments]) -> None:
+    """All layers quantize with these."""
+    buffers = engine.buffers()
+    assert len(buffers) == 6  # query, key and feedback of two layers
+    for layer, of_layer in enumerate(moments):
+        held = [x for name, x in buffers.items() if f"layers.{layer}." in name]
+        for x, y in zip(held, calibrated_basis(of_layer)[:3], strict=True):
+            assert torch.equal(x.cpu(), y.to(x.dtype))  # type: ignore[union-attr]
+
+
+def assert_rotated(engine: Engine) -> None:
+    rotation = rotation_basis(64, getattr(torch, DTYPE), "cpu").key[0]
+    for name, x in engine.buffers().items():
+        assert all(torch.equal(head.cpu(), 0 * head.cpu() if "feedback" in name else rotation) for head in x)
+
+
+def test_the_first_start_measures(engine: Engine) -> None:
+    path, note = engine.status
+    assert path == str(engine.path)
+    assert note.startswith("measured at this start")
+    assert [file.name for file in engine.path.parent.iterdir()] == [engine.path.name]
+    assert_calibrated(engine, calibration.load(engine.path, (2, 2, 64)))
+
+
+def test_nothing_of_it_is_left(engine: Engine) -> None:
+    """No request, no block, no page to be hit, no layer that looks on."""
+    scheduler = engine.core.scheduler
+    assert not scheduler.has_requests()
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 99
+    prompt = text.sequences(text.documents(engine.config.calibration_text), engine.llm.get_tokenizer(), 1023)[0]
+    output = engine.llm.generate([{"prompt_token_ids": prompt[:1000]}], use_tqdm=False)[0]  # type: ignore[list-item]
+    assert not output.num_cached_tokens
+
+    def observers(worker: Any) -> list[Any]:
+        layers = worker.vllm_config.compilation_config.static_forward_context.values()
+        return [layer.impl.observer for layer in layers if hasattr(layer, "impl")]
+
+    assert engine.llm.collective_rpc(observers) == [[None, None]]
+
+
+def test_it_is_what_transformers_measures(engine: Engine, model: Path) -> None:
+    """The moments of ``logquant-vllm calibrate`` on the same tokens."""
+    from transformers import AutoModelForCausalLM
+
+    from logquant_vllm.hf.calibrate import measure
+
+    sequences = text.sequences(text.documents(engine.config.calibration_text), engine.llm.get_tokenizer(), 1023)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, DTYPE)).eval()
+    expected = calibration.encoded(measure(loaded, ((ids, 0) for ids in sequences)))
+    tolerance = 2e-3 if DTYPE == "float32" else 0.05
+    for layer, of_layer in zip(calibration.load(engine.path), expected, strict=True):
+        for x, y in zip(layer, of_layer, strict=True):
+            assert float((x.float() - y.float()).norm() / y.float().norm()) < tolerance
+
+
+def test_every_start_finds_the_same(engine: Engine) -> None:
+    content = engine.path.read_bytes()
+    engine.path.unlink()
+    path, note = engine.start_again()
+    assert note.startswith("measured at this start")
+    assert path is not None
+    assert Path(path).read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other model"])
+def test_a_file_that_cannot_be_used_is_named_and_made_anew(
+    damage: str, engine: Engine, model: Path, logged: Callable[[], str]
+) -> None:
+    from vllm import EngineArgs
+
+    content = engine.path.read_bytes()
+    if damage == "other model":
+        calibration.save([random_moments(64, 4)], engine.path)
+    else:
+        engine.path.write_bytes(content[:5000] if damage == "cut" else b"")
+    # it stops no start
+    arguments = EngineArgs(str(model), kv_cache_dtype="logquant", additional_config=engine.additional_config)
+    assert arguments.create_engine_config() is not None
+    path, note = engine.start_again()
+    assert (path, note.partition(" in ")[0]) == (str(engine.path), "measured at this start")
+    assert f"{engine.path} cannot be used and is made anew" in logged()
+    assert engine.path.read_bytes() == content
+    assert_calibrated(engine, calibration.load(engine.path))
+
+
+def test_a_cache_that_cannot_be_written(
+    engine: Engine, logged: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No error, and weights that are loaded again get what was measured."""
+    content = engine.path.read_bytes()
+    (tmp_path / "logquant").write_text("no directory")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    path, note = engine.start_again()
+    assert path is None
+    assert note.endswith("and not kept: the next start measures again")
+    assert "the calibration is not kept" in logged()
+    expected = calibration.load(engine.path)
+    assert_calibrated(engine, expected)
+    engine.forget()
+    engine.llm.collective_rpc("reload_weights")
+    assert_calibrated(engine, expected)
+    assert engine.path.read_bytes() == content
+
+
+def with_options(engine: Engine, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    config = engine.llm.llm_engine.vllm_config
+    monkeypatch.setattr(config, "additional_config", {"logquant": options})
+
+
+def test_a_text_that_is_too_short(
+    engine: Engine, logged: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("It was a dark and stormy night.")
+    with_options(engine, monkeypatch, calibration_text=str(words))
+    path, note = engine.start_again()
+    assert (path, note.partition(":")[0]) == (None, "none")
+    assert "the text is too short" in note
+    assert logged().count("cannot be calibrated, so keys are rotated") == 1
+    assert_rotated(engine)
+
+
+def test_activations_that_are_no_numbers(engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    hooks = engine.llm.apply_model(lambda model: poison(model, "model.layers.1.self_attn.qkv_proj"))
+    try:
+        path, note = engine.start_again()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert (path, note) == (None, "none: layers.1.query has values that are not finite")
+    assert_rotated(engine)
+    assert not list(tmp_path.iterdir())
+
+
+def poison(model: torch.nn.Module, name: str) -> Any:
+    """Let a module's outputs be NaN in one place."""
+
+    def spoil(module: Any, inputs: Any, output: Any) -> Any:
+        output[0][100, 3] = torch.nan
+        return output
+
+    return model.get_submodule(name).register_forward_hook(spoil)
+
+
+def test_memory_that_is_short(engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PyTorch's own error, as an allocation of an exabyte raises it on a GPU."""
+    from logquant_vllm.core.moments import MomentSums
+
+    def add(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB.")
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(MomentSums, "add", add)
+    path, note = engine.start_again()
+    assert (path, note) == (None, "none: not enough memory (CUDA out of memory. Tried to allocate 1 EiB.)")
+    assert_rotated(engine)
+
+
+def test_without(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_options(engine, monkeypatch, calibration=None)
+    assert engine.start_again() == (None, "none: the option calibration is null")
+    with_options(engine, monkeypatch, rotation=False)
+    assert engine.start_again() == (None, "none: the option rotation is false")
+
+
+def test_what_cannot_be_measured(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from logquant_vllm.plugin.measure import obstacle
+
+    config = engine.llm.llm_engine.vllm_config
+    assert obstacle(config) is None
+    monkeypatch.setattr(config.scheduler_config, "max_num_batched_tokens", 128)
+    assert obstacle(config) == "a step takes 128 tokens of a prompt, and measuring at least 256"
+    monkeypatch.setattr(config.load_config, "load_format", "dummy")
+    assert "dummy" in (obstacle(config) or "")
+    monkeypatch.setattr(config.model_config, "skip_tokenizer_init", True)
+    assert "no tokenizer" in (obstacle(config) or "")
+
+
+def test_a_file_beside_the_model_comes_first(engine: Engine, model: Path, few_words: Path) -> None:
+    """Unless the user names a text."""
+    beside = model / calibration.FILE_NAME
+    shutil.copy(engine.path, beside)
+    try:
+        assert calibration.find(LogQuantConfig(), str(model)) == beside
+        assert calibration.find(engine.config, str(model)) == engine.path
+    finally:
+        os.remove(beside)
+
+
+def test_the_second_start_finds_it(engine: Engine, model: Path, few_words: Path, tmp_path: Path) -> None:
+    """Also of a copy of the model, at another place. (The last: an engine that is gone takes what both share along.)"""
+    before = engine.path.stat().st_mtime_ns
+    second = Engine(shutil.copytree(model, tmp_path / "copy"), few_words)
+    assert second.status == (str(engine.path), "measured at an earlier start")
+    assert engine.path.stat().st_mtime_ns == before
+    for (name, x), y in zip(second.buffers().items(), engine.buffers().values(), strict=True):
+        assert torch.equal(x, y), name
+    assert second.answers() == engine.answers()
+    # weights that are loaded again find it as well, and others keep the rotation
+    second.forget()
+    second.llm.collective_rpc("reload_weights")
+    assert_calibrated(second, calibration.load(engine.path))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() == 1 or os.cpu_count() == 1, reason="needs two GPUs or two cores")
+def test_ranks_measure_their_own_heads(
+    engine: Engine, model: Path, few_words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks with one KV head each find what one with two does, and keep it for any number of ranks."""
+    from vllm import LLM
+
+    expected = calibration.load(engine.path)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one NUMA node serves both ranks
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    LLM(
+        model=str(model),
+        kv_cache_dtype="logquant",
+        dtype=DTYPE,
+        enforce_eager=True,
+        max_model_len=1024,
+        num_gpu_blocks_override=100,
+        gpu_memory_utilization=0.3,
+        tensor_parallel_size=2,
+        additional_config={"logquant": {"calibration_text": str(few_words)}},
+    )
+    found = calibration.load(calibration.measured_path(engine.config, str(model)), (2, 2, 64))
+    tolerance = 2e-3 if DTYPE == "float32" else 0.05
+    for layer, of_layer in zip(found, expected, strict=True):
+        for x, y in zip(layer, of_layer, strict=True):
+            assert float((x.float() - y.float()).norm() / y.float().norm()) < tolerance
