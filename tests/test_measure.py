@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,16 +66,17 @@ class Engine:
 
         self.config = LogQuantConfig(calibration_text=str(words), **options)
         self.additional_config = {"logquant": {"calibration_text": str(words), **options}}
-        self.llm = LLM(
-            model=str(model),
-            kv_cache_dtype="logquant",
-            dtype=DTYPE,
-            enforce_eager=True,
-            max_model_len=1024,
-            num_gpu_blocks_override=100,
-            gpu_memory_utilization=0.3,
-            additional_config=self.additional_config,
-        )
+        self.arguments: dict[str, Any] = {
+            "model": str(model),
+            "kv_cache_dtype": "logquant",
+            "dtype": DTYPE,
+            "enforce_eager": True,
+            "max_model_len": 1024,
+            "num_gpu_blocks_override": 100,
+            "gpu_memory_utilization": 0.3,
+            "additional_config": self.additional_config,
+        }
+        self.llm = LLM(**self.arguments)
         self.core: Any = self.llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
         self.path = calibration.measured_path(self.config, str(model))
 
@@ -330,6 +333,7 @@ def test_a_file_beside_the_model_comes_first(engine: Engine, model: Path, few_wo
 
 def test_the_second_start_finds_it(engine: Engine, model: Path, few_words: Path, tmp_path: Path) -> None:
     """Also of a copy of the model, at another place. (The last: an engine that is gone takes what both share along.)"""
+    assert engine.start_again() == (str(engine.path), "measured at an earlier start")
     before = engine.path.stat().st_mtime_ns
     second = Engine(shutil.copytree(model, tmp_path / "copy"), few_words)
     assert second.status == (str(engine.path), "measured at an earlier start")
@@ -349,22 +353,17 @@ def test_ranks_measure_their_own_heads(
     engine: Engine, model: Path, few_words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks with one KV head each find what one with two does, and keep it for any number of ranks."""
-    from vllm import LLM
-
     expected = calibration.load(engine.path)
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one NUMA node serves both ranks
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    LLM(
-        model=str(model),
-        kv_cache_dtype="logquant",
-        dtype=DTYPE,
-        enforce_eager=True,
-        max_model_len=1024,
-        num_gpu_blocks_override=100,
-        gpu_memory_utilization=0.3,
-        tensor_parallel_size=2,
-        additional_config={"logquant": {"calibration_text": str(few_words)}},
+    script = tmp_path / "start.py"
+    script.write_text(
+        "if __name__ == '__main__':\n    import vllm, json, sys\n    vllm.LLM(**json.loads(sys.argv[1]))\n"
     )
+    arguments = {**engine.arguments, "tensor_parallel_size": 2}
+    # one NUMA node serves both ranks
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    done = subprocess.run([sys.executable, script, json.dumps(arguments)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     found = calibration.load(calibration.measured_path(engine.config, str(model)), (2, 2, 64))
     tolerance = 2e-3 if DTYPE == "float32" else 0.05
     for layer, of_layer in zip(found, expected, strict=True):
