@@ -25,7 +25,13 @@ HEAD_SIZES = (64, 80, 96, 128, 160, 192, 256)
 CONFIG_KEY = "logquant"
 """Where the settings lie in vLLM's ``additional_config``."""
 
-PRESETS: dict[str, dict[str, Any]] = {"k2v2": {}, "k4v2": {"key_bits": 4}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "k2v2": {},
+    "k3v2": {"key_bits": 3},
+    "k3v3": {"key_bits": 3, "value_bits": 3},
+    "k4v2": {"key_bits": 4},
+    "k4v4": {"key_bits": 4, "value_bits": 4},
+}
 """Options by name; those that are given beside a preset take precedence."""
 
 
@@ -51,8 +57,8 @@ class LogQuantConfig(BaseModel):
         le=1024,
         description="W of the paper: W log-selected tokens and the newest W to 2W tokens stay in full precision",
     )
-    key_bits: Literal[2, 4] = Field(2, description="bits of a stored key element")
-    value_bits: Literal[2, 4] = Field(2, description="bits of a stored value element")
+    key_bits: Literal[2, 3, 4] = Field(2, description="bits of a stored key element")
+    value_bits: Literal[2, 3, 4] = Field(2, description="bits of a stored value element")
     key_group_size: Literal[32, 64, 128] = Field(64, description="tokens that share a key scale, per channel")
     value_group_size: Literal[32, 64, 128] = Field(64, description="channels that share a value scale, per token")
     scale_bits: Literal[8, 16] = Field(

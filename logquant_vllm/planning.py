@@ -13,11 +13,11 @@ LogQuant a request holds pages of 128 tokens and, from the same pool, a few wind
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
+from logquant_vllm.config import PAGE_SIZE, PRESETS, LogQuantConfig
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 DEFAULT_BLOCK_SIZE = {"cuda": 16, "cpu": 128}
@@ -153,6 +153,32 @@ def logquant_capacity(
     window = layout.num_window_blocks(max_model_len, heads, getattr(torch, shape.dtype))
     pages = -(-max_model_len // PAGE_SIZE)
     return _capacity("logquant", layout.fmt.page_bytes(heads), pages + window, shape, memory, max_model_len)
+
+
+def preset_capacities(
+    config: LogQuantConfig,
+    shape: ModelShape,
+    memory: int,
+    max_model_len: int,
+    *,
+    tensor_parallel_size: int = 1,
+    rollback_tokens: int = 1,
+) -> list[Capacity]:
+    """:func:`logquant_capacity` of ``config`` with the bits of every preset but its own, under the presets' names."""
+    found = []
+    for name, options in PRESETS.items():
+        other = config.model_copy(update={"key_bits": 2, "value_bits": 2, **options})
+        if other != config:
+            capacity = logquant_capacity(
+                other,
+                shape,
+                memory,
+                max_model_len,
+                tensor_parallel_size=tensor_parallel_size,
+                rollback_tokens=rollback_tokens,
+            )
+            found.append(replace(capacity, name=name))
+    return found
 
 
 def plan(

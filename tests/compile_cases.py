@@ -26,6 +26,7 @@ FORMATS: dict[str, tuple[dict[str, Any], int, int, int]] = {
     # options, head size, query heads of a KV head, new tokens of a request in a step of speculation
     "default": ({}, 128, 4, 1),
     "k4v2": ({"preset": "k4v2"}, 128, 4, 1),
+    "k3v3": ({"preset": "k3v3"}, 128, 4, 1),
     "d64-g128": ({"key_group_size": 128, "window_length": 128}, 64, 1, 2),
     "d96-g32-fp16": ({"key_group_size": 32, "value_group_size": 32, "scale_bits": 16}, 96, 8, 1),
     "d80": ({}, 80, 1, 1),

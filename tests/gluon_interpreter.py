@@ -159,6 +159,9 @@ ASSEMBLY = {
     "shr.b32 $0, $1, 10": lambda x: x >> 10,  # what comes from the upper of two words is masked
     "shr.b32 $0, $1, 8": lambda x: x >> 8,
     "and.b32": np.bitwise_and,
+    "lop3.b32": lambda a, b, c, d: (a & b) | (c & d),
+    "shl.b32 $0, $1, n": np.left_shift,
+    "shr.b32 $0, $1, n": np.right_shift,
     "mul.f16x2": halves(np.multiply),
     "max.NaN.f16x2": halves(np.maximum),
     "max.f16x2": halves(np.fmax),

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.page_format import PageFormat
+from logquant_vllm.core.page_format import PageFormat, Rounding
 
 
 class LogWindow:
@@ -27,13 +27,13 @@ class LogWindow:
             self.selected, self.recent = (self.selected + self.recent[:w])[::2], self.recent[w:]
 
 
-def _two_bit(group: Tensor, bits: int, share: float, fmt: PageFormat) -> Tensor:
+def _two_bit(group: Tensor, bits: int, rounding: Rounding, fmt: PageFormat) -> Tensor:
     """Quantize and read back one group (1-D, any float), from the definition in the format's docstring."""
     x = group.float()
     levels = 2**bits - 1
     low, high = x.min(), x.max()
     middle = (low + high) / 2
-    step = (high - low) * torch.tensor(share / levels)
+    step = (high - low) * torch.tensor(rounding.shrink / levels)
     if fmt.scale_bits == 8:
         divisor = (127 - 15 - 2 * levels) / 4
         step = torch.maximum(step, middle.abs() * torch.tensor(1 / divisor)).clamp(2.0**-9, 448.0)
@@ -43,7 +43,9 @@ def _two_bit(group: Tensor, bits: int, share: float, fmt: PageFormat) -> Tensor:
     else:
         step = step.clamp(2.0**-14, 65504.0).half().float()
         zero = (middle - step * levels / 2).half().float()
-    codes = ((x - zero) * (1 / step)).round().clamp(0, levels)
+    # of x stretched about the middle of the codes' range
+    codes = (x - zero) * (1 / step * torch.tensor(rounding.stretch)) + torch.tensor(levels / 2 * (1 - rounding.stretch))
+    codes = codes.round().clamp(0, levels)
     return codes.double() * step.double() + zero.double()
 
 
@@ -82,11 +84,11 @@ class Sequence:
             key_image = torch.empty(key.shape, dtype=torch.float64)
             for h in range(key.shape[1]):
                 for c in range(fmt.head_size):
-                    key_image[:, h, c] = _two_bit(key[:, h, c], fmt.key_bits, fmt.key_range, fmt)
+                    key_image[:, h, c] = _two_bit(key[:, h, c], fmt.key_bits, fmt.key_rounding, fmt)
                 for c in range(0, fmt.head_size, fmt.value_group_size):
                     part = slice(c, c + fmt.value_group_size)
                     for t in range(len(value)):
-                        value[t, h, part] = _two_bit(value[t, h, part], fmt.value_bits, fmt.value_range, fmt)
+                        value[t, h, part] = _two_bit(value[t, h, part], fmt.value_bits, fmt.value_rounding, fmt)
             self.images[start] = key_image, value
         return self.images[start]
 

@@ -256,6 +256,8 @@ def test_plan_json_is_the_planner(tmp_path: Path) -> None:
     assert [entry["kv_cache_dtype"] for entry in report["formats"]] == ["bfloat16", "fp8", "logquant"]
     assert [entry["tokens"] for entry in report["formats"]] == [capacity.tokens for capacity in expected]
     assert report["formats"][2]["tokens_ratio"] > 6
+    ratios = {entry["preset"]: round(entry["tokens_ratio"], 1) for entry in report["presets"]}
+    assert ratios == {"k3v2": 5.1, "k3v3": 4.4, "k4v2": 4.4, "k4v4": 3.4}
 
 
 def test_plan_counts_drafts(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_replay_tokens(window: int, given: int | None, tokens: int) -> None:
         ({"window_length": "64"}, ["window_length", "integer", "got '64'"]),
         ({"window_length": True}, ["window_length", "got True"]),
         ({"window_length": 64, "key_group_size": 128}, ["window_length 64", "key_group_size 128", "at least 128"]),
-        ({"key_bits": 3}, ["key_bits", "2 or 4", "got 3"]),
+        ({"key_bits": 5}, ["key_bits", "2, 3 or 4", "got 5"]),
         ({"value_group_size": 48}, ["value_group_size", "32, 64 or 128", "got 48"]),
         ({"scale_bits": 4}, ["scale_bits", "8 or 16", "got 4"]),
         ({"range_shrink": 0.2}, ["range_shrink", "0.5", "got 0.2"]),
@@ -67,7 +67,7 @@ def test_replay_tokens(window: int, given: int | None, tokens: int) -> None:
         ({"prefix_replay_tokens": 10**12}, ["prefix_replay_tokens", "Use at most 512"]),
         ({"window_length": "6" * 5000}, ["window_length", "got '66666", "(5002 characters)"]),
         ({"window\n" * 1000: 64}, ["unknown", "window\\nwindow", "characters)"]),
-        ({"key_bits": 3, "value_bits": 5}, ["key_bits", "got 3", "value_bits", "got 5"]),
+        ({"key_bits": 6, "value_bits": 5}, ["key_bits", "got 6", "value_bits", "got 5"]),
         ({1: 2}, ["got 1"]),
     ],
 )
@@ -148,7 +148,7 @@ def test_reading_settings_does_not_import_torch() -> None:
 def test_presets() -> None:
     assert LogQuantConfig.from_options({"preset": "k4v2"}) == LogQuantConfig(key_bits=4)
     assert LogQuantConfig.from_options({"preset": "k4v2", "key_bits": 2}) == LogQuantConfig()
-    with pytest.raises(ValueError, match=r"unknown logquant preset 'k3'; the presets are k2v2, k4v2"):
+    with pytest.raises(ValueError, match=r"unknown logquant preset 'k3'; the presets are k2v2, k3v2, k3v3, k4v2, k4v4"):
         LogQuantConfig.from_options({"preset": "k3"})
     with pytest.raises(ValueError, match=r"preset \[\]"):
         LogQuantConfig.from_options({"preset": []})

@@ -22,6 +22,11 @@ CASES = [
     (64, 4, 1, {}),
     (128, 6, 2, {}),
     (96, 3, 1, {}),
+    (128, 4, 1, {"preset": "k3v3"}),
+    (64, 6, 1, {"preset": "k3v3"}),
+    (128, 8, 1, {"preset": "k3v2"}),
+    (128, 8, 2, {"value_bits": 3, "value_group_size": 128}),
+    (64, 2, 1, {"preset": "k3v3", "key_group_size": 128, "window_length": 128}),
     (128, 8, 1, {}),
     (128, 5, 1, {"preset": "k4v2"}),
     (128, 1, 1, {"key_group_size": 128, "window_length": 128}),
@@ -43,7 +48,7 @@ CASES = [
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
     ("head_size", "gqa", "queries", "options"),
-    [*CASES[:3], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[3:])],
+    [*CASES[:4], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[4:])],
     ids=str,
 )
 def test_decode(

@@ -182,7 +182,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"flags": {"kv-cache-dtype": "fp8"}}, "kv-cache-dtype"),
     ({"flags": {"--max-model-len": 1}}, "--max-model-len"),
     ({"flags": {"gpu-memory-utilization": 90}}, "gpu-memory-utilization"),
-    ({"additionalConfig": {"logquant": {"key_bits": 3}}}, "key_bits"),
+    ({"additionalConfig": {"logquant": {"key_bits": 5}}}, "key_bits"),
     ({"additionalConfig": {"logquant": {"windw_length": 64}}}, "windw_length"),
     ({"apiKeySecret": {"value": "secret"}}, "value"),
     ({"cache": {"size": "much"}}, "size"),

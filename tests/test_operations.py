@@ -35,6 +35,9 @@ LAYOUTS = {
     "w42-k4v2": CacheLayout(PageFormat(32, key_bits=4, key_group_size=32, value_group_size=32), 42, rollback_tokens=4),
     "w85-16bit": CacheLayout(PageFormat(48, value_bits=4, value_group_size=32, scale_bits=16), 85),
     "w128-g128": CacheLayout(PageFormat(32, key_group_size=128, value_group_size=128), 128),
+    "w64-k3v3": CacheLayout(PageFormat(64, key_bits=3, value_bits=3), 64),
+    "w42-k3v2": CacheLayout(PageFormat(80, key_bits=3, key_group_size=32), 42),
+    "w128-k2v3": CacheLayout(PageFormat(16, value_bits=3, key_group_size=128, scale_bits=16), 128),
     "w64-ragged": CacheLayout(PageFormat(80, key_bits=4, value_bits=4, key_group_size=32), 64),
 }
 

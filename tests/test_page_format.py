@@ -7,14 +7,14 @@ import itertools
 import pytest
 import torch
 
-from logquant_vllm.core.page_format import HEADER_SLOTS, PageFormat
+from logquant_vllm.core.page_format import HEADER_SLOTS, PageFormat, Plane
 from logquant_vllm.core.paged import CacheLayout, page_views
 
 # every choice of each field, in all combinations
 FORMATS = [
     PageFormat(size, 128, key_bits, value_bits, tokens, channels, scale_bits)
     for size, key_bits, value_bits, tokens, channels, scale_bits in itertools.product(
-        (64, 80, 96, 128, 256), (2, 4), (2, 4), (32, 64, 128), (32, 64, 128), (8, 16)
+        (64, 80, 96, 128, 256), (2, 3, 4), (2, 3, 4), (32, 64, 128), (32, 64, 128), (8, 16)
     )
 ]
 
@@ -24,22 +24,30 @@ def test_default_slab() -> None:
     assert fmt.head_bytes == 9216
     assert fmt.bits_per_element == 2.25
     assert fmt.page_bytes(8) == 8 * 9216
+    assert (fmt.key_planes, fmt.value_planes) == ((Plane(2, 0, 16, 0),), (Plane(2, 0, 16, 4096),))
     offsets = (
-        fmt.key_codes_offset,
-        fmt.value_codes_offset,
         fmt.key_scale_offset,
         fmt.key_zero_offset,
         fmt.value_scale_offset,
         fmt.value_zero_offset,
     )
-    assert offsets == (0, 4096, 8192, 8448, 8704, 8960)
+    assert offsets == (8192, 8448, 8704, 8960)
+
+
+def test_three_bits_lie_in_two_planes() -> None:
+    fmt = PageFormat(128, key_bits=3, value_bits=3)
+    assert fmt.key_planes == (Plane(2, 0, 16, 0), Plane(1, 2, 8, 4096))
+    assert fmt.value_planes == (Plane(2, 0, 16, 6144), Plane(1, 2, 8, 10240))
+    assert fmt.key_scale_offset == 12288
+    assert fmt.bits_per_element == 3.25
 
 
 def test_parts_cover_the_slab_once() -> None:
     """The typed views are disjoint and leave no byte over, in any format."""
     for fmt in FORMATS:
         slab = torch.zeros(fmt.head_bytes, dtype=torch.uint8)
-        for view in page_views(slab, fmt):
+        views = page_views(slab, fmt)
+        for view in (*views.key_codes, *views.value_codes, *views[2:]):
             raw = view.view(torch.int8 if view.dtype.itemsize == 1 else torch.int16)
             assert (raw == 0).all(), f"{fmt}: parts overlap"
             raw.fill_(-1)
@@ -52,16 +60,20 @@ def test_parts_are_aligned() -> None:
         if fmt.head_size not in (64, 96, 128, 256):
             continue
         offsets = {name: getattr(fmt, name) for name in dir(PageFormat) if name.endswith("_offset")}
-        assert len(offsets) == 6
+        offsets |= {str(plane): plane.offset for plane in (*fmt.key_planes, *fmt.value_planes)}
         for name, offset in {**offsets, "head_bytes": fmt.head_bytes}.items():
             assert offset % 16 == 0, f"{fmt}: {name} is {offset}"
 
 
 def test_groups_own_whole_words() -> None:
     for fmt in FORMATS:
-        assert fmt.value_words_per_group * fmt.groups_per_page == fmt.value_words
-        assert fmt.value_words_per_group * 16 == fmt.key_group_size * fmt.value_bits
-        assert fmt.key_words * 16 == fmt.head_size * fmt.key_bits
+        for plane in fmt.value_planes:
+            assert plane.words * 16 == fmt.page_size * plane.bits
+            assert plane.words % fmt.groups_per_page == 0
+        for plane in fmt.key_planes:
+            assert plane.words * 16 == fmt.head_size * plane.bits
+        for planes, bits in ((fmt.key_planes, fmt.key_bits), (fmt.value_planes, fmt.value_bits)):
+            assert sum(((1 << plane.bits) - 1) << plane.shift for plane in planes) == (1 << bits) - 1
 
 
 def test_slots_per_block() -> None:
@@ -94,7 +106,7 @@ def test_window_blocks_grow_and_saturate(window_length: int, num_kv_heads: int, 
         ("head_size", 72),
         ("page_size", 0),
         ("page_size", 96),
-        ("key_bits", 3),
+        ("key_bits", 5),
         ("key_bits", 8),
         ("value_bits", 1),
         ("key_group_size", 16),

@@ -89,7 +89,8 @@ def test_prefill(head_size: int, gqa: int, dtype: torch.dtype, room: int) -> Non
 
     layout = CacheLayout(PageFormat(head_size), 64)
     basis = rotation_basis(head_size, dtype, DEVICE)
-    layer = Layer(layout, head_size**-0.5, basis, dense(head_size, dtype, room))
+    # small scores: attention is to show what is read, not how operands are rounded in another basis
+    layer = Layer(layout, 0.5 * head_size**-0.5, basis, dense(head_size, dtype, room))
     sides = [PagedBatch(layout, 2, 4, 2400, dtype, DEVICE) for _ in range(2)]
     # new tokens, and requests that decode, have a past, have none
     steps = [

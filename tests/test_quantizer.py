@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,27 +15,25 @@ from logquant_vllm.core.quantizer import (
     dequantize,
     dequantize_values,
     dequantized_zero,
-    pack_keys,
-    pack_values,
+    pack,
     quantize,
     quantize_key_group,
     quantize_value_group,
-    unpack_keys,
-    unpack_values,
+    unpack,
 )
 from tests.paging import random_qkv
 
 formats = st.builds(
     PageFormat,
     head_size=st.sampled_from([16, 64, 80, 96, 128, 256]),
-    key_bits=st.sampled_from([2, 4]),
-    value_bits=st.sampled_from([2, 4]),
+    key_bits=st.sampled_from([2, 3, 4]),
+    value_bits=st.sampled_from([2, 3, 4]),
     key_group_size=st.sampled_from([32, 64, 128]),
     value_group_size=st.sampled_from([32, 64, 128]),
     scale_bits=st.sampled_from([8, 16]),
     range_shrink=st.sampled_from([0.8, 0.9, 1.0]),
 )
-bits = st.sampled_from([2, 4])
+bits = st.sampled_from([2, 3, 4])
 scale_bits = st.sampled_from([8, 16])
 seeds = st.integers(0, 2**31)
 
@@ -48,21 +48,25 @@ def test_packing_round_trip(fmt: PageFormat, seed: int) -> None:
     shape = (2, fmt.key_group_size, fmt.head_size)
     keys = torch.randint(0, 1 << fmt.key_bits, shape, generator=g, dtype=torch.int32)
     values = torch.randint(0, 1 << fmt.value_bits, shape, generator=g, dtype=torch.int32)
-    key_words, value_words = pack_keys(keys, fmt), pack_values(values, fmt)
-    assert key_words.shape == (2, fmt.key_group_size, fmt.key_words)
-    assert value_words.shape == (2, fmt.head_size, fmt.value_words_per_group)
-    assert torch.equal(unpack_keys(key_words, fmt), keys)
-    assert torch.equal(unpack_values(value_words, fmt), values)
+    for rows, planes, words in ((keys, fmt.key_planes, 1), (values.mT, fmt.value_planes, fmt.groups_per_page)):
+        packed = pack(rows, planes)
+        assert [x.shape for x in packed] == [(*rows.shape[:2], plane.words // words) for plane in planes]
+        assert torch.equal(unpack(packed, planes), rows)
 
 
 @given(fmt=formats, token=st.integers(0, 31), channel=st.integers(0, 15))
 def test_packing_places_codes_as_documented(fmt: PageFormat, token: int, channel: int) -> None:
     codes = torch.zeros(fmt.key_group_size, fmt.head_size, dtype=torch.int32)
-    codes[token, channel] = 3
-    words = fmt.key_words
-    assert (int(pack_keys(codes, fmt)[token, channel % words]) & 0xFFFF) == 3 << fmt.key_bits * (channel // words)
-    n = fmt.value_words_per_group
-    assert (int(pack_values(codes, fmt)[channel, token % n]) & 0xFFFF) == 3 << fmt.value_bits * (token // n)
+    codes[token, channel] = 5
+    for rows, planes, bits, row, code in (
+        (codes, fmt.key_planes, fmt.key_bits, token, channel),
+        (codes.T, fmt.value_planes, fmt.value_bits, channel, token),
+    ):
+        for words, plane in zip(pack(rows, planes), planes, strict=True):
+            n = words.shape[1]
+            stored = 5 % (1 << bits) >> plane.shift & ((1 << plane.bits) - 1)
+            assert int(words[row, code % n]) & 0xFFFF == stored << plane.bits * (code // n)
+            assert int((words != 0).sum()) == int(stored > 0)
 
 
 @given(
@@ -162,7 +166,9 @@ def test_ragged_value_groups(head_size: int, group: int, scale_bits: int) -> Non
     read = dequantize_values(q, fmt)
     for first in range(0, head_size, group):
         part = slice(first, min(first + group, head_size))
-        alone = dequantize(quantize(values[..., part], -1, fmt.value_bits, scale_bits, fmt.value_range), -1)
+        alone = dequantize(
+            quantize(values[..., part], -1, fmt.value_bits, scale_bits, *astuple(fmt.value_rounding)), -1
+        )
         assert torch.equal(read[..., part], alone)
 
 

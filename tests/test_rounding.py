@@ -25,11 +25,14 @@ GLUON = [
     (128, 128, 2, 2, 128, 64, 8, 128, 4, torch.float16),
     (64, 128, 4, 2, 64, 64, 8, 85, 4, torch.bfloat16),
     (64, 128, 2, 2, 32, 32, 16, 42, 1, torch.bfloat16),
+    (128, 128, 3, 3, 64, 64, 8, 64, 4, torch.bfloat16),
+    (64, 128, 3, 2, 64, 64, 8, 64, 4, torch.float16),
 ]
 
 
 @pytest.mark.parametrize(
-    ("head_size", "tokens", "bits", "scale_bits"), [pytest.param(32, 32, 2, 8, marks=pytest.mark.slow), (48, 8, 4, 16)]
+    ("head_size", "tokens", "bits", "scale_bits"),
+    [pytest.param(32, 32, 2, 8, marks=pytest.mark.slow), (48, 8, 4, 16), (48, 32, 3, 8)],
 )
 @pytest.mark.parametrize("dense", [False, True])
 def test_round_with_feedback(head_size: int, tokens: int, bits: int, scale_bits: int, dense: bool) -> None:
@@ -59,7 +62,8 @@ def test_no_groups() -> None:
     "case",
     [
         SMALL[0],
-        *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:]),
+        SMALL[9],
+        *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:9] + SMALL[10:]),
         *(pytest.param(c, marks=[pytest.mark.gpu, needs_gpu]) for c in GLUON),
     ],
     ids=str,

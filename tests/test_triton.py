@@ -112,6 +112,9 @@ SMALL = [
     (160, 128, 2, 2, 64, 64, 8, 64, 1, torch.bfloat16),
     (192, 128, 4, 2, 32, 32, 16, 64, 2, torch.bfloat16),
     (32, 128, 4, 4, 128, 32, 16, 128, 4, torch.float16),
+    (32, 64, 3, 3, 32, 32, 8, 32, 2, torch.float16),
+    (48, 128, 3, 2, 64, 64, 8, 64, 3, torch.bfloat16),
+    (80, 128, 2, 3, 128, 32, 16, 128, 1, torch.bfloat16),
 ]
 
 
@@ -120,7 +123,9 @@ def small_layout(case) -> CacheLayout:
     return CacheLayout(PageFormat(head_size, page, key_bits, value_bits, key_group, value_group, scale_bits), window)
 
 
-@pytest.mark.parametrize("case", [SMALL[0], *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:])], ids=str)
+@pytest.mark.parametrize(
+    "case", [SMALL[0], SMALL[9], *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:9] + SMALL[10:])], ids=str
+)
 def test_edges(case) -> None:
     layout = small_layout(case)
     steps = edge_steps(layout)
@@ -334,7 +339,9 @@ def past_of_both(pair: Pair, new: list[int], room: int, whole: bool) -> None:
             assert (x[piece.rows :] == 7).all()
 
 
-@pytest.mark.parametrize("case", [SMALL[0], *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:])], ids=str)
+@pytest.mark.parametrize(
+    "case", [SMALL[0], SMALL[9], *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:9] + SMALL[10:])], ids=str
+)
 def test_gather_past(case) -> None:
     layout = small_layout(case)
     pair = Pair(layout, case[8], 2, 3, 700, case[9])

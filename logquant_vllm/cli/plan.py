@@ -15,7 +15,14 @@ from logquant_vllm.cli.arguments import parse_json
 from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.models import NAMED, model_directory
 from logquant_vllm.config import LogQuantConfig
-from logquant_vllm.planning import DEFAULT_BLOCK_SIZE, Capacity, ModelShape, model_shape, rollback_tokens
+from logquant_vllm.planning import (
+    DEFAULT_BLOCK_SIZE,
+    Capacity,
+    ModelShape,
+    model_shape,
+    preset_capacities,
+    rollback_tokens,
+)
 from logquant_vllm.planning import plan as plan_capacity
 
 UNITS = (
@@ -60,6 +67,7 @@ def plan(
         available = parse_memory(memory)
         shape = model_shape(model_directory(model), dtype, max_model_len)
         with_drafts = replace(shape, num_layers=shape.num_layers + draft_layers)
+        taken_back = rollback_tokens(num_speculative_tokens, draft_layers=draft_layers > 0)
         capacities = plan_capacity(
             with_drafts,
             available,
@@ -67,12 +75,20 @@ def plan(
             config,
             tensor_parallel_size=tensor_parallel_size,
             block_size=block_size,
-            rollback_tokens=rollback_tokens(num_speculative_tokens, draft_layers=draft_layers > 0),
+            rollback_tokens=taken_back,
+        )
+        presets = preset_capacities(
+            config,
+            shape,
+            available,
+            max_model_len,
+            tensor_parallel_size=tensor_parallel_size,
+            rollback_tokens=taken_back,
         )
     if as_json:
-        typer.echo(json.dumps(_as_json(model, shape, available, config, capacities), indent=2))
+        typer.echo(json.dumps(_as_json(model, shape, available, config, capacities, presets), indent=2))
     else:
-        _print_table(model, shape, available, capacities)
+        _print_table(model, shape, available, capacities, presets)
 
 
 def _ratio(capacity: Capacity, baseline: Capacity) -> float | None:
@@ -80,8 +96,14 @@ def _ratio(capacity: Capacity, baseline: Capacity) -> float | None:
 
 
 def _as_json(
-    model: str, shape: ModelShape, memory: int, config: LogQuantConfig, capacities: list[Capacity]
+    model: str,
+    shape: ModelShape,
+    memory: int,
+    config: LogQuantConfig,
+    capacities: list[Capacity],
+    presets: list[Capacity],
 ) -> dict[str, Any]:
+    baseline = capacities[0]
     return {
         "model": model,
         "num_layers": shape.num_layers,
@@ -91,23 +113,26 @@ def _as_json(
         "memory_bytes": memory,
         "max_model_len": capacities[0].max_model_len,
         "logquant": config.model_dump(),
-        "formats": [
-            {
-                "kv_cache_dtype": c.name,
-                "bytes_per_token": round(c.bytes_per_token, 2),
-                "num_blocks": c.num_blocks,
-                "blocks_per_request": c.blocks_per_request,
-                "tokens": c.tokens,
-                "max_concurrency": c.concurrency,
-                "tokens_ratio": _ratio(c, capacities[0]),
-                "fits": c.fits,
-            }
-            for c in capacities
-        ],
+        "formats": [{"kv_cache_dtype": c.name, **_figures(c, baseline)} for c in capacities],
+        "presets": [{"preset": c.name, **_figures(c, baseline)} for c in presets],
     }
 
 
-def _print_table(model: str, shape: ModelShape, memory: int, capacities: list[Capacity]) -> None:
+def _figures(capacity: Capacity, baseline: Capacity) -> dict[str, Any]:
+    return {
+        "bytes_per_token": round(capacity.bytes_per_token, 2),
+        "num_blocks": capacity.num_blocks,
+        "blocks_per_request": capacity.blocks_per_request,
+        "tokens": capacity.tokens,
+        "max_concurrency": capacity.concurrency,
+        "tokens_ratio": _ratio(capacity, baseline),
+        "fits": capacity.fits,
+    }
+
+
+def _print_table(
+    model: str, shape: ModelShape, memory: int, capacities: list[Capacity], presets: list[Capacity]
+) -> None:
     console = Console()
     length = capacities[0].max_model_len
     table = Table(
@@ -118,10 +143,10 @@ def _print_table(model: str, shape: ModelShape, memory: int, capacities: list[Ca
     table.add_column("KV cache")
     for heading in ("bytes per token", "tokens", f"requests of {length:,}", f"vs {capacities[0].name}"):
         table.add_column(heading, justify="right")
-    for c in capacities:
+    for c in [*capacities, *presets]:
         ratio = _ratio(c, capacities[0])
         table.add_row(
-            c.name,
+            f"  preset {c.name}" if c in presets else c.name,
             f"{c.bytes_per_token:,.0f}",
             f"{c.tokens:,}",
             f"{c.concurrency:,.2f}",

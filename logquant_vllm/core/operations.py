@@ -39,7 +39,7 @@ from logquant_vllm.core.paged import (
     window_slots_view,
     write_header,
 )
-from logquant_vllm.core.quantizer import pack_keys, pack_values, quantize_key_group, quantize_value_group
+from logquant_vllm.core.quantizer import pack, quantize_key_group, quantize_value_group
 
 
 def _ranges(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,14 +89,14 @@ def quantize_pages(
     views = page_views(slabs, fmt)
     heads = torch.arange(num_kv_heads, device=key.device)[None, :, None]
     rows = (in_page[:, None] * size + torch.arange(size, device=key.device))[:, None, :]
-    words = (in_page[:, None] * fmt.value_words_per_group + torch.arange(fmt.value_words_per_group, device=key.device))[
-        :, None, None, :
-    ]
     channels = torch.arange(fmt.head_size, device=key.device)[None, None, :, None]
     value_groups = torch.arange(fmt.value_groups, device=key.device)[None, None, :, None]
     b = block[:, None, None]
-    views.key_codes[b, heads, rows] = pack_keys(keys.codes, fmt)
-    views.value_codes[b[..., None], heads[..., None], channels, words] = pack_values(values.codes, fmt)
+    for view, words in zip(views.key_codes, pack(keys.codes, fmt.key_planes), strict=True):
+        view[b, heads, rows] = words
+    for view, words in zip(views.value_codes, pack(values.codes.mT, fmt.value_planes), strict=True):
+        index = in_page[:, None] * words.shape[-1] + torch.arange(words.shape[-1], device=key.device)
+        view[b[..., None], heads[..., None], channels, index[:, None, None, :]] = words
     for view, data in ((views.key_scale, keys.scale), (views.key_zero, keys.zero)):
         _bits(view)[b[..., 0], heads[..., 0], in_page[:, None]] = _bits(data)
     for view, data in ((views.value_scale, values.scale), (views.value_zero, values.zero)):

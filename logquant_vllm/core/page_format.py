@@ -19,13 +19,15 @@ element::
     | value_zero   in quarters of the scale               |   256   [2 groups][128 tokens] int8
     +-----------------------------------------------------+   9,216
 
-A 16-bit word holds ``16 / bits`` codes; slot ``j`` is bits ``[bits * j, bits * (j + 1))``.
+Codes of 3 bits lie in two *planes*, one behind the other: the lower two bits of all of them, then the third. A 16-bit
+word of a plane of ``bits`` holds ``16 / bits`` codes' share; slot ``j`` is bits ``[bits * j, bits * (j + 1))``.
 
-- key word ``w`` of a token, slot ``j``: channel ``j * key_words + w`` with ``key_words = head_size * bits / 16``;
+- key word ``w`` of a token, slot ``j``: channel ``j * words + w`` with ``words = head_size * bits / 16``;
 - value word ``w`` of a channel, slot ``j``: with ``n = key_group_size * bits / 16`` words to a group of tokens, token
   ``(w // n) * key_group_size + j * n + w % n``. A group of tokens so owns whole words of both kinds: written once.
 
-Both arrangements make the loaded words, masked in place, a tensor-core operand without any shuffling.
+Both arrangements make the loaded words, masked in place, a tensor-core operand without any shuffling; that is why the
+three bits do not lie side by side.
 
 A code ``c`` stands for ``scale * c + zero``; ``zero`` is ``scale * int8 / 4`` for 8-bit scales and a float16 of its own
 for 16-bit ones (``scale_bits=16``, 2 bytes each in the same places).
@@ -44,7 +46,9 @@ longer be taken back. What attention sees does not wait (``core.paged.slot_posit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -53,16 +57,64 @@ HEADER_CHANNELS = 32
 """Channels of a KV head that move together when slots do: they have a copy of the header of their own."""
 
 
-RANGE_SHRINK = {2: 0.9, 3: 0.95, 4: 1.0}
-"""Quantized range of a group of keys as a share of its own, by bits: fewer levels serve the bulk of a group better than
-its extremes. Measured on a real model, like the next."""
-VALUE_RANGE_SHRINK = {2: 0.85, 3: 0.95, 4: 1.0}
-"""Likewise of a group of values, rotated."""
+@dataclass(frozen=True)
+class Rounding:
+    """How a group's codes are chosen; nothing of it is stored."""
+
+    shrink: float
+    """The codes' range as a share of the data's, about its middle: few levels serve the bulk of a group better than its
+    extremes."""
+    stretch: float = 1.0
+    """Codes are the nearest to the data stretched so about the range's middle. What lies beyond the range comes back
+    too small, and so does a group on average; this makes up for it."""
+
+
+KEY_ROUNDING = {2: Rounding(0.85, 1.05), 3: Rounding(0.95), 4: Rounding(1.0)}
+"""Of keys, by bits: measured on a real model, with a calibration."""
+VALUE_ROUNDING = {2: Rounding(0.8, 1.08), 3: Rounding(0.95), 4: Rounding(1.0)}
+"""Of values, rotated."""
+
+PLANES = {2: (2,), 3: (2, 1), 4: (4,)}
+"""Bits of the planes of a code, the lowest first."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Some bits of all keys or of all values of a slab."""
+
+    bits: int
+    """Of a code; a 16-bit word holds as many codes' as it has room for."""
+    shift: int
+    """The first of them in a code."""
+    words: int
+    """Of a row: a token's keys, or a channel's values in the whole page."""
+    offset: int
+    """Of the first row, in bytes, within the slab."""
+
+    @property
+    def slots(self) -> int:
+        """Codes that share a word."""
+        return 16 // self.bits
 
 
 def num_window_blocks(seq_len: int, num_slots: int, slots_per_block: int) -> int:
     """Window blocks that a request of ``seq_len`` tokens holds: they grow until it has ``num_slots``."""
     return -(-(HEADER_SLOTS + min(seq_len, num_slots)) // slots_per_block)
+
+
+@cache
+def planes_of(bits: int, rows: int, codes: int, offset: int = 0) -> tuple[Plane, ...]:
+    """Planes of ``rows`` rows of ``codes`` codes each, the first at ``offset``."""
+    planes, shift = list[Plane](), 0
+    for own in PLANES[bits]:
+        planes.append(Plane(own, shift, codes * own // 16, offset))
+        offset, shift = _end(planes, rows), shift + own
+    return tuple(planes)
+
+
+def _end(planes: Sequence[Plane], rows: int) -> int:
+    """Where the last plane ends."""
+    return planes[-1].offset + rows * planes[-1].words * 2
 
 
 @dataclass(frozen=True)
@@ -72,12 +124,12 @@ class PageFormat:
     Args:
         head_size: channels of one KV head; a multiple of 16.
         page_size: tokens of a page (vLLM's block size).
-        key_bits, value_bits: bits of one code, 2 or 4.
+        key_bits, value_bits: bits of one code, 2, 3 or 4.
         key_group_size: tokens that share a key scale; also the unit in which tokens are quantized.
         value_group_size: channels that share a value scale; the last group of a head may be shorter.
         scale_bits: 8 (e4m3 scale, int8 zero) or 16 (float16 both).
         range_shrink, value_range_shrink: the quantizer's range is the data's range times this, about its middle, for
-            keys and for values; None: :data:`RANGE_SHRINK` and :data:`VALUE_RANGE_SHRINK` of their bits.
+            keys and for values, and codes are the nearest; None: :data:`KEY_ROUNDING` and :data:`VALUE_ROUNDING`.
 
     Raises:
         ValueError: naming the field, its value, and what would work.
@@ -99,7 +151,7 @@ class PageFormat:
                 raise ValueError(what)
 
         for name in ("key_bits", "value_bits"):
-            need(getattr(self, name) in (2, 4), f"{name} must be 2 or 4, got {getattr(self, name)}")
+            need(getattr(self, name) in PLANES, f"{name} must be 2, 3 or 4, got {getattr(self, name)}")
         for name in ("key_group_size", "value_group_size"):
             size = getattr(self, name)
             need(size in (32, 64, 128), f"{name} must be 32, 64 or 128, got {size}")
@@ -118,31 +170,18 @@ class PageFormat:
 
     # -- quantizer --------------------------------------------------------------------------------------------------
     @property
-    def key_range(self) -> float:
-        """The quantizer's range of a group of keys, as a share of the data's."""
-        return RANGE_SHRINK[self.key_bits] if self.range_shrink is None else self.range_shrink
+    def key_rounding(self) -> Rounding:
+        """How key codes are chosen."""
+        return KEY_ROUNDING[self.key_bits] if self.range_shrink is None else Rounding(self.range_shrink)
 
     @property
-    def value_range(self) -> float:
-        """Likewise of a group of values."""
-        return VALUE_RANGE_SHRINK[self.value_bits] if self.value_range_shrink is None else self.value_range_shrink
+    def value_rounding(self) -> Rounding:
+        """How value codes are chosen."""
+        if self.value_range_shrink is None:
+            return VALUE_ROUNDING[self.value_bits]
+        return Rounding(self.value_range_shrink)
 
     # -- counts -----------------------------------------------------------------------------------------------------
-    @property
-    def key_words(self) -> int:
-        """16-bit words of key codes per token."""
-        return self.head_size * self.key_bits // 16
-
-    @property
-    def value_words(self) -> int:
-        """16-bit words of value codes per channel (whole page)."""
-        return self.page_size * self.value_bits // 16
-
-    @property
-    def value_words_per_group(self) -> int:
-        """16-bit words of value codes per channel and group of tokens."""
-        return self.key_group_size * self.value_bits // 16
-
     @property
     def groups_per_page(self) -> int:
         """Groups of tokens in a page."""
@@ -160,16 +199,39 @@ class PageFormat:
 
     # -- byte offsets within a head's slab --------------------------------------------------------------------------
     @property
+    def key_planes(self) -> tuple[Plane, ...]:
+        """Planes of key codes, ``[page_size][words]``; a token's row holds all channels."""
+        return planes_of(self.key_bits, self.page_size, self.head_size)
+
+    @property
+    def value_planes(self) -> tuple[Plane, ...]:
+        """Planes of value codes, ``[head_size][words]``; a channel's row holds all tokens, group by group."""
+        return planes_of(self.value_bits, self.head_size, self.page_size, _end(self.key_planes, self.page_size))
+
+    # of formats with one plane: what the Gluon decode kernel reads
+    @property
+    def key_words(self) -> int:
+        return self.key_planes[0].words
+
+    @property
+    def value_words(self) -> int:
+        return self.value_planes[0].words
+
+    @property
+    def value_words_per_group(self) -> int:
+        return self.value_words // self.groups_per_page
+
+    @property
     def key_codes_offset(self) -> int:
-        return 0
+        return self.key_planes[0].offset
 
     @property
     def value_codes_offset(self) -> int:
-        return self.page_size * self.key_words * 2
+        return self.value_planes[0].offset
 
     @property
     def key_scale_offset(self) -> int:
-        return self.value_codes_offset + self.head_size * self.value_words * 2
+        return _end(self.value_planes, self.head_size)
 
     @property
     def key_zero_offset(self) -> int:

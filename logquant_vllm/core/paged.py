@@ -6,6 +6,7 @@ tables), a :class:`Batch` (which tokens of which requests this step computes) an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,13 +14,12 @@ import torch
 from torch import Tensor
 
 from logquant_vllm.core.log_selection import is_log_selected, log_slot_position, num_compactions_tensor
-from logquant_vllm.core.page_format import HEADER_CHANNELS, HEADER_SLOTS, PageFormat, num_window_blocks
+from logquant_vllm.core.page_format import HEADER_CHANNELS, HEADER_SLOTS, PageFormat, Plane, num_window_blocks
 from logquant_vllm.core.quantizer import (
     Quantized,
     dequantize,
     dequantize_values,
-    unpack_keys,
-    unpack_values,
+    unpack,
 )
 
 
@@ -259,8 +259,8 @@ def gather_tokens(
 class PageViews(NamedTuple):
     """Typed views of page blocks ``[..., head_bytes]`` (leading dimensions kept)."""
 
-    key_codes: Tensor  # int16 [..., page_size, key_words]
-    value_codes: Tensor  # int16 [..., head_size, value_words]
+    key_codes: list[Tensor]  # of each plane, int16 [..., page_size, words]
+    value_codes: list[Tensor]  # likewise [..., head_size, words]
     key_scale: Tensor  # [..., groups_per_page, head_size]
     key_zero: Tensor
     value_scale: Tensor  # [..., value_groups, page_size]
@@ -274,10 +274,13 @@ def page_views(slabs: Tensor, fmt: PageFormat) -> PageViews:
     def part(start: int, end: int, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
         return slabs[..., start:end].view(dtype).unflatten(-1, shape)
 
+    def codes(planes: Sequence[Plane], rows: int) -> list[Tensor]:
+        return [part(p.offset, p.offset + 2 * rows * p.words, torch.int16, (rows, p.words)) for p in planes]
+
     keys, values = (fmt.groups_per_page, fmt.head_size), (fmt.value_groups, fmt.page_size)
     return PageViews(
-        part(fmt.key_codes_offset, fmt.value_codes_offset, torch.int16, (fmt.page_size, fmt.key_words)),
-        part(fmt.value_codes_offset, fmt.key_scale_offset, torch.int16, (fmt.head_size, fmt.value_words)),
+        codes(fmt.key_planes, fmt.page_size),
+        codes(fmt.value_planes, fmt.head_size),
         part(fmt.key_scale_offset, fmt.key_zero_offset, scale, keys),
         part(fmt.key_zero_offset, fmt.value_scale_offset, zero, keys),
         part(fmt.value_scale_offset, fmt.value_zero_offset, scale, values),
@@ -296,9 +299,9 @@ def dequantize_pages(blocks: Tensor, num_kv_heads: int, fmt: PageFormat) -> tupl
     """
     views = page_views(blocks.unflatten(-1, (num_kv_heads, fmt.head_bytes)), fmt)
     groups = (fmt.groups_per_page, fmt.key_group_size)
-    codes = unpack_keys(views.key_codes, fmt).unflatten(-2, groups)
+    codes = unpack(views.key_codes, fmt.key_planes).unflatten(-2, groups)
     keys = dequantize(Quantized(codes, views.key_scale, views.key_zero), -2).flatten(-3, -2)
-    words = views.value_codes.unflatten(-1, (fmt.groups_per_page, fmt.value_words_per_group)).transpose(-2, -3)
-    codes = unpack_values(words, fmt).flatten(-3, -2)
+    words = [x.unflatten(-1, (fmt.groups_per_page, -1)) for x in views.value_codes]
+    codes = unpack(words, fmt.value_planes).flatten(-2).transpose(-1, -2)
     values = dequantize_values(Quantized(codes, views.value_scale, views.value_zero), fmt)
     return keys.transpose(-2, -3), values.transpose(-2, -3)

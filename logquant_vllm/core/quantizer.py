@@ -11,12 +11,13 @@ serve the bulk of a group better than its extremes; the zero in quarters of the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.page_format import PageFormat
+from logquant_vllm.core.page_format import PageFormat, Plane
 
 # e4m3 without infinities: largest finite value and smallest positive one
 E4M3_MAX = 448.0
@@ -51,7 +52,12 @@ def dequantized_zero(scale: Tensor, zero: Tensor) -> Tensor:
     return zero.float()
 
 
-def quantize(x: Tensor, dim: int, bits: int, scale_bits: int, range_shrink: float) -> Quantized:
+def code_bias(bits: int, stretch: float) -> float:
+    """What is added to a stretched distance from the zero, in codes: the middle of the range stays where it is."""
+    return 0.5 * ((1 << bits) - 1) * (1.0 - stretch)
+
+
+def quantize(x: Tensor, dim: int, bits: int, scale_bits: int, range_shrink: float, stretch: float = 1.0) -> Quantized:
     """Quantize ``x`` in groups that each span all of dimension ``dim``.
 
     A group with a NaN or an infinity gets a NaN scale and zero codes: what is read back is NaN, in that group alone.
@@ -61,7 +67,7 @@ def quantize(x: Tensor, dim: int, bits: int, scale_bits: int, range_shrink: floa
         dim: the grouped dimension.
         bits: bits of a code.
         scale_bits: 8 or 16, see :class:`PageFormat`.
-        range_shrink: factor on the group's range.
+        range_shrink, stretch: :class:`~logquant_vllm.core.page_format.Rounding`.
     """
     levels = (1 << bits) - 1
     x = x.float()
@@ -79,13 +85,14 @@ def quantize(x: Tensor, dim: int, bits: int, scale_bits: int, range_shrink: floa
         scale = spread.clamp(FP16_TINY, FP16_MAX).half()
         zero = (middle - scale.float() * (0.5 * levels)).clamp(-FP16_MAX, FP16_MAX).half()
         scale = torch.where(finite, scale, torch.nan)
-    inverse = 1.0 / scale.float()
+    inverse = 1.0 / scale.float() * stretch
     offset = dequantized_zero(scale, zero)
-    codes = ((x - offset.unsqueeze(dim)) * inverse.unsqueeze(dim)).round().clamp(0, levels)
+    codes = (x - offset.unsqueeze(dim)) * inverse.unsqueeze(dim) + code_bias(bits, stretch)
+    codes = codes.round().clamp(0, levels)
     return Quantized(codes.nan_to_num(0.0).to(torch.int32), scale, zero)
 
 
-def round_with_feedback(x: Tensor, q: Quantized, bits: int, feedback: Tensor) -> Quantized:
+def round_with_feedback(x: Tensor, q: Quantized, bits: int, feedback: Tensor, stretch: float = 1.0) -> Quantized:
     """Other codes for what :func:`quantize` made of ``x``: each channel takes up errors of those before it.
 
     A group with a NaN or an infinity keeps its codes.
@@ -96,11 +103,12 @@ def round_with_feedback(x: Tensor, q: Quantized, bits: int, feedback: Tensor) ->
         feedback: float32 ``[heads, channels, channels]``, see :class:`logquant_vllm.core.calibration.Basis`.
     """
     scale, zero = q.scale.float(), dequantized_zero(q.scale, q.zero)
-    inverse, levels = 1.0 / scale, (1 << bits) - 1
+    inverse, bias, levels = 1.0 / scale * stretch, code_bias(bits, stretch), (1 << bits) - 1
     codes, errors = q.codes.clone(), torch.zeros_like(x, dtype=torch.float32)
     for c in range(x.shape[-1]):
         wanted = x[..., c].float() - (errors[..., :c] @ feedback[:, c, :c, None])[..., 0]
-        code = ((wanted - zero[..., c, None]) * inverse[..., c, None]).round().clamp(0, levels).nan_to_num(0.0)
+        code = (wanted - zero[..., c, None]) * inverse[..., c, None] + bias
+        code = code.round().clamp(0, levels).nan_to_num(0.0)
         error = wanted - (code * scale[..., c, None] + zero[..., c, None])
         codes[..., c] = code.to(torch.int32)
         # what is not finite must not reach other channels
@@ -113,39 +121,29 @@ def dequantize(q: Quantized, dim: int) -> Tensor:
     return q.codes.float() * q.scale.float().unsqueeze(dim) + dequantized_zero(q.scale, q.zero).unsqueeze(dim)
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """``[..., slots, words]`` codes to ``[..., words]`` int16 words (the bits of uint16)."""
-    shifts = torch.arange(codes.shape[-2], device=codes.device, dtype=torch.int32) * bits
-    words = (codes.to(torch.int32) << shifts[:, None]).sum(-2, dtype=torch.int32)
-    return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
+def pack(codes: Tensor, planes: Sequence[Plane]) -> list[Tensor]:
+    """Rows of codes, integers ``[..., codes]``: of each plane int16 words (the bits of uint16) ``[..., words]``.
+
+    A row is what shares words: all keys of a token, or the values of a channel in one group of tokens.
+    """
+    packed = []
+    for plane in planes:
+        own = ((codes.to(torch.int32) >> plane.shift) & ((1 << plane.bits) - 1)).unflatten(-1, (plane.slots, -1))
+        shifts = torch.arange(plane.slots, device=codes.device, dtype=torch.int32) * plane.bits
+        words = (own << shifts[:, None]).sum(-2, dtype=torch.int32)
+        packed.append(torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16))
+    return packed
 
 
-def _unpack(words: Tensor, bits: int) -> Tensor:
-    """``[..., words]`` int16 to ``[..., slots, words]`` int32 codes."""
-    shifts = torch.arange(16 // bits, device=words.device, dtype=torch.int32) * bits
-    return ((words.to(torch.int32) & 0xFFFF).unsqueeze(-2) >> shifts[:, None]) & ((1 << bits) - 1)
-
-
-def pack_keys(codes: Tensor, fmt: PageFormat) -> Tensor:
-    """Key codes ``[..., tokens, head_size]`` to words ``[..., tokens, key_words]`` (int16)."""
-    return _pack(codes.unflatten(-1, (16 // fmt.key_bits, fmt.key_words)), fmt.key_bits)
-
-
-def unpack_keys(words: Tensor, fmt: PageFormat) -> Tensor:
-    """Inverse of :func:`pack_keys` (int32)."""
-    return _unpack(words, fmt.key_bits).flatten(-2)
-
-
-def pack_values(codes: Tensor, fmt: PageFormat) -> Tensor:
-    """Value codes of one group of tokens ``[..., key_group_size, head_size]`` to words
-    ``[..., head_size, value_words_per_group]`` (int16)."""
-    by_slot = codes.transpose(-1, -2).unflatten(-1, (16 // fmt.value_bits, fmt.value_words_per_group))
-    return _pack(by_slot, fmt.value_bits)
-
-
-def unpack_values(words: Tensor, fmt: PageFormat) -> Tensor:
-    """Inverse of :func:`pack_values` (int32)."""
-    return _unpack(words, fmt.value_bits).flatten(-2).transpose(-1, -2)
+def unpack(packed: Sequence[Tensor], planes: Sequence[Plane]) -> Tensor:
+    """Inverse of :func:`pack` (int32)."""
+    codes: Tensor | int = 0
+    for words, plane in zip(packed, planes, strict=True):
+        shifts = torch.arange(plane.slots, device=words.device, dtype=torch.int32) * plane.bits
+        own = ((words.to(torch.int32) & 0xFFFF).unsqueeze(-2) >> shifts[:, None]) & ((1 << plane.bits) - 1)
+        codes = codes + (own.flatten(-2) << plane.shift)
+    assert isinstance(codes, Tensor)
+    return codes
 
 
 def quantize_key_group(keys: Tensor, fmt: PageFormat, feedback: Tensor | None = None) -> Quantized:
@@ -154,8 +152,9 @@ def quantize_key_group(keys: Tensor, fmt: PageFormat, feedback: Tensor | None = 
     Args:
         feedback: of :class:`logquant_vllm.core.calibration.Basis`.
     """
-    q = quantize(keys, -2, fmt.key_bits, fmt.scale_bits, fmt.key_range)
-    return q if feedback is None else round_with_feedback(keys, q, fmt.key_bits, feedback)
+    rounding = fmt.key_rounding
+    q = quantize(keys, -2, fmt.key_bits, fmt.scale_bits, rounding.shrink, rounding.stretch)
+    return q if feedback is None else round_with_feedback(keys, q, fmt.key_bits, feedback, rounding.stretch)
 
 
 def quantize_value_group(values: Tensor, fmt: PageFormat) -> Quantized:
@@ -163,8 +162,9 @@ def quantize_value_group(values: Tensor, fmt: PageFormat) -> Quantized:
 
     Scales and zeros have shape ``[..., value_groups, key_group_size]``, as they are stored.
     """
+    rounding = fmt.value_rounding
     parts = [
-        quantize(channels, -1, fmt.value_bits, fmt.scale_bits, fmt.value_range)
+        quantize(channels, -1, fmt.value_bits, fmt.scale_bits, rounding.shrink, rounding.stretch)
         for channels in values.split(fmt.value_group_size, -1)
     ]
     codes, scales, zeros = zip(*parts, strict=True)

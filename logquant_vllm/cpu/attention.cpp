@@ -299,8 +299,8 @@ class Attention {
         }
         const uint8_t* slab = cache_.slab(t.request, group / f_.groups_per_page, t.head, f_);
         const int64_t in_page = group % f_.groups_per_page;
-        (f_.key_bits == 2 ? dequantize_keys<2> : dequantize_keys<4>)(slab, in_page, wanted, f_, keys);
-        (f_.value_bits == 2 ? dequantize_values<2> : dequantize_values<4>)(slab, in_page, wanted, f_, values);
+        dequantize_keys(slab, in_page, wanted, f_, keys);
+        dequantize_values(slab, in_page, wanted, f_, values);
         return true;
     }
 

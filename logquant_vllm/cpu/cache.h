@@ -8,11 +8,19 @@
 
 namespace logquant {
 
+// Some bits of all codes of a slab, in rows of 16-bit words; see core/page_format.py.
+struct Plane {
+    int64_t bits, shift, words, offset;  // of a code; of these bits in it; words of a row; bytes from the slab's start
+    int64_t slots() const { return 16 / bits; }
+};
+constexpr int64_t kPlanes = 2;  // at most; one that is not there has no bits
+
 // Integer constants in the order in which operations.py passes them.
 struct Layout {
     int64_t head_size, page_size, group_size, value_group_size, key_bits, value_bits, scale_bits;
-    int64_t key_words, value_words, value_words_per_group, groups_per_page, value_groups, head_bytes;
-    int64_t key_codes, value_codes, key_scale, key_zero, value_scale, value_zero;  // byte offsets in a slab
+    Plane key_planes[kPlanes], value_planes[kPlanes];
+    int64_t groups_per_page, value_groups, head_bytes;
+    int64_t key_scale, key_zero, value_scale, value_zero;  // byte offsets in a slab
     int64_t header_slots, header_channels, sink_columns;
     int64_t window_length, replay_tokens, rollback_tokens, decode_query_len;
 
@@ -23,7 +31,9 @@ constexpr int64_t kNumConstants = sizeof(Layout) / sizeof(int64_t);
 
 // float32 constants of the quantizer, likewise
 struct Quantizer {
-    double key_spread, value_spread;  // share of the range / levels
+    double key_spread, value_spread;    // share of the range / levels
+    double key_stretch, value_stretch;  // of data about the middle, and what keeps the middle where it is
+    double key_bias, value_bias;
     double key_floor, value_floor;    // least 8-bit scale per unit of |middle|
     double scale_min, scale_max;      // smallest and largest stored scale
 };

@@ -5,6 +5,7 @@ Each is one call into the compiled module. :func:`step` is all three in one, for
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from functools import lru_cache
 
 import torch
@@ -12,10 +13,15 @@ from torch import Tensor
 
 from logquant_vllm.core.calibration import rotate_back, rotate_heads
 from logquant_vllm.core.layer import Layer
-from logquant_vllm.core.page_format import HEADER_CHANNELS, HEADER_SLOTS
+from logquant_vllm.core.page_format import HEADER_CHANNELS, HEADER_SLOTS, Plane
 from logquant_vllm.core.paged import SINK_COLUMNS, Batch, CacheLayout, PagedCache
-from logquant_vllm.core.quantizer import E4M3_MAX, E4M3_TINY, FP16_MAX, FP16_TINY, scale_floor_divisor
+from logquant_vllm.core.quantizer import E4M3_MAX, E4M3_TINY, FP16_MAX, FP16_TINY, code_bias, scale_floor_divisor
 from logquant_vllm.cpu.build import load
+
+
+def _planes(planes: tuple[Plane, ...]) -> list[int]:
+    """The array of ``Plane`` in ``cache.h``, which has room for two."""
+    return [x for plane in planes for x in astuple(plane)] + [0] * 4 * (2 - len(planes))
 
 
 @lru_cache
@@ -24,17 +30,21 @@ def _constants(layout: CacheLayout) -> tuple[Tensor, Tensor]:
     f = layout.fmt
     integers = [
         *(f.head_size, f.page_size, f.key_group_size, f.value_group_size, f.key_bits, f.value_bits, f.scale_bits),
-        *(f.key_words, f.value_words, f.value_words_per_group, f.groups_per_page, f.value_groups, f.head_bytes),
-        *(f.key_codes_offset, f.value_codes_offset, f.key_scale_offset, f.key_zero_offset),
-        *(f.value_scale_offset, f.value_zero_offset),
+        *_planes(f.key_planes),
+        *_planes(f.value_planes),
+        *(f.groups_per_page, f.value_groups, f.head_bytes),
+        *(f.key_scale_offset, f.key_zero_offset, f.value_scale_offset, f.value_zero_offset),
         *(HEADER_SLOTS, HEADER_CHANNELS, SINK_COLUMNS),
         *(layout.window_length, layout.prefix_replay_tokens, layout.rollback_tokens),
         layout.decode_query_len,
     ]
-    spread = [f.key_range / ((1 << f.key_bits) - 1), f.value_range / ((1 << f.value_bits) - 1)]
+    roundings = [(f.key_bits, f.key_rounding), (f.value_bits, f.value_rounding)]
+    spread = [rounding.shrink / ((1 << bits) - 1) for bits, rounding in roundings]
+    stretch = [rounding.stretch for _, rounding in roundings]
+    bias = [code_bias(bits, rounding.stretch) for bits, rounding in roundings]
     floor = [1.0 / scale_floor_divisor(bits) for bits in (f.key_bits, f.value_bits)]
     limits = (E4M3_TINY, E4M3_MAX) if f.scale_bits == 8 else (FP16_TINY, FP16_MAX)
-    return torch.tensor(integers), torch.tensor([*spread, *floor, *limits], dtype=torch.float64)
+    return torch.tensor(integers), torch.tensor([*spread, *stretch, *bias, *floor, *limits], dtype=torch.float64)
 
 
 def quantize_pages(

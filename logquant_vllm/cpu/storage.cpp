@@ -19,7 +19,7 @@ constexpr uint16_t kNanHalf = 0x7E00;
 // One group of core/quantizer.py, operation by operation: no fused multiply-add, round half to even, IEEE division.
 struct GroupQuantizer {
     int64_t bits, scale_bits;
-    float spread_factor, floor_factor, scale_min, scale_max;
+    float spread_factor, stretch, bias, floor_factor, scale_min, scale_max;
 
     // what dequantization will use; a NaN scale for a group that is not finite
     struct Stored {
@@ -60,9 +60,9 @@ struct GroupQuantizer {
             std::memcpy(scale_out, &scale_word, 2);
             std::memcpy(zero_out, &stored_zero.x, 2);
         }
-        const float inverse = 1.0f / scale;
+        const float inverse = 1.0f / scale * stretch;
         for (int64_t i = 0; i < count; ++i) {
-            const float code = std::nearbyint((x[i * stride] - zero) * inverse);
+            const float code = std::nearbyint((x[i * stride] - zero) * inverse + bias);
             codes[i * stride] = finite ? static_cast<uint8_t>(std::min(std::max(code, 0.0f), levels)) : 0;
         }
         return {finite ? scale : std::numeric_limits<float>::quiet_NaN(), zero};
@@ -72,8 +72,8 @@ struct GroupQuantizer {
 // core/quantizer.py's round_with_feedback for one group and head: other codes, each channel taking up errors of those
 // before it. x and codes are [tokens, channels]; errors is scratch, [channels, tokens].
 void round_with_feedback(const float* x, uint8_t* codes, const GroupQuantizer::Stored* stored, const float* feedback,
-                         int64_t tokens, int64_t channels, int64_t bits, std::vector<float>& errors) {
-    const float levels = static_cast<float>((1 << bits) - 1);
+                         int64_t tokens, int64_t channels, const GroupQuantizer& q, std::vector<float>& errors) {
+    const float levels = static_cast<float>((1 << q.bits) - 1);
     errors.resize(channels * tokens);
     for (int64_t c = 0; c < channels; ++c) {
         float* wanted = &errors[c * tokens];
@@ -84,9 +84,9 @@ void round_with_feedback(const float* x, uint8_t* codes, const GroupQuantizer::S
             for (int64_t t = 0; t < tokens; ++t) wanted[t] -= share * error[t];
         }
         const auto [scale, zero] = stored[c];
-        const float inverse = 1.0f / scale;
+        const float inverse = 1.0f / scale * q.stretch;
         for (int64_t t = 0; t < tokens; ++t) {
-            const float code = std::nearbyint((wanted[t] - zero) * inverse);
+            const float code = std::nearbyint((wanted[t] - zero) * inverse + q.bias);
             const float clamped = code >= 0.0f ? std::min(code, levels) : 0.0f;  // a NaN is not
             codes[t * channels + c] = static_cast<uint8_t>(clamped);
             const float error = wanted[t] - (clamped * scale + zero);
@@ -95,13 +95,21 @@ void round_with_feedback(const float* x, uint8_t* codes, const GroupQuantizer::S
     }
 }
 
-// Word w of a row holds codes w, w + words, w + 2 * words, ... of the row.
-void pack_row(const uint8_t* codes, int64_t stride, int64_t words, int64_t bits, uint8_t* out) {
-    for (int64_t w = 0; w < words; ++w) {
-        unsigned word = 0;
-        for (int64_t j = 0; j < 16 / bits; ++j) word |= unsigned{codes[(j * words + w) * stride]} << (bits * j);
-        const auto stored = static_cast<uint16_t>(word);
-        std::memcpy(out + 2 * w, &stored, 2);
+// A row of codes, or one of the groups that a row consists of. Word w holds codes w, w + words, w + 2 * words, ...
+void pack_row(const uint8_t* codes, int64_t stride, const Plane (&planes)[kPlanes], int64_t row, int64_t group,
+              int64_t groups, uint8_t* slab) {
+    for (const Plane& plane : planes) {
+        if (plane.bits == 0) break;
+        const int64_t words = plane.words / groups;
+        uint8_t* out = slab + plane.offset + 2 * (row * plane.words + group * words);
+        const unsigned mask = (1u << plane.bits) - 1;
+        for (int64_t w = 0; w < words; ++w) {
+            unsigned word = 0;
+            for (int64_t j = 0; j < plane.slots(); ++j)
+                word |= ((codes[(j * words + w) * stride] >> plane.shift) & mask) << (plane.bits * j);
+            const auto stored = static_cast<uint16_t>(word);
+            std::memcpy(out + 2 * w, &stored, 2);
+        }
     }
 }
 
@@ -128,9 +136,10 @@ void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>&
     const int64_t in_page = group % f.groups_per_page, first = in_page * tokens;
     uint8_t* slab = cache.slab(request, group / f.groups_per_page, head, f);
     const auto lowest = static_cast<float>(q.scale_min), highest = static_cast<float>(q.scale_max);
-    const GroupQuantizer keys{f.key_bits, f.scale_bits, float(q.key_spread), float(q.key_floor), lowest, highest};
-    const GroupQuantizer values{f.value_bits,        f.scale_bits, float(q.value_spread),
-                                float(q.value_floor), lowest,       highest};
+    const GroupQuantizer keys{f.key_bits,        f.scale_bits,       float(q.key_spread), float(q.key_stretch),
+                              float(q.key_bias), float(q.key_floor), lowest,              highest};
+    const GroupQuantizer values{f.value_bits,        f.scale_bits,         float(q.value_spread), float(q.value_stretch),
+                                float(q.value_bias), float(q.value_floor), lowest,                highest};
     scratch.x.resize(tokens * channels);
     scratch.codes.resize(tokens * channels);
     scratch.stored.resize(channels);
@@ -152,9 +161,8 @@ void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>&
     }
     if (cache.feedback != nullptr)
         round_with_feedback(x, codes, scratch.stored.data(), cache.feedback + head * channels * channels, tokens,
-                            channels, f.key_bits, scratch.errors);
-    for (int64_t t = 0; t < tokens; ++t)
-        pack_row(codes + t * channels, 1, f.key_words, f.key_bits, slab + f.key_codes + (first + t) * f.key_words * 2);
+                            channels, keys, scratch.errors);
+    for (int64_t t = 0; t < tokens; ++t) pack_row(codes + t * channels, 1, f.key_planes, first + t, 0, 1, slab);
 
     read(true);
     for (int64_t t = 0; t < tokens; ++t)
@@ -164,8 +172,7 @@ void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>&
             values(x + from, codes + from, count, 1, slab + f.value_scale + at, slab + f.value_zero + at);
         }
     for (int64_t c = 0; c < channels; ++c)
-        pack_row(codes + c, channels, f.value_words_per_group, f.value_bits,
-                 slab + f.value_codes + (c * f.value_words + in_page * f.value_words_per_group) * 2);
+        pack_row(codes + c, channels, f.value_planes, c, in_page, f.groups_per_page, slab);
 }
 
 template <typename T>

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logquant_vllm.core.calibration import Basis
 from logquant_vllm.core.hadamard import hadamard_matrix, rotate
-from logquant_vllm.core.page_format import RANGE_SHRINK, VALUE_RANGE_SHRINK
+from logquant_vllm.core.page_format import KEY_ROUNDING, VALUE_ROUNDING, Rounding
 from logquant_vllm.core.quantizer import E4M3_MAX, Quantized, dequantize, quantize, round_with_feedback
 
 
@@ -25,7 +25,8 @@ class Quantizer:
             channels.
         key_group, value_group: elements that share a scale; values are per token.
         scale_bits: 8 or 16 for scale and zero each.
-        shrink, value_shrink: factor on a group's range, of keys and of values; None: the product's for that many bits.
+        shrink, value_shrink: factor on a group's range, of keys and of values; None: the product's rounding of so many
+            bits.
         rotation, value_rotation: quantize keys, and values, in a Hadamard basis.
         calibrated: quantize keys in the model's own basis and with error feedback.
     """
@@ -48,19 +49,19 @@ class Quantizer:
             return "fp8"
         axis = "ch" if self.key_axis == "channel" else "tok"
         parts = [f"k{self.key_bits}v{self.value_bits}", f"{axis}{self.key_group}-t{self.value_group}"]
-        parts += [f"s{self.scale_bits}", f"x{self.key_range:g}/{self.value_range:g}"]
+        parts += [f"s{self.scale_bits}", f"x{self.key_rounding.shrink:g}/{self.value_rounding.shrink:g}"]
         parts += ["C"] if self.calibrated else ["H"] if self.rotation else []
         return "-".join(parts + (["HV"] if self.value_rotation else []))
 
     @property
-    def key_range(self) -> float:
-        """Quantized range of a group of keys, as a share of its own."""
-        return RANGE_SHRINK[self.key_bits] if self.shrink is None else self.shrink
+    def key_rounding(self) -> Rounding:
+        """How key codes are chosen."""
+        return KEY_ROUNDING[self.key_bits] if self.shrink is None else Rounding(self.shrink)
 
     @property
-    def value_range(self) -> float:
-        """Quantized range of a group of values, as a share of its own."""
-        return VALUE_RANGE_SHRINK[self.value_bits] if self.value_shrink is None else self.value_shrink
+    def value_rounding(self) -> Rounding:
+        """How value codes are chosen."""
+        return VALUE_ROUNDING[self.value_bits] if self.value_shrink is None else Rounding(self.value_shrink)
 
     @property
     def unit(self) -> int:
@@ -93,27 +94,29 @@ class Quantizer:
         if self.calibrated:
             assert basis is not None and basis.feedback is not None
             stored = (x.float() @ basis.key).to(x.dtype).unflatten(-2, (-1, self.key_group)).transpose(-4, -3)
-            q = quantize(stored, -2, self.key_bits, self.scale_bits, self.key_range)
-            q = _rounding(x.device)(stored, q, self.key_bits, basis.feedback)
+            q = quantize(stored, -2, self.key_bits, self.scale_bits, *astuple(self.key_rounding))
+            q = _rounding(x.device)(stored, q, self.key_bits, basis.feedback, self.key_rounding.stretch)
             return (dequantize(q, -2).transpose(-4, -3).flatten(-3, -2) @ basis.query.mT).to(x.dtype)
         return _in_hadamard(x, self.rotation, self._plain_keys)
 
     def _plain_keys(self, x: Tensor) -> Tensor:
         if self.key_axis == "token":
-            return self._per_token(x, self.key_bits, self.key_group, self.key_range)
+            return self._per_token(x, self.key_bits, self.key_group, self.key_rounding)
         grouped = x.unflatten(-2, (-1, self.key_group))
-        return dequantize(quantize(grouped, -2, self.key_bits, self.scale_bits, self.key_range), -2).flatten(-3, -2)
+        return dequantize(
+            quantize(grouped, -2, self.key_bits, self.scale_bits, *astuple(self.key_rounding)), -2
+        ).flatten(-3, -2)
 
     def values(self, x: Tensor) -> Tensor:
         """What is read back of values ``[..., tokens, channels]``, in x's dtype."""
         if self.key_bits == 8:
             return _fp8(x)
-        group, shrink = self.value_group, self.value_range
-        return _in_hadamard(x, self.value_rotation, lambda y: self._per_token(y, self.value_bits, group, shrink))
+        group, rounding = self.value_group, self.value_rounding
+        return _in_hadamard(x, self.value_rotation, lambda y: self._per_token(y, self.value_bits, group, rounding))
 
-    def _per_token(self, x: Tensor, bits: int, group: int, shrink: float) -> Tensor:
+    def _per_token(self, x: Tensor, bits: int, group: int, rounding: Rounding) -> Tensor:
         grouped = x.unflatten(-1, (-1, min(group, x.shape[-1])))
-        return dequantize(quantize(grouped, -1, bits, self.scale_bits, shrink), -1).flatten(-2)
+        return dequantize(quantize(grouped, -1, bits, self.scale_bits, *astuple(rounding)), -1).flatten(-2)
 
 
 def _in_hadamard(x: Tensor, rotated: bool, image: Callable[[Tensor], Tensor]) -> Tensor:
@@ -125,7 +128,7 @@ def _in_hadamard(x: Tensor, rotated: bool, image: Callable[[Tensor], Tensor]) ->
     return rotate(image(rotate(x.float(), matrix).to(x.dtype)), matrix.T).to(x.dtype)
 
 
-def _rounding(device: torch.device) -> Callable[[Tensor, Quantized, int, Tensor], Quantized]:
+def _rounding(device: torch.device) -> Callable[[Tensor, Quantized, int, Tensor, float], Quantized]:
     """On a GPU a kernel: the reference launches a dozen for each channel, layer and step."""
     if device.type == "cuda":
         from logquant_vllm.kernels.store.feedback import rounding  # needs Triton

@@ -37,6 +37,8 @@ def why_not_gluon(
         return f"value_group_size is {fmt.value_group_size}, less than 64"
     if (rest := fmt.head_size % fmt.value_group_size) and rest not in (16, 32, 64):
         return f"value_group_size {fmt.value_group_size} leaves a group of {rest} channels, not of 16, 32 or 64"
+    if 3 in (fmt.key_bits, fmt.value_bits) and fmt.head_size not in (64, 128):
+        return f"codes have 3 bits, and heads {fmt.head_size} channels, not 64 or 128"
     if fmt.value_words_per_group not in (8, 16):
         return (
             f"{fmt.key_group_size} tokens of {fmt.value_bits} bits are {fmt.value_words_per_group} words, not 8 or 16"

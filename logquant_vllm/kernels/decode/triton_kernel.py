@@ -39,6 +39,7 @@ from logquant_vllm.kernels.cache import (
     slot_offset,
     window_row,
 )
+from logquant_vllm.kernels.codes import plane_words
 from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS, DecodeOutput
 from logquant_vllm.kernels.decode.tile_scheduler import (
     WINDOW_SLOTS,
@@ -88,31 +89,47 @@ def group_scores(slab, group, query_row, vectors, qk_scale, FMT: tl.constexpr, P
     """Scores ``[key_group_size, vectors]`` of one group of a page in units of log2.
 
     Args:
+        query_row, vectors: as in :func:`plane_scores`.
+    """
+    scores = plane_scores(slab, group, query_row, vectors, qk_scale, FMT, 0, PLAN)
+    for p in tl.static_range(1, len(FMT.key_planes)):
+        scores += plane_scores(slab, group, query_row, vectors, qk_scale, FMT, p, PLAN)
+    return scores
+
+
+@triton.jit
+def plane_scores(slab, group, query_row, vectors, qk_scale, FMT: tl.constexpr, P: tl.constexpr, PLAN: tl.constexpr):
+    """What one plane of a group's codes adds to the scores ``[key_group_size, vectors]``, the first one with the zeros.
+
+    Args:
         query_row: pointer to the first channel of the request's first query and of head 0.
         vectors: offsets of the vectors from there, and which there are.
     """
     offsets, exist = vectors
+    PLANE: tl.constexpr = FMT.key_planes[P]
+    PER_WORD: tl.constexpr = PLANE.slots
     COLUMNS: tl.constexpr = PLAN.columns
     GROUP: tl.constexpr = FMT.key_group_size
-    WORDS_PAD: tl.constexpr = PLAN.key_words
+    WORDS_PAD: tl.constexpr = max(triton.next_power_of_2(PLANE.words), 16)
     token, word = tl.arange(0, GROUP)[:, None], tl.arange(0, WORDS_PAD)
-    exists = word < FMT.key_words
-    address = (slab + FMT.key_codes_offset).to(tl.pointer_type(tl.uint16)) + (group * GROUP + token) * FMT.key_words
+    exists = word < PLANE.words
+    address = plane_words(slab, PLANE) + (group * GROUP + token) * PLANE.words
     words = tl.load(address + word[None, :], mask=exists[None, :], other=0)
     scores = tl.zeros((GROUP, COLUMNS), tl.float32)
     zeros = tl.zeros((WORDS_PAD, COLUMNS), tl.float32)
-    for s in tl.static_range(16 // FMT.key_bits):
+    for s in tl.static_range(PER_WORD):
         slot = tl.full((WORDS_PAD,), s, tl.int32)
-        channel = s * FMT.key_words + word
+        channel = s * PLANE.words + word
         scale, zero = load_scale_zero(
             slab, FMT.key_scale_offset, FMT.key_zero_offset, group * FMT.head_size + channel, exists, FMT
         )
         mask = exists[:, None] & exist[None, :]
         q = tl.load(query_row + channel[:, None] + offsets[None, :], mask=mask, other=0.0).to(tl.float32) * qk_scale
         zeros += q * zero[:, None]
-        scaled = q * (scale * code_weight(slot, FMT.key_bits))[:, None]
-        scores = tl.dot(code_operand(words, slot[None, :], FMT.key_bits), scaled.to(tl.float16), scores)
-    return scores * CODE_UNIT + tl.sum(zeros, 0)[None, :]
+        scaled = q * (scale * code_weight(slot, PLANE.bits))[:, None]
+        scores = tl.dot(code_operand(words, slot[None, :], PLANE.bits), scaled.to(tl.float16), scores)
+    scores *= CODE_UNIT * (1 << PLANE.shift)
+    return scores + tl.sum(zeros, 0)[None, :] if PLANE.shift == 0 else scores
 
 
 @triton.jit
@@ -125,10 +142,7 @@ def group_output(slab, group, weights, valid, FMT: tl.constexpr, PLAN: tl.conste
     """
     VALUE_GROUPS: tl.constexpr = PLAN.value_groups
     VALUE_ROWS: tl.constexpr = PLAN.head_size // PLAN.value_groups
-    STEP: tl.constexpr = PLAN.value_step
     GROUP: tl.constexpr = FMT.key_group_size
-    WORDS: tl.constexpr = FMT.value_words_per_group
-    PIECES: tl.constexpr = GROUP // STEP
     COLUMNS: tl.constexpr = PLAN.columns
     value_group = tl.arange(0, VALUE_GROUPS)
     token = tl.arange(0, GROUP)
@@ -142,21 +156,41 @@ def group_output(slab, group, weights, valid, FMT: tl.constexpr, PLAN: tl.conste
     largest = tl.maximum(tl.max(scale, 1), 2.0**-30)
     unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     scaled = weights[None, :, :] * (scale * (16384.0 / unit)[:, None])[:, :, None]
-    pieces = tl.reshape(scaled, (VALUE_GROUPS, PIECES, STEP, COLUMNS))
-
-    row, step = tl.arange(0, VALUE_ROWS), tl.arange(0, STEP)
+    row = tl.arange(0, VALUE_ROWS)
     channel = value_group[:, None] * FMT.value_group_size + row[None, :]
     exists = (row < FMT.value_group_size)[None, :] & (channel < FMT.head_size)
-    address = (slab + FMT.value_codes_offset).to(tl.pointer_type(tl.uint16)) + channel[:, :, None] * FMT.value_words
+    out = plane_output(slab, group, scaled, channel, exists, FMT, 0, PLAN)
+    for p in tl.static_range(1, len(FMT.value_planes)):
+        out += plane_output(slab, group, scaled, channel, exists, FMT, p, PLAN)
+    out = out * (unit * (CODE_UNIT / 16384.0))[:, None, None] + offset[:, None, :]
+    return tl.reshape(out, (VALUE_GROUPS * VALUE_ROWS, COLUMNS))
+
+
+@triton.jit
+def plane_output(slab, group, scaled, channel, exists, FMT: tl.constexpr, P: tl.constexpr, PLAN: tl.constexpr):
+    """What one plane of a group's codes adds to the output ``[value groups, channels of a group, vectors]``.
+
+    Args:
+        scaled: weights times scales, float32 ``[value groups, key_group_size, vectors]``, below ``2**15``.
+        channel, exists: ``[value groups, channels of a group]``.
+    """
+    PLANE: tl.constexpr = FMT.value_planes[P]
+    WORDS: tl.constexpr = PLANE.words // FMT.groups_per_page
+    STEP: tl.constexpr = max(WORDS, 16)  # tokens of a product
+    PIECES: tl.constexpr = FMT.key_group_size // STEP
+    VALUE_GROUPS: tl.constexpr = PLAN.value_groups
+    COLUMNS: tl.constexpr = PLAN.columns
+    step = tl.arange(0, STEP)
+    address = plane_words(slab, PLANE) + channel[:, :, None] * PLANE.words
     words = tl.load(address + (group * WORDS + step % WORDS)[None, None, :], mask=exists[:, :, None], other=0)
-    out = tl.zeros((VALUE_GROUPS, VALUE_ROWS, COLUMNS), tl.float32)
+    pieces = tl.reshape(scaled, (VALUE_GROUPS, PIECES, STEP, COLUMNS))
+    out = tl.zeros((VALUE_GROUPS, channel.shape[1], COLUMNS), tl.float32)
     index = tl.arange(0, PIECES)[None, :, None, None]
     for i in tl.static_range(PIECES):
         slot = i * (STEP // WORDS) + step // WORDS
-        piece = tl.sum(tl.where(index == i, pieces, 0.0), 1) * code_weight(slot, FMT.value_bits)[None, :, None]
-        out = tl.dot(code_operand(words, slot[None, None, :], FMT.value_bits), piece.to(tl.float16), out)
-    out = out * (unit * (CODE_UNIT / 16384.0))[:, None, None] + offset[:, None, :]
-    return tl.reshape(out, (VALUE_GROUPS * VALUE_ROWS, COLUMNS))
+        piece = tl.sum(tl.where(index == i, pieces, 0.0), 1) * code_weight(slot, PLANE.bits)[None, :, None]
+        out = tl.dot(code_operand(words, slot[None, None, :], PLANE.bits), piece.to(tl.float16), out)
+    return out * (1 << PLANE.shift)
 
 
 @triton.jit
@@ -256,9 +290,7 @@ class Plan:
 
     columns: int  # for the vectors of a block, at least 8
     head_size: int
-    key_words: int  # of a token, at least 16
     value_groups: int
-    value_step: int  # tokens of a product: value words of a group, but at least 16
     operand: tl.dtype  # of the products with full-precision tokens
     requests: int  # as ``index`` in tile_scheduler.find_share
     one_look: bool
@@ -355,9 +387,7 @@ def plan(layout: CacheLayout, vectors: Vectors, operand: tl.dtype, requests: int
     return Plan(
         padded(vectors.block, 8),
         padded(fmt.head_size),
-        padded(fmt.key_words),
         next_power_of_2(fmt.value_groups),
-        max(fmt.value_words_per_group, 16),
         operand,
         requests,
         one_look,

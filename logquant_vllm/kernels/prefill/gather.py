@@ -19,6 +19,7 @@ from logquant_vllm.kernels.cache import (
     slot_offset,
     window_row,
 )
+from logquant_vllm.kernels.codes import load_codes
 from logquant_vllm.kernels.scales import load_scale_zero
 
 TOKENS = tl.constexpr(SLICE_STEP)  # of a program: divides every group of tokens
@@ -27,10 +28,8 @@ TOKENS = tl.constexpr(SLICE_STEP)  # of a program: divides every group of tokens
 @triton.jit
 def page_keys(slab, first, token, channel, in_head, FMT: tl.constexpr):
     """float32 keys of tokens ``first + token`` of a page, all of one group; ``token`` and ``channel`` broadcast."""
-    LEVELS: tl.constexpr = (1 << FMT.key_bits) - 1
-    words = (slab + FMT.key_codes_offset).to(tl.pointer_type(tl.uint16))
-    word = tl.load(words + (first + token) * FMT.key_words + channel % FMT.key_words, mask=in_head, other=0)
-    codes = (word.to(tl.int32) >> (channel // FMT.key_words * FMT.key_bits)) & LEVELS
+    PLANES: tl.constexpr = FMT.key_planes
+    codes = load_codes(slab, first + token, 0, channel, in_head, PLANES, 1)
     group = first // FMT.key_group_size
     scale, zero = load_scale_zero(
         slab, FMT.key_scale_offset, FMT.key_zero_offset, group * FMT.head_size + channel, in_head, FMT
@@ -46,12 +45,9 @@ def page_values(slab, first, token, channel, group, valid, in_head, FMT: tl.cons
     Args:
         group: the groups of the channels, or the one that they all belong to.
     """
-    LEVELS: tl.constexpr = (1 << FMT.value_bits) - 1
-    in_group = first % FMT.key_group_size + token
-    word = first // FMT.key_group_size * FMT.value_words_per_group + in_group % FMT.value_words_per_group
-    words = (slab + FMT.value_codes_offset).to(tl.pointer_type(tl.uint16))
-    word = tl.load(words + channel * FMT.value_words + word, mask=valid & in_head, other=0)
-    codes = (word.to(tl.int32) >> (in_group // FMT.value_words_per_group * FMT.value_bits)) & LEVELS
+    of_tokens, in_group = first // FMT.key_group_size, first % FMT.key_group_size + token
+    PLANES: tl.constexpr = FMT.value_planes
+    codes = load_codes(slab, channel, of_tokens, in_group, valid & in_head, PLANES, FMT.groups_per_page)
     index = group * FMT.page_size + first + token
     mask = valid & (index < FMT.value_groups * FMT.page_size)
     scale, zero = load_scale_zero(slab, FMT.value_scale_offset, FMT.value_zero_offset, index, mask, FMT)

@@ -21,9 +21,10 @@ class SlicePlan:
     """How a group of one KV head is cut: a constant of the kernels that quantize.
 
     Args:
-        key_slice, value_slice: words of codes of a slice, powers of two.
+        key_slice, value_slice: words of codes of a slice, in the plane with the fewest; powers of two.
         value_group_pad: channels of a group of values, padded to a power of two.
         key_slices: slices of keys; 0: another kernel quantizes them.
+        value_slices: slices of values, of one group of channels.
         slices: all of them, those of the keys first.
     """
 
@@ -31,6 +32,7 @@ class SlicePlan:
     value_slice: int
     value_group_pad: int
     key_slices: int
+    value_slices: int
     slices: int
 
     @classmethod
@@ -42,13 +44,16 @@ class SlicePlan:
             feedback: whether with error feedback: all keys are one slice then.
         """
         value_group_pad = next_power_of_2(min(fmt.value_group_size, fmt.head_size))
-        key_slice = elements * fmt.key_bits // (16 * fmt.key_group_size)
-        value_slice = elements * fmt.value_bits // (16 * value_group_pad)
-        key_slice = min(max(key_slice, 1), next_power_of_2(fmt.key_words))
-        value_slice = min(max(value_slice, 1), fmt.value_words_per_group)
-        key_slices = (1 if feedback else -(-fmt.key_words // key_slice)) if keys else 0
-        slices = key_slices + fmt.value_groups * (fmt.value_words_per_group // value_slice)
-        return cls(key_slice, value_slice, value_group_pad, key_slices, slices)
+        of_keys, of_values = fmt.key_planes[-1], fmt.value_planes[-1]
+        value_words = of_values.words // fmt.groups_per_page
+        key_slice = elements // (of_keys.slots * fmt.key_group_size)
+        value_slice = elements // (of_values.slots * value_group_pad)
+        key_slice = min(max(key_slice, 1), next_power_of_2(of_keys.words))
+        value_slice = min(max(value_slice, 1), value_words)
+        key_slices = (1 if feedback else -(-of_keys.words // key_slice)) if keys else 0
+        value_slices = value_words // value_slice
+        slices = key_slices + fmt.value_groups * value_slices
+        return cls(key_slice, value_slice, value_group_pad, key_slices, value_slices, slices)
 
 
 @triton.jit
@@ -59,11 +64,10 @@ def quantize_slice(group, part, key, value, feedback, cache, LAYOUT: tl.constexp
         key, value: this step's tokens (``Rows``).
         feedback: float32 ``[num_kv_heads, head_size, head_size]``, contiguous, or None.
     """
-    PER_GROUP: tl.constexpr = LAYOUT.fmt.value_words_per_group // PLAN.value_slice
     if part >= PLAN.key_slices:
         index = part - PLAN.key_slices
-        first_word = index % PER_GROUP * PLAN.value_slice
-        quantize_values(group, index // PER_GROUP, first_word, value, cache, LAYOUT, PLAN)
+        first_word = index % PLAN.value_slices * PLAN.value_slice
+        quantize_values(group, index // PLAN.value_slices, first_word, value, cache, LAYOUT, PLAN)
     elif feedback is not None:
         quantize_keys_with_feedback(group, key, feedback, cache, LAYOUT)
     elif PLAN.key_slices > 0:

@@ -102,6 +102,15 @@ def value_tile(memory, FMT: gl.constexpr):
 
 
 @gluon.jit
+def copy_third_bits(memory, slab, wanted, kind: gl.constexpr, ROWS: gl.constexpr, PLANES: gl.constexpr):
+    """Start to copy the third bits of a page's keys (``kind`` 0) or values (1), if there are any and they are
+    ``wanted``."""
+    if len(PLANES) == 2:
+        BYTES: gl.constexpr = 2 * ROWS * PLANES[1].words
+        copy_bytes(memory.third_bits[kind].slice(0, BYTES // 4), slab + PLANES[1].offset, wanted, BYTES, BYTES)
+
+
+@gluon.jit
 def copy_keys(memory, slab, wanted, FMT: gl.constexpr):
     """Start to copy the keys of a page, and all of its scales and zeros, if they are ``wanted``."""
     # scales of keys are rows as their words are: a slot's, one after another
@@ -110,6 +119,8 @@ def copy_keys(memory, slab, wanted, FMT: gl.constexpr):
     copy_words(key_tile(memory, FMT), slab + FMT.key_codes_offset, wanted, FMT.key_words)
     copy_bytes(memory.raw_keys, slab + FMT.key_scale_offset, wanted, FMT.key_words, ROW)
     copy_bytes(memory.raw_values, slab + FMT.value_scale_offset, wanted, VALUES, value_groups(FMT) * FMT.page_size)
+    PLANES: gl.constexpr = FMT.key_planes
+    copy_third_bits(memory, slab, wanted, 0, FMT.page_size, PLANES)
 
 
 @gluon.jit
@@ -126,6 +137,8 @@ def copy_channels(memory, address, wanted, first: gl.constexpr, FMT: gl.constexp
 def copy_values(memory, slab, wanted, FMT: gl.constexpr):
     """Start to copy the values of a page, if they are ``wanted``."""
     copy_channels(value_tile(memory, FMT), slab + FMT.value_codes_offset, wanted, 0, FMT)
+    PLANES: gl.constexpr = FMT.value_planes
+    copy_third_bits(memory, slab, wanted, 1, FMT.head_size, PLANES)
 
 
 @gluon.jit

@@ -94,7 +94,7 @@ def store_queries(memory, queries, FMT: gl.constexpr):
     exponent = (largest.to(gl.int32, bitcast=True) >> 23) - 127
     exponent = gl.maximum(gl.minimum(exponent, 100), -100)
     channel = gl.arange(0, key_channels(FMT), layout=gl.SliceLayout(1, RIGHT))
-    weight = power_of_two(5 - exponent - code_shift(channel, padded(FMT.key_words), FMT.key_bits))
+    weight = power_of_two(5 - exponent - code_shift(channel, padded(FMT.key_words), FMT.key_planes[0].bits))
     for i in gl.static_range(len(queries)):
         memory.index(i).store((queries[i].to(gl.float32) * weight[:, None]).to(gl.float16))
     return exponent

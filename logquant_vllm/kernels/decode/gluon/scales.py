@@ -103,7 +103,7 @@ def store_key_factors(raw, scales, zeros, complete, FMT: gl.constexpr):
     ordered = gl.reshape(gl.join(low, high), (COLUMNS, NUMBER, 2, 2, 2, 2))
     scales.store(gl.reshape(gl.permute(ordered, (1, 0, 4, 5, 2, 3)), (NUMBER, COLUMNS, 4, 4)))
 
-    weight = power_word(code_shift(number % CHANNELS, padded(FMT.key_words), FMT.key_bits) - 8)
+    weight = power_word(code_shift(number % CHANNELS, padded(FMT.key_words), FMT.key_planes[0].bits) - 8)
     zero_low, zero_high = decode_zeros(raw.slice(WORDS, WORDS).load(LAYOUT))
     low, high = multiply_words(low, weight), multiply_words(high, weight)
     both = gl.join(multiply_words(low, zero_low), multiply_words(high, zero_high))
@@ -148,7 +148,7 @@ def store_pair_factors(raw_scales, raw_zeros, scales, zeros, complete, FMT: gl.c
     store_halves(zeros.slice(0, COLUMNS, 1), ordered, GROUPS)
 
     largest = larger_words(low, high)
-    shift = code_shift(token % FMT.key_group_size, FMT.value_words_per_group, FMT.value_bits)
+    shift = code_shift(token % FMT.key_group_size, FMT.value_words_per_group, FMT.value_planes[0].bits)
     weight = power_word(LOG_PRODUCT_UNIT - LOG_WEIGHT_UNIT - shift)
     both = gl.join(multiply_words(low, weight), multiply_words(high, weight))
     if paired(FMT):

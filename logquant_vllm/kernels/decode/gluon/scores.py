@@ -15,6 +15,7 @@ from logquant_vllm.kernels.decode.gluon.copies import key_tile
 from logquant_vllm.kernels.decode.gluon.factors import load_left, load_right
 from logquant_vllm.kernels.decode.gluon.sizes import key_channels
 from logquant_vllm.kernels.decode.gluon.state import no_products, raise_maxima
+from logquant_vllm.kernels.decode.gluon.thirds import load_thirds
 from logquant_vllm.kernels.decode.gluon.tiles import (
     BY_HEAD,
     BY_LANE,
@@ -60,13 +61,15 @@ def scale_queries(queries, key_scales, first: gl.constexpr, FMT: gl.constexpr):
 
 
 @gluon.jit
-def row_scores(memory, rights, FMT: gl.constexpr):
-    """Codes of rows of keys times the queries, float32 ``[rows, 8]`` for each tile."""
-    words = load_words(memory)
-    moved = move_all(words, FMT.key_bits)
-    scores = no_products(len(rights), memory.shape[0])
+def row_scores(memory, first: gl.constexpr, rights, FMT: gl.constexpr):
+    """Codes of 32 tokens from ``first`` on times the queries, float32 ``[32, 8]`` for each tile."""
+    PLANES: gl.constexpr = FMT.key_planes
+    BITS: gl.constexpr = FMT.key_planes[0].bits
+    words = load_words(key_tile(memory, FMT).slice(first, 32))
+    moved, thirds = move_all(words, BITS), load_thirds(memory, 0, first, 32, 1, PLANES)
+    scores = no_products(len(rights), 32)
     for step in gl.static_range(key_channels(FMT) // 16):
-        scores = multiply_left(left_operand(words, moved, step, FMT.key_bits), rights, step, scores)
+        scores = multiply_left(left_operand(words, moved, thirds, step, BITS), rights, step, scores)
     return scores
 
 
@@ -96,8 +99,7 @@ def group_scores(memory, group: gl.constexpr, COLUMNS: gl.constexpr, FMT: gl.con
     blocks = ()
     rights = scale_queries(memory.queries, memory.key_scales, SCALES, FMT)
     for i in gl.static_range(GROUP // 32):
-        words = key_tile(memory, FMT).slice(group * GROUP + 32 * i, 32)
-        blocks += (row_scores(words, rights, FMT),)
+        blocks += (row_scores(memory, group * GROUP + 32 * i, rights, FMT),)
     scores = ()
     for tile in gl.static_range(TILES):
         rows = ()

@@ -27,7 +27,14 @@ def largest_power(n):
 @gluon.constexpr_function
 def key_channels(fmt):
     """Channels of a page's keys."""
-    return padded(fmt.key_words) * 16 // fmt.key_bits
+    return padded(fmt.key_words) * fmt.key_planes[0].slots
+
+
+@gluon.constexpr_function
+def third_bits_bytes(fmt):
+    """Bytes of the third bits of a page's keys, or of its values; 0 where neither has them."""
+    rows = (fmt.key_planes, fmt.page_size), (fmt.value_planes, fmt.head_size)
+    return max(2 * count * planes[1].words if len(planes) == 2 else 0 for planes, count in rows)
 
 
 @gluon.constexpr_function

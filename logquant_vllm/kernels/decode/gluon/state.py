@@ -17,6 +17,7 @@ from logquant_vllm.kernels.decode.gluon.sizes import (
     num_pairs,
     num_tiles,
     padded,
+    third_bits_bytes,
     value_groups,
 )
 from logquant_vllm.kernels.decode.gluon.tiles import (
@@ -52,6 +53,7 @@ class Memory(NamedTuple):
     value_scales: Member
     value_zeros: Member  # with STEPS for each pair
     queries: Member  # float16 [tiles, key channels, 8]
+    third_bits: Member  # of keys and of values, int32 words; none where codes have one plane
 
 
 @gluon.constexpr_function
@@ -68,7 +70,8 @@ def memory_bytes(fmt: PageFormat, vectors: Vectors) -> int:
     key_factors = 2 * keys + 4 * key_channels(fmt)
     value_factors = (2 * columns * groups + 8 * num_pairs(fmt)) * fmt.page_size
     queries = 16 * num_tiles(vectors, fmt) * key_channels(fmt)
-    return 4 * tile_elements(fmt) + raw + key_factors + value_factors + queries
+    third_bits = 2 * third_bits_bytes(fmt)
+    return 4 * tile_elements(fmt) + raw + key_factors + value_factors + queries + third_bits
 
 
 @gluon.jit
@@ -90,7 +93,12 @@ def allocate(VECTORS: gl.constexpr, FMT: gl.constexpr):
     value_zeros = quads_memory(STEPS, 2 * COLUMNS)
     ONES: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [8, 1, 4, 1], [1, 1, 1, 1], [3, 2, 1, 0])
     value_zeros.slice(COLUMNS, COLUMNS, 1).store(gl.full((STEPS, COLUMNS, 4, 4), 0x3C003C00, gl.int32, ONES))
-    return Memory(tiles, raw_keys, raw_values, key_scales, key_zeros, value_scales, value_zeros, queries)
+    THIRD_BITS: gl.constexpr = third_bits_bytes(FMT) // 4
+    third_bits = ()
+    if THIRD_BITS > 0:
+        for _ in gl.static_range(2):
+            third_bits += (gl.allocate_shared_memory(gl.int32, [THIRD_BITS], PLAIN),)
+    return Memory(tiles, raw_keys, raw_values, key_scales, key_zeros, value_scales, value_zeros, queries, third_bits)
 
 
 @gluon.jit

@@ -80,15 +80,33 @@ def code_shift(index, WORDS: gl.constexpr, BITS: gl.constexpr):
 
 
 @gluon.jit
-def codes_of_slot(words, moved, slot: gl.constexpr, BITS: gl.constexpr):
-    """float16 ``code * 2**(shift - 24)``; two codes with one instruction."""
+def codes_of_slot(words, moved, thirds, slot: gl.constexpr, BITS: gl.constexpr):
+    """float16 ``code * 2**(shift - 24)``; two codes with one instruction, or with two where they have a third bit.
+
+    A third bit behind the upmost of five codes is the lowest of the exponent, which goes on where the mantissa ends.
+
+    Args:
+        thirds: ``thirds.load_thirds``.
+    """
     PER_MANTISSA: gl.constexpr = 10 // BITS
     MASK: gl.constexpr = ((1 << BITS) - 1) << (slot % PER_MANTISSA * BITS)
     source = words if slot < PER_MANTISSA else moved
     mask = gl.full(words.shape, MASK, gl.uint16, words.type.layout)
-    return gl.inline_asm_elementwise(
-        "and.b32 $0, $1, $2;", "=r,r,r", [source, mask], dtype=gl.float16, is_pure=True, pack=2
-    )
+    if len(thirds) == 0:
+        return gl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;", "=r,r,r", [source, mask], dtype=gl.float16, is_pure=True, pack=2
+        )
+    else:
+        third = thirds[slot // PER_MANTISSA]
+        behind = gl.full(words.shape, 4 << (slot % PER_MANTISSA * BITS), gl.uint16, words.type.layout)
+        return gl.inline_asm_elementwise(
+            "{.reg .b32 bit; lop3.b32 bit, $3, $4, 0, 0xC0; lop3.b32 $0, $1, $2, bit, 0xEA;}",  # a & b | c & d
+            "=r,r,r,r,r",
+            [source, mask, third, behind],
+            dtype=gl.float16,
+            is_pure=True,
+            pack=2,
+        )
 
 
 @gluon.jit
@@ -121,14 +139,14 @@ def move_all(words, BITS: gl.constexpr):
 
 
 @gluon.jit
-def left_operand(words, moved, step: gl.constexpr, BITS: gl.constexpr):
+def left_operand(words, moved, thirds, step: gl.constexpr, BITS: gl.constexpr):
     """Codes ``[rows, 16]`` of one step, in the matrix unit's registers, of :func:`load_words`."""
     PARTS: gl.constexpr = len(words)
     if words[0].shape[1] == 16:
-        return codes_of_slot(words[step % PARTS], moved[step % PARTS], step // PARTS, BITS)
+        return codes_of_slot(words[step % PARTS], moved[step % PARTS], thirds, step // PARTS, BITS)
     else:
-        even = codes_of_slot(words[0], moved[0], 2 * step, BITS)
-        odd = codes_of_slot(words[0], moved[0], 2 * step + 1, BITS)
+        even = codes_of_slot(words[0], moved[0], thirds, 2 * step, BITS)
+        odd = codes_of_slot(words[0], moved[0], thirds, 2 * step + 1, BITS)
         return gl.convert_layout(side_by_side(even, odd), LEFT, assert_trivial=True)
 
 

@@ -11,6 +11,7 @@ from logquant_vllm.kernels.decode.gluon.factors import load_left, load_right
 from logquant_vllm.kernels.decode.gluon.scales import LOG_PRODUCT_UNIT
 from logquant_vllm.kernels.decode.gluon.sizes import group_channels, num_pairs, paired
 from logquant_vllm.kernels.decode.gluon.state import Sums
+from logquant_vllm.kernels.decode.gluon.thirds import load_thirds
 from logquant_vllm.kernels.decode.gluon.tiles import (
     BY_ROW,
     CODE_UNIT,
@@ -48,7 +49,7 @@ def right_steps(weights, tile: gl.constexpr, COLUMNS: gl.constexpr, FMT: gl.cons
 @gluon.constexpr_function
 def value_step(step, fmt):
     """Which step of the words the tokens of ``step`` lie in: of 32 words to a row, 16 belong to either group."""
-    slots = 16 // fmt.value_bits
+    slots = fmt.value_planes[0].slots
     return step if fmt.value_words == 16 else step % slots * 2 + step // slots
 
 
@@ -62,17 +63,21 @@ def multiply_scaled(left, rights, step: gl.constexpr, scales, sums):
 
 
 @gluon.jit
-def add_values(acc, memory, rights, scales, group: gl.constexpr, FMT: gl.constexpr):
+def add_values(acc, memory, rights, group: gl.constexpr, FMT: gl.constexpr):
     """``acc`` plus the values of one group of channels, weighted; for each tile."""
-    BITS: gl.constexpr = FMT.value_bits
+    PLANES: gl.constexpr = FMT.value_planes
+    BITS: gl.constexpr = FMT.value_planes[0].bits
     CHUNKS: gl.constexpr = FMT.page_size // 32
-    words = load_words(memory.slice(group * FMT.value_group_size, group_channels(FMT, group)))
+    FIRST: gl.constexpr = group * FMT.value_group_size
+    COUNT: gl.constexpr = group_channels(FMT, group)
+    words = load_words(value_tile(memory, FMT).slice(FIRST, COUNT))
     moved = move_all(words, BITS)
+    thirds = load_thirds(memory, 1, FIRST, COUNT, FMT.groups_per_page, PLANES)
     for chunk in gl.static_range(CHUNKS):
-        even, odd = load_right(scales, group * CHUNKS + chunk)
-        left = left_operand(words, moved, value_step(2 * chunk, FMT), BITS)
+        even, odd = load_right(memory.value_scales, group * CHUNKS + chunk)
+        left = left_operand(words, moved, thirds, value_step(2 * chunk, FMT), BITS)
         acc = multiply_scaled(left, rights, 2 * chunk, even, acc)
-        left = left_operand(words, moved, value_step(2 * chunk + 1, FMT), BITS)
+        left = left_operand(words, moved, thirds, value_step(2 * chunk + 1, FMT), BITS)
         acc = multiply_scaled(left, rights, 2 * chunk + 1, odd, acc)
     return acc
 
@@ -101,7 +106,7 @@ def add_page(sums, memory, weights, COLUMNS: gl.constexpr, FMT: gl.constexpr):
     for pair in gl.static_range(num_pairs(FMT)):
         totals += (add_weights(sums.totals[pair], unscaled, memory.value_zeros, pair, FMT),)
     for group in gl.static_range(GROUPS):
-        acc += (add_values(sums.acc[group], value_tile(memory, FMT), rights, memory.value_scales, group, FMT),)
+        acc += (add_values(sums.acc[group], memory, rights, group, FMT),)
     return Sums(acc, totals, sums.maximum)
 
 

@@ -12,19 +12,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from logquant_vllm.core import quantizer
 from logquant_vllm.core.page_format import PageFormat
+from logquant_vllm.kernels.codes import bits_of_plane
 from logquant_vllm.kernels.scales import round_half_even
 
+code_bias = triton.constexpr_function(quantizer.code_bias)
 BLOCK = tl.constexpr(16)  # channels: the least that a product of tiles sums over
 TOKENS_PER_WARP = 16  # rows of a matrix instruction
 
 
 @triton.jit
-def choose_code(x, scale, zero, inverse, BITS: tl.constexpr):
+def choose_code(x, scale, zero, inverse, BITS: tl.constexpr, STRETCH: tl.constexpr):
     """The nearest code of ``x``, and what it is too large by, 0 where that is not finite; all float32."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     # the larger of NaN and 0 is 0
-    code = round_half_even(tl.minimum(tl.maximum((x - zero) * inverse, 0.0), 1.0 * LEVELS))
+    wanted = (x - zero) * inverse + code_bias(BITS, STRETCH)
+    code = round_half_even(tl.minimum(tl.maximum(wanted, 0.0), 1.0 * LEVELS))
     # rounded twice: a code times a scale is exact
     error = tl.fma(code, scale, zero) - x
     return code, tl.where(tl.abs(error) < float("inf"), error, 0.0)
@@ -46,23 +50,42 @@ def pick_block(x, first):
 
 
 @triton.jit
-def choose_codes(x, scale, zero, shares, HEAD_SIZE: tl.constexpr, BITS: tl.constexpr):
+def place_codes(packed, codes, channel, PLANE: tl.constexpr):
+    """Words with the codes ``[tokens, channels]`` of some channels added, as far as they lie in a plane: they move to
+    their places by a product too, with powers of two, exact in float16 as codes are."""
+    word = tl.arange(0, packed.shape[1])[None, :]
+    place = tl.where((channel % PLANE.words)[:, None] == word, (1 << (channel // PLANE.words * PLANE.bits))[:, None], 0)
+    bits = bits_of_plane(codes.to(tl.int32), PLANE)
+    return tl.dot(bits.to(tl.float16), place.to(tl.float16), acc=packed)
+
+
+@triton.jit
+def no_words(TOKENS: tl.constexpr, PLANE: tl.constexpr):
+    """For :func:`place_codes`."""
+    return tl.zeros((TOKENS, triton.next_power_of_2(max(PLANE.words, 16))), tl.float32)
+
+
+@triton.jit
+def choose_codes(x, scale, zero, shares, FMT: tl.constexpr, STRETCH: tl.constexpr):
     """Codes of keys, rounded with error feedback.
 
     Args:
         x: float32 ``[tokens, channels]``, channels padded to a power of two, at least ``BLOCK``.
         scale, zero: float32 ``[channels]``; scales are NaN for channels whose codes are 0.
-        shares: pointer to this head's float32 feedback ``[HEAD_SIZE, HEAD_SIZE]``, contiguous.
+        shares: pointer to this head's float32 feedback ``[head_size, head_size]``, contiguous.
+        STRETCH: of ``core.page_format.Rounding``.
 
     Returns:
-        int32 ``[tokens, words]``: words as ``core.page_format`` lays them out, padded like channels.
+        Of each plane int32 ``[tokens, words]``, as ``core.page_format`` lays words out, padded like channels.
     """
     TOKENS: tl.constexpr = x.shape[0]
-    WORDS: tl.constexpr = HEAD_SIZE * BITS // 16
-    WORDS_PAD: tl.constexpr = triton.next_power_of_2(max(WORDS, 16))
-    channel, index, word = tl.arange(0, x.shape[1]), tl.arange(0, BLOCK), tl.arange(0, WORDS_PAD)
-    packed = tl.zeros((TOKENS, WORDS_PAD), tl.float32)
-    inverse = tl.div_rn(1.0, scale)
+    HEAD_SIZE: tl.constexpr = FMT.head_size
+    PLANES: tl.constexpr = len(FMT.key_planes)
+    LOW: tl.constexpr = FMT.key_planes[0]
+    HIGH: tl.constexpr = FMT.key_planes[PLANES - 1]
+    channel, index = tl.arange(0, x.shape[1]), tl.arange(0, BLOCK)
+    low, high = no_words(TOKENS, LOW), no_words(TOKENS, HIGH)
+    inverse = tl.div_rn(1.0, scale) * STRETCH
     # not pipelined: many small loads would each wait for their turn in shared memory
     for first in tl.range(0, HEAD_SIZE, BLOCK, num_stages=1):
         c = first + index
@@ -76,15 +99,18 @@ def choose_codes(x, scale, zero, shares, HEAD_SIZE: tl.constexpr, BITS: tl.const
         for k in tl.static_range(BLOCK):
             # of all columns, but only what is chosen of the k-th is used, and so computed
             mine = (index == k)[None, :]
-            code, error = choose_code(tile, tile_scale, tile_zero, tile_inverse, BITS)
+            code, error = choose_code(tile, tile_scale, tile_zero, tile_inverse, FMT.key_bits, STRETCH)
             codes, errors = tl.where(mine, code, codes), tl.where(mine, error, errors)
             share = tl.load(shares + c * HEAD_SIZE + first + k, mask=index > k, other=0.0)
             tile = tl.fma(pick(error, mine, 1)[:, None], share[None, :], tile)
         x = tl.dot(errors, later, acc=x, input_precision="tf32x3")
-        # a code moves to its place in a word by a product too: a power of two, exact in float16 as codes are
-        place = tl.where((c % WORDS)[:, None] == word[None, :], (1 << (c // WORDS * BITS))[:, None], 0)
-        packed = tl.dot(codes.to(tl.float16), place.to(tl.float16), acc=packed)
-    return packed.to(tl.int32)
+        low = place_codes(low, codes, c, LOW)
+        if PLANES == 2:
+            high = place_codes(high, codes, c, HIGH)
+    if PLANES == 2:
+        return low.to(tl.int32), high.to(tl.int32)
+    else:
+        return (low.to(tl.int32),)
 
 
 def feedback_warps(tokens: int) -> int:

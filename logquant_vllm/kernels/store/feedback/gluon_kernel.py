@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_wait
 
 from logquant_vllm.kernels.cache import find_task, load_lengths, num_reqs, read_lengths
+from logquant_vllm.kernels.codes import bits_of_plane
 from logquant_vllm.kernels.decode.gluon.tiles import distance, plain, products
 from logquant_vllm.kernels.store.feedback.codes import choose_code, pick
 from logquant_vllm.kernels.store.group import copied_keys, copy_offset, open_group
@@ -131,7 +132,7 @@ def cut(x):
 
 
 @gluon.jit
-def choose_block(tile, scales, zeros, inverses, shares, BITS: gl.constexpr):
+def choose_block(tile, scales, zeros, inverses, shares, BITS: gl.constexpr, STRETCH: gl.constexpr):
     """Codes (float32) of a block of channels, and their errors, by token.
 
     Args:
@@ -146,9 +147,8 @@ def choose_block(tile, scales, zeros, inverses, shares, BITS: gl.constexpr):
     for k in gl.static_range(BLOCK):
         one = index == k
         mine = one[None, :]
-        code, error = choose_code(
-            pick(tile, mine, 1), pick(scales, one, 0), pick(zeros, one, 0), pick(inverses, one, 0), BITS
-        )
+        of_channel = pick(scales, one, 0), pick(zeros, one, 0), pick(inverses, one, 0)
+        code, error = choose_code(pick(tile, mine, 1), of_channel[0], of_channel[1], of_channel[2], BITS, STRETCH)
         codes, errors = gl.where(mine, code[:, None], codes), gl.where(mine, error[:, None], errors)
         if k + 1 < BLOCK:
             share = shares.index(k).load(BY_CHANNEL)
@@ -162,15 +162,22 @@ def store_words(group, codes, FMT: gl.constexpr):
     """Pack codes, shared memory int8 ``[blocks, tokens, 16]``, and store the words of the group's tokens."""
     BLOCKS: gl.constexpr = codes.shape[0]
     TOKENS: gl.constexpr = codes.shape[1]
-    SLOTS: gl.constexpr = 16 // FMT.key_bits
     PACK: gl.constexpr = gl.BlockedLayout([1, BLOCKS, 4], [8, 1, 4], [gl.num_warps(), 1, 1], [2, 1, 0])
     wide = codes._reinterpret(gl.int8, codes.shape, plain(3)).permute((1, 0, 2)).load(PACK).to(gl.int32)
-    by_slot = gl.reshape(wide, (TOKENS, SLOTS, FMT.key_words))
-    slot = gl.arange(0, SLOTS, layout=gl.SliceLayout(0, gl.SliceLayout(2, by_slot.type.layout)))
-    words = gl.sum(by_slot << (slot * FMT.key_bits)[None, :, None], 1)
-    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, words.type.layout))
-    word = gl.arange(0, FMT.key_words, layout=gl.SliceLayout(0, words.type.layout))
-    gl.store(key_code_words(group, token[:, None], FMT) + word[None, :], words.to(gl.uint16))
+    for p in gl.static_range(len(FMT.key_planes)):
+        store_plane(group, gl.reshape(wide, (TOKENS, FMT.head_size)), FMT, p)
+
+
+@gluon.jit
+def store_plane(group, codes, FMT: gl.constexpr, P: gl.constexpr):
+    """Pack a plane's bits of codes ``[tokens, channels]``, and store the words."""
+    PLANE: gl.constexpr = FMT.key_planes[P]
+    by_slot = gl.reshape(bits_of_plane(codes, PLANE), (codes.shape[0], PLANE.slots, PLANE.words))
+    slot = gl.arange(0, PLANE.slots, layout=gl.SliceLayout(0, gl.SliceLayout(2, by_slot.type.layout)))
+    words = gl.sum(by_slot << (slot * PLANE.bits)[None, :, None], 1)
+    token = gl.arange(0, codes.shape[0], layout=gl.SliceLayout(1, words.type.layout))
+    word = gl.arange(0, PLANE.words, layout=gl.SliceLayout(0, words.type.layout))
+    gl.store(key_code_words(group, token[:, None], PLANE, FMT) + word[None, :], words.to(gl.uint16))
 
 
 @gluon.jit
@@ -181,11 +188,12 @@ def choose_scales(memory, keys, group, FMT: gl.constexpr):
     least, largest = ranges(keys)
     least, largest = gl.convert_layout(least, LANES), gl.convert_layout(largest, LANES)
     finite = is_finite(least) & is_finite(largest)
-    stored_scale, stored_zero, _, zero = scale_and_zero(least, largest, finite, FMT.key_bits, FMT.key_range, FMT)
+    ROUNDING: gl.constexpr = FMT.key_rounding
+    stored_scale, stored_zero, inverse, zero = scale_and_zero(least, largest, finite, FMT.key_bits, ROUNDING, FMT)
     scale = read_scale(stored_scale, FMT)
     memory.index(0).store(scale)
     memory.index(1).store(zero)
-    memory.index(2).store(tl.div_rn(1.0, scale))
+    memory.index(2).store(inverse)
     channel = gl.arange(0, FMT.head_size, layout=LANES)
     store_key_scales(group, channel, stored_scale, stored_zero, channel >= 0, FMT)
 
@@ -271,7 +279,9 @@ def feedback_kernel(
                 inverses = of_blocks.index(2 * BLOCKS + block).load(BY_CHANNEL)
                 tile = gl.convert_layout(take_up(block, keys, lost_high, lost_low, shares), BY_TOKEN)
                 within = shares.index(block * BLOCKS + block)._reinterpret(gl.float32, [BLOCK, BLOCK], plain(1))
-                chosen, errors = choose_block(tile, scales, zeros, inverses, within, FMT.key_bits)
+                chosen, errors = choose_block(
+                    tile, scales, zeros, inverses, within, FMT.key_bits, FMT.key_rounding.stretch
+                )
                 high, low = cut(errors)
                 lost_high.index(block).store(high)
                 lost_low.index(block).store(low)
