@@ -208,7 +208,7 @@ class PageFormat:
         """Planes of value codes, ``[head_size][words]``; a channel's row holds all tokens, group by group."""
         return planes_of(self.value_bits, self.head_size, self.page_size, _end(self.key_planes, self.page_size))
 
-    # of formats with one plane: what the Gluon decode kernel reads
+    # the first planes: what the Gluon decode kernel lays its tiles out by
     @property
     def key_words(self) -> int:
         return self.key_planes[0].words

@@ -87,6 +87,7 @@ def kivi_quantizer(group: int = 32) -> Quantizer:
     return replace(MIN_MAX, key_group=group, value_group=group)
 
 
+K3V3 = Quantizer(key_bits=3, value_bits=3)
 K4V2 = Quantizer(key_bits=4)
 CALIBRATED = Quantizer(calibrated=True)
 CALIBRATED_K4V2 = Quantizer(key_bits=4, calibrated=True)
@@ -112,6 +113,10 @@ def all_methods() -> dict[str, Method]:
         Method("log-w64-k4v2", LogSelection(64), K4V2),
         Method("calibrated-w64-k4v2", LogSelection(64), CALIBRATED_K4V2),
         Method("log-w64-k4v4", LogSelection(64), Quantizer(key_bits=4, value_bits=4)),
+        Method("calibrated-w64-k4v4", LogSelection(64), Quantizer(key_bits=4, value_bits=4, calibrated=True)),
+        Method("calibrated-w64-k3v2", LogSelection(64), Quantizer(key_bits=3, calibrated=True)),
+        Method("log-w64-k3v3", LogSelection(64), K3V3),
+        Method("calibrated-w64-k3v3", LogSelection(64), replace(K3V3, calibrated=True)),
         Method("log-w64-g32", LogSelection(64), Quantizer(key_group=32, value_group=32)),
         Method("log-w64-g128", LogSelection(64), Quantizer(key_group=128, value_group=128)),
         Method("log-w64-s16", LogSelection(64), Quantizer(scale_bits=16)),
