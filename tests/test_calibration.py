@@ -82,7 +82,7 @@ def test_queries_count_by_what_errors_do_to_the_output() -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v, w = (torch.randn(n, 16, generator=g) for n in (2 * 5, 40, 40, 24))
     q, recent = q.view(2, 5, 16), 8
-    found = sensitivity(q, k, v, 0.5, (w.mT @ w).expand(2, -1, -1), recent)
+    found = sensitivity(q, torch.arange(35, 40), k, v, 0.5, (w.mT @ w).expand(2, -1, -1), recent)
     for head, query in itertools.product(range(2), range(5)):
         scores = torch.zeros(40).requires_grad_()
         read = ((q[head, query] @ k.mT * 0.5 + scores)[: 36 + query].softmax(-1) @ v[: 36 + query]) @ w.mT

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from logquant_vllm.core.calibration import Moments
 
-SCORES = 1 << 24
+SCORES = 1 << 21
 """Scores that are looked at at once, float32: a bound on the memory that measuring takes."""
 
 
@@ -29,6 +29,8 @@ class MomentSums:
     def add(self, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, first: int = 0) -> None:
         """A sequence's queries ``[heads, tokens, channels]``, keys and values ``[num_kv_heads, tokens, channels]``.
 
+        As many queries are looked at as there are keys: of heads that share a KV head, those of every so many-th token.
+
         Args:
             scale: factor on the scores.
             output: ``[heads, channels, channels]``: the squared length, in the layer's output, of what a head reads.
@@ -39,14 +41,16 @@ class MomentSums:
         k = (k - k.mean(2, keepdim=True)).flatten(1, 2)
         self.key, self.keys = self.key + (k.mT @ k).double().cpu(), self.keys + k.shape[1]
         shared = zip(query.unflatten(0, (heads, -1)), key, value, output.unflatten(0, (heads, -1)), strict=True)
-        step = max(1, SCORES // (query.shape[0] // heads * tokens))
+        stride = query.shape[0] // heads
+        step = max(1, SCORES // (stride * tokens))
+        positions = torch.arange(first, tokens, stride, device=query.device).split(step)
         moments = []
         for q, k, v, size in shared:
             total = torch.zeros(channels, channels, dtype=torch.float64)
-            for start in range(first, tokens, step):
-                end = min(start + step, tokens)
-                asking = q[:, start:end].float()
-                weight = sensitivity(asking, k[:end].float(), v[:end].float(), scale, size, self.recent)
+            for i, position in enumerate(positions):
+                end = min(first + (i + 1) * step * stride, tokens)  # nothing behind it is read
+                asking = q[:, position].float()
+                weight = sensitivity(asking, position, k[:end].float(), v[:end].float(), scale, size, self.recent)
                 weighted = (asking * weight.sqrt()[..., None]).reshape(-1, channels)
                 total += (weighted.mT @ weighted).double().cpu()
             moments.append(total)
@@ -68,7 +72,9 @@ class MomentSums:
         return Moments(self.query / torch.as_tensor(self.queries).clamp(min=1), self.key / self.keys)
 
 
-def sensitivity(query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, recent: int) -> Tensor:
+def sensitivity(
+    query: Tensor, position: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, recent: int
+) -> Tensor:
     """What independent errors in the scores of a query do to the layer's output, float32 ``[heads, queries]``.
 
     With weights ``p`` and output ``o``, an error ``e`` in the score of token ``t`` moves the output by
@@ -76,12 +82,12 @@ def sensitivity(query: Tensor, key: Tensor, value: Tensor, scale: float, output:
     read exactly.
 
     Args:
-        query: those of the last tokens, ``[heads, queries, channels]``, which share one KV head.
-        key, value: ``[tokens, channels]``.
+        query: ``[heads, queries, channels]``, which share one KV head.
+        position: int64 ``[queries]``, whose they are.
+        key, value: ``[tokens, channels]``, of the first tokens.
         output: ``[heads, channels, channels]``, see :meth:`MomentSums.add`.
     """
-    position = torch.arange(key.shape[0], device=key.device)
-    back = position[len(position) - query.shape[1] :, None] - position
+    back = position[:, None] - torch.arange(key.shape[0], device=key.device)
     weight = (query @ key.mT * scale).masked_fill(back < 0, -torch.inf).softmax(-1)
     mean = weight @ value
     square = weight.masked_fill(back < recent, 0.0).square()
