@@ -173,12 +173,9 @@ GENERAL = (
     BASELINE,
     "fp8",
     *PRIMARIES[::-1],
+    *(f"calibrated-w64-{preset}" for preset in ("k3v2", "k3v3", "k4v2", "k4v4")),
     "sink-window-w64-calibrated",
-    "log-w64-lost-first-calibrated",
-    "calibrated-w64-k4v2",
-    "log-w64-k4v4",
     "kivi-g32-r160",
-    "2bit-token",
 )
 """What is compared on models that were not trained for it: long contexts take time."""
 
