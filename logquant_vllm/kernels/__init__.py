@@ -3,7 +3,7 @@
 =====================  ==============================  ========  =======================================================
 operation              file                            launches  which GPUs and formats
 =====================  ==============================  ========  =======================================================
-basis of q and k       ``rotate``                      1         all
+basis of q, k and v    ``rotate``                      1         all; ``combine`` takes outputs back
 decode attention       ``decode.gluon.kernel``         2         ``decode.choice``: Ada and later; heads of 64 and 128,
                                                                  up to 8 query heads to a KV head; 8-bit scales, groups
                                                                  of 64 and more
@@ -19,9 +19,9 @@ read the past          ``prefill.gather``              1 a slice all; FlashAtten
 =====================  ==============================  ========  =======================================================
 
 ``operations`` has the names of ``core.operations``; ``step`` is all of a layer. Every launch takes the objects of
-``arguments``; device helpers shared by all lie in ``cache`` (requests, slots, pages) and ``scales``; what differs
-between GPUs is in ``architecture``. A slower kernel that serves for want of a faster one is logged once, with the
-reason, and shown by ``logquant-vllm doctor MODEL``.
+``arguments``; device helpers shared by all lie in ``cache`` (requests, slots, pages), ``codes`` and ``scales``; what
+differs between GPUs is in ``architecture``. A slower kernel that serves for want of a faster one is logged once, with
+the reason, and shown by ``logquant-vllm doctor MODEL``.
 
 A decode step overlaps its launches (programmatic dependent launch, from Hopper on); who waits for whom is written in
 ``docs/design.md`` and where each kernel waits.
