@@ -54,9 +54,11 @@ class Case:
             self._basis = Basis(basis.query.bfloat16(), basis.key.bfloat16(), basis.feedback, self._basis.value)
 
     def layer(self, device: torch.device) -> Layer:
-        """As a model in bfloat16 holds it."""
+        """As a model in bfloat16 holds it; with sinks like gpt-oss, and soft-capping like Gemma 2."""
         tensors = (None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device) for t in self._basis)
-        return Layer(self.layout, 1.0, Basis(*tensors))  # type: ignore[arg-type]
+        sinks = torch.empty(self.heads, dtype=torch.bfloat16, device=device) if self.head_size == 64 else None
+        softcap = 50.0 if self.head_size == 256 else 0.0
+        return Layer(self.layout, 1.0, Basis(*tensors), softcap=softcap, sinks=sinks)  # type: ignore[arg-type]
 
     def warm_up(self, device: torch.device, requests: int = 2, length: int = 0) -> None:
         """What a server does before its first request."""

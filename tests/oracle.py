@@ -112,16 +112,32 @@ class Sequence:
             self.window.append(len(self.keys) + i)
         self.keys, self.values = [*self.keys, *key], [*self.values, *value]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Attention of a chunk over its :meth:`mixture`, after which the chunk is part of the sequence."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of a chunk over its :meth:`mixture`, after which the chunk is part of the sequence.
+
+        A sink is one more key, with that score and a value of zero.
+        """
         past = len(self.keys)
         k, v = self.mixture(key, value)
         tokens, heads, _ = query.shape
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
         scores = torch.einsum("qhd,thd->hqt", query.double(), k) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         future = torch.arange(len(k))[None] > past + torch.arange(tokens)[:, None]
         scores = scores.masked_fill(future, -math.inf)
-        out = torch.einsum("hqt,thd->qhd", torch.softmax(scores, -1), v)
+        if sinks is None:
+            sinks = torch.full((heads,), -math.inf)
+        every = torch.cat([scores, sinks.double()[:, None, None].expand(-1, tokens, 1)], -1)
+        out = torch.einsum("hqt,thd->qhd", torch.softmax(every, -1)[..., : len(k)], v)
         lse = torch.logsumexp(scores, -1).T
         self.append(key, value)
         return out, lse

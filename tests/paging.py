@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -74,6 +75,30 @@ class PagedBatch:
         cache.block_table[target, :pages] = cache.block_table[source, :pages]
         cache.sink_blocks[target] = cache.sink_blocks[source] if sink else 0
         self.seq_lens[target] = tokens - self.layout.prefix_replay_tokens
+
+    def beside(self, layers: int, layer: int) -> PagedBatch:
+        """The same requests in blocks that several layers share (``plugin/window_layer.py``): ``window_pages`` pages
+        one after another, in each place those of all layers side by side; of a window block each layer has a run."""
+        pages, own = self.layout.window_pages, copy.copy(self)
+        size = self.layout.fmt.page_bytes(self.num_kv_heads)
+        blocks = 1 + self.cache.block_table.numel() + self.cache.own_blocks.numel()
+        memory = torch.full((blocks, pages * layers * size), 0xFF, dtype=torch.uint8, device=self.device)
+        ids = torch.randperm(blocks - 1, generator=torch.Generator().manual_seed(7)).int().to(self.device) + 1
+        columns = -(-self.cache.block_table.shape[1] // pages)
+        first = ids[: columns * self.num_reqs].view(self.num_reqs, columns)
+        within = torch.arange(pages, dtype=torch.int32, device=self.device)
+        table = (first[:, :, None] * pages + within).flatten(1)
+        windows = self.cache.own_blocks
+        window = ids[columns * self.num_reqs :][: windows.numel()].view(windows.shape).where(windows > 0, 0)
+        memory[window.flatten().long()] = 0
+        own.cache = PagedCache(
+            memory.view(blocks * pages, layers, size)[:, layer],
+            memory.view(blocks, layers, pages * size)[:, layer],
+            table,
+            cold_window_table(window.contiguous()),
+        )
+        own.seq_lens = list(self.seq_lens)
+        return own
 
     def batch(self, new: list[int]) -> Batch:
         """Metadata of a step that adds ``new[r]`` tokens to request ``r``; advances the lengths."""

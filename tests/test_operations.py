@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -87,6 +88,72 @@ def test_equals_the_oracle(ops: ModuleType, name: str, gqa: int) -> None:
                 expected, expected_lse = oracle.attend(qr, kr, vr, size**-0.5)
                 assert_close(out, expected, 1e-4, f"output of step {step}, {new}")
                 assert_close(out_lse, expected_lse, 1e-4, f"lse of step {step}, {new}")
+
+
+@every_implementation
+def test_layers_that_read_the_tokens_of_another(ops: ModuleType) -> None:
+    """Each sees them as a layer of its own would, this step's included, and the window is updated once, at the end."""
+    layout, heads, gqa = LAYOUTS["w42-k4v2"], 1, 2
+    size, total, readers = layout.fmt.head_size, 5 * layout.window_length + 20, 2
+    requests, alone = (PagedBatch(layout, heads, 1, total, torch.float32) for _ in range(2))
+    oracles = [Sequence(layout.fmt, layout.window_length) for _ in range(1 + readers)]
+    layer = Layer(layout, size**-0.5)
+    for seed, new in enumerate(chunkings(layout, total, 1, seed=3)):
+        q, k, v = random_qkv(sum(new), gqa * heads, heads, size, torch.float32, seed=seed)
+        queries = [
+            q,
+            *(random_qkv(sum(new), gqa * heads, heads, size, q.dtype, seed=99 - i)[0] for i in range(readers)),
+        ]
+        outputs, batch = [torch.full_like(q, torch.nan) for _ in queries], requests.batch(new)
+        stored = ops.begin_step(layer, q, k, v, requests.cache, batch, outputs[0])
+        for query, output in zip(queries[1:], outputs[1:], strict=True):
+            ops.attend_stored(layer, query, *stored, requests.cache, batch, output)
+        ops.update_window(*stored, requests.cache, batch, layout)
+        for oracle, query, output in zip(oracles, queries, outputs, strict=True):
+            assert_close(output, oracle.attend(query, k, v, size**-0.5)[0], 1e-4, f"output of {new}")
+        ops.step(layer, q, k, v, alone.cache, alone.batch(new), outputs[0])
+        assert torch.equal(requests.cache.pages, alone.cache.pages)
+
+
+@every_implementation
+@pytest.mark.parametrize(("pages", "layers"), [(1, 3), (2, 1), (3, 2)])
+def test_blocks_that_several_layers_share(ops: ModuleType, pages: int, layers: int) -> None:
+    """Wherever pages and copies lie, attention is the same."""
+    plain = LAYOUTS["w42-k4v2"]
+    layout = replace(plain, window_pages=pages)
+    size, total = layout.fmt.head_size, 5 * layout.window_length + 20
+    alone = PagedBatch(plain, 2, 2, total, torch.float32)
+    shared = replace(alone, layout=layout).beside(layers, layers - 1)
+    for seed, new in enumerate(chunkings(layout, total, 2, seed=5)):
+        q, k, v = random_qkv(sum(new), 4, 2, size, torch.float32, seed=seed)
+        expected, _ = alone.step(q, k, v, new, size**-0.5, ops)
+        output, _ = shared.step(q, k, v, new, size**-0.5, ops)
+        assert_close(output, expected, 1e-5, f"output of {new}")
+
+
+@every_implementation
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(2.0, False), (0.0, True), (1.5, True)])
+def test_soft_capping_and_sinks(ops: ModuleType, softcap: float, with_sinks: bool) -> None:
+    """From hardly felt to far above every score; in any chunking, and in a whole step."""
+    layout, heads, gqa = LAYOUTS["w42-k4v2"], 2, 4
+    size, total = layout.fmt.head_size, 5 * layout.window_length + 20
+    sinks = torch.tensor([-30.0, -1.0, 0.0, 0.5, 1.0, 3.0, 9.0, 200.0]) if with_sinks else None
+    requests, whole = (PagedBatch(layout, heads, 1, total, torch.float32) for _ in range(2))
+    oracle = Sequence(layout.fmt, layout.window_length)
+    for seed, new in enumerate(chunkings(layout, total, 1, seed=2)):
+        q, k, v = random_qkv(sum(new), gqa * heads, heads, size, torch.float32, seed=seed)
+        batch = requests.batch(new)
+        ops.quantize_pages(k, v, requests.cache, batch, layout)
+        arguments = (q, k, v, requests.cache, batch, layout, size**-0.5)
+        output, lse = ops.attention(*arguments, softcap=softcap, sinks=sinks)
+        ops.update_window(k, v, requests.cache, batch, layout)
+        expected, expected_lse = oracle.attend(q, k, v, size**-0.5, softcap, sinks)
+        assert_close(output, expected, 1e-4, f"output of {new}")
+        assert_close(lse, expected_lse, 1e-4, f"lse of {new}")
+        output = torch.full_like(q, torch.nan)
+        layer = Layer(layout, size**-0.5, softcap=softcap, sinks=sinks)
+        ops.step(layer, q, k, v, whole.cache, whole.batch(new), output)
+        assert_close(output, expected, 1e-4, f"output of a step of {new}")
 
 
 @pytest.mark.parametrize(

@@ -110,14 +110,17 @@ def test_every_block_has_one_program(lens: list[int], programs: int, whole: bool
     assert row_starts[:-3].tolist() == before
 
 
-@pytest.mark.parametrize(("tile", "hadamard"), [(8, False), (8, True), (32, True)])
+@pytest.mark.parametrize(
+    ("tile", "hadamard", "with_sinks"), [(8, False, False), (8, True, False), (32, True, True), (8, False, True)]
+)
 @pytest.mark.parametrize(("programs", "grain"), [(1, 1), (5, 1), (40, 1), (40, 2), (20, 4)])
-def test_combine(programs: int, grain: int, tile: int, hadamard: bool) -> None:
+def test_combine(programs: int, grain: int, tile: int, hadamard: bool, with_sinks: bool) -> None:
     """Partials of random scores: combined they are the softmax over all; outputs of whole tiles are there already.
 
     Args:
         grain: blocks of a program; 1 if all blocks are shared out evenly, whatever their tile.
-        hadamard: whether all outputs are rotated back; otherwise those of whole tiles are left alone.
+        hadamard: whether all outputs are rotated back.
+        with_sinks: whether sinks take their share of all. Without either, outputs of whole tiles are left alone.
     """
     lens, gqa, size = [700, 40, 0, 90], 2, LAYOUT.fmt.head_size
     starts, seq_lens = starts_and_lens(lens)
@@ -133,6 +136,7 @@ def test_combine(programs: int, grain: int, tile: int, hadamard: bool) -> None:
     expected, expected_lse = output.clone(), lse.clone()
     expected[-1], expected_lse[-1] = 0.0, -torch.inf
     begin, matrix = 0, hadamard_matrix(size)
+    sinks = torch.linspace(-3, 9, heads) if with_sinks else None
     for r, n in enumerate(rows):
         for h in range(HEADS):
             partials = []
@@ -149,6 +153,8 @@ def test_combine(programs: int, grain: int, tile: int, hadamard: bool) -> None:
                 weights = torch.softmax(scores * 0.6931471805599453, 0)
                 expected[token, columns] = (weights[..., None] * values).sum(0)
                 expected_lse[token, columns] = torch.logsumexp(scores * 0.6931471805599453, 0)
+            if sinks is not None and n:
+                expected[token, columns] *= torch.sigmoid(expected_lse[token, columns] - sinks[columns])[:, None]
             if hadamard and n:
                 expected[token, columns] = expected[token, columns] @ matrix
             begin += padded[r]
@@ -164,6 +170,7 @@ def test_combine(programs: int, grain: int, tile: int, hadamard: bool) -> None:
         target,
         batch,
         tokens,
+        None if sinks is None else sinks.to(DEVICE),
         LAYOUT=LAYOUT,
         VECTORS=Vectors(gqa, 1, gqa),
         CHANNELS=size,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from logquant_vllm.core import operations as reference
 from logquant_vllm.core import past as past_reference
 from logquant_vllm.core.calibration import Basis, rotate_heads, rotation_basis
 from logquant_vllm.core.hadamard import hadamard_matrix
+from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import Batch, CacheLayout
 from logquant_vllm.kernels import operations as kernels
@@ -32,6 +34,7 @@ class Pair:
     def __init__(self, layout: CacheLayout, gqa: int, num_kv_heads: int, num_reqs: int, max_len: int, dtype, **kwargs):
         self.layout, self.gqa, self.num_kv_heads, self.dtype = layout, gqa, num_kv_heads, dtype
         self.scale = layout.fmt.head_size**-0.5
+        self.scores: dict = {}  # softcap and sinks
         self.expected = PagedBatch(layout, num_kv_heads, num_reqs, max_len, dtype, **kwargs)
         self.actual = PagedBatch(layout, num_kv_heads, num_reqs, max_len, dtype, DEVICE, **kwargs)
 
@@ -67,10 +70,11 @@ class Pair:
             kernels.quantize_pages(*on_device[1:], self.actual.cache, b, self.layout)
             self.same_bytes(f"pages after {new}")
         attend = "decode_step" if at_once else "attention"
-        expected = getattr(reference, attend)(q, k, v, self.expected.cache, a, self.layout, self.scale)
+        expected = getattr(reference, attend)(q, k, v, self.expected.cache, a, self.layout, self.scale, **self.scores)
         if queries:
             attend, b = "decode", b._replace(max_query_len=queries)
-        actual = getattr(kernels, attend)(*on_device, self.actual.cache, b, self.layout, self.scale)
+        scores = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in self.scores.items()}
+        actual = getattr(kernels, attend)(*on_device, self.actual.cache, b, self.layout, self.scale, **scores)
         if not at_once:
             self.same_bytes(f"attention of {new} wrote to the cache")
         finite = torch.ones(sum(new), dtype=torch.bool) if nan_rows is None else ~nan_rows
@@ -146,6 +150,51 @@ def test_random_chunks(seed: int) -> None:
         new = [min(r, rng.choice([0, 1, 1, rng.randrange(120), layout.window_length])) for r in room]
         if any(new):
             pair.step(new, seed=100 * seed + i)
+
+
+@pytest.mark.parametrize(
+    ("softcap", "sinks", "at_once"),
+    [(0.0, [0.3, -1.0], False), (0.0, [20.0, -30.0], True), (2.0, None, True), (1.5, [1.0, 0.0], False)],
+)
+def test_soft_capping_and_sinks(softcap: float, sinks: list[float] | None, at_once: bool) -> None:
+    """In tiles that one program takes, in those that are cut apart, and in prompts with a past and without."""
+    layout = small_layout(SMALL[0])
+    pair = Pair(layout, 2, 1, 2, 400, torch.float16)
+    pair.scores = {"softcap": softcap, "sinks": None if sinks is None else torch.tensor(sinks)}
+    for i, new in enumerate([[1, 3], [1, 1], [40, 5], [1, 1], [100, 200], [1, 1]]):
+        pair.step(new, seed=i, at_once=at_once)
+
+
+@pytest.mark.parametrize(("pages", "layers"), [(1, 3), (3, 2)])
+def test_blocks_that_several_layers_share(pages: int, layers: int) -> None:
+    layout = replace(small_layout(SMALL[0]), window_pages=pages)
+    pair = Pair(layout, 2, 2, 2, 400, torch.float16)
+    expected, actual = (side.beside(layers, layers - 1) for side in (pair.expected, pair.actual))
+    for seed, new in enumerate([[3, 70], [1, 1], [100, 1], [1, 1], [1, 120], [1, 1]]):
+        qkv = pair.qkv(sum(new), seed)
+        output = actual.step(*(x.to(DEVICE) for x in qkv), new, pair.scale, kernels)[0]
+        assert_close(output, expected.step(*qkv, new, pair.scale, reference)[0], what=f"output of {new}")
+        same = [side.cache.pages.clone().cpu() for side in (expected, actual)]
+        assert torch.equal(*same), f"bytes after {new}"
+
+
+def test_layers_that_read_the_tokens_of_another() -> None:
+    layout = small_layout(SMALL[0])
+    pair = Pair(layout, 2, 1, 2, 400, torch.float16)
+    layer = Layer(layout, pair.scale, rotation_basis(layout.fmt.head_size, torch.float16, "cpu"))
+    on_device = layer._replace(basis=Basis(*(None if x is None else x.to(DEVICE) for x in layer.basis)))
+    for seed, new in enumerate([[2, 3], [1, 1], [3, 0], [1, 2], *[[40, 1]] * 3, [1, 1]]):
+        sides = (pair.expected, reference, layer, "cpu"), (pair.actual, kernels, on_device, DEVICE)
+        results = []
+        for side, ops, own, device in sides:
+            q, k, v, other = (x.to(device) for x in (*pair.qkv(sum(new), seed), pair.qkv(sum(new), 50 + seed)[0]))
+            batch, first, second = side.batch(new), torch.empty_like(q), torch.empty_like(q)
+            stored = ops.begin_step(own, q, k, v, side.cache, batch, first)
+            ops.attend_stored(own, other, *stored, side.cache, batch, second)
+            ops.update_window(*stored, side.cache, batch, layout)
+            results.append((first.cpu(), second.cpu()))
+        for actual, expected in zip(results[1], results[0], strict=True):
+            assert_close(actual, expected, what=f"output of {new}")
 
 
 @pytest.mark.parametrize("sink", [True, False])

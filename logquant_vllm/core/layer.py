@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from logquant_vllm.core.calibration import Basis
 from logquant_vllm.core.paged import CacheLayout
 
@@ -13,6 +15,8 @@ class Layer(NamedTuple):
 
     Args:
         scale: factor on the scores.
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0 leaves them as they are.
+        sinks: ``[num_heads]``, a score of each query head that no token has; None if there is none.
         basis: of its queries and keys; None stores keys as they come.
         dense: on a GPU, attention of long queries (``kernels.prefill.attention.DenseAttention``).
     """
@@ -21,3 +25,5 @@ class Layer(NamedTuple):
     scale: float
     basis: Basis | None = None
     dense: Any = None
+    softcap: float = 0.0
+    sinks: Tensor | None = None

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.calibration import Basis, rotate_back, rotate_heads
+from logquant_vllm.core.calibration import Basis, change_basis, rotate_back, rotate_heads
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.log_selection import is_log_selected, log_slot_position, num_compactions_tensor
 from logquant_vllm.core.paged import (
@@ -170,6 +170,8 @@ def attention(
     layout: CacheLayout,
     scale: float,
     output: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of this step's tokens over the cache and over each other.
 
@@ -180,11 +182,12 @@ def attention(
         key, value: this step's ``[num_tokens, num_kv_heads, head_size]``.
         scale: factor on the scores.
         output: where to write the output, if it has a place already.
+        softcap, sinks: of :class:`logquant_vllm.core.layer.Layer`.
 
     Returns:
         output: ``[num_tokens, num_heads, head_size]`` in the dtype of ``query``; zero for tokens of no request.
-        lse: float32 ``[num_tokens, num_heads]``, natural logarithm of the sum of exponentials (float64 for float64
-        queries).
+        lse: float32 ``[num_tokens, num_heads]``, natural logarithm of the sum of exponentials, that of a sink not
+        among them (float64 for float64 queries).
     """
     num_kv_heads = key.shape[1]
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -211,6 +214,8 @@ def attention(
 
     grouped = query[row].to(compute).unflatten(2, (num_kv_heads, -1))
     scores = torch.einsum("rqhgd,rthd->rhgqt", grouped, keys) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~valid[:, None, None], -torch.inf)
     lse = torch.logsumexp(scores, -1)
     weights = torch.softmax(scores, -1)
@@ -220,7 +225,18 @@ def attention(
     output_lse = torch.full(query.shape[:2], -torch.inf, dtype=compute, device=query.device)
     output[row[present]] = out[present].to(query.dtype)
     output_lse[row[present]] = lse.permute(0, 3, 1, 2).flatten(2)[present]
-    return output, output_lse
+    return add_sinks(output, output_lse, sinks), output_lse
+
+
+def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Take the weight that sinks have from an output that was normalized without them, in place.
+
+    Args:
+        output: ``[num_tokens, num_heads, head_size]``, of all the keys.
+        lse: ``[num_tokens, num_heads]``.
+        sinks: ``[num_heads]``.
+    """
+    return output if sinks is None else output.mul_(torch.sigmoid(lse - sinks)[..., None])
 
 
 def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
@@ -289,16 +305,72 @@ def decode_step(
     scale: float,
     output: Tensor | None = None,
     basis: Basis | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`attention` of a step of one token per request, then :func:`store_tokens`; the former's results.
 
     Args:
         basis: that queries, keys and values are in; its feedback is used, and the output is taken back from it.
     """
-    result, lse = attention(query, key, value, cache, batch, layout, scale)
+    result, lse = attention(query, key, value, cache, batch, layout, scale, None, softcap, sinks)
     store_tokens(key, value, cache, batch, layout, None if basis is None else basis.feedback)
     result = rotate_back(result, basis)
     return result if output is None else output.copy_(result), lse
+
+
+def begin_step(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    output: Tensor,
+    parts: object = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`step` of a layer whose tokens others read, too: its window is updated when the last of them has done so.
+
+    All tokens see the window as it is before the step, so there are no drafts among them.
+
+    Returns:
+        Keys and values as they are stored, for :func:`attend_stored` and :func:`update_window`.
+    """
+    feedback = None
+    if layer.basis is not None:
+        query, key, value = rotate_heads(query, key, value, layer.basis)
+        feedback = layer.basis.feedback
+    quantize_pages(key, value, cache, batch, layer.layout, feedback)
+    output.copy_(_attend(layer, query, key, value, cache, batch))
+    return key, value
+
+
+def _attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch) -> Tensor:
+    """The output, not rotated, of attention of rotated tokens."""
+    arguments = query, key, value, cache, batch, layer.layout, layer.scale
+    return rotate_back(attention(*arguments, softcap=layer.softcap, sinks=layer.sinks)[0], layer.basis)
+
+
+def attend_stored(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    output: Tensor,
+    parts: object = None,
+) -> None:
+    """Attention of a layer that reads the tokens of another one, whose :func:`begin_step` was in this step.
+
+    Args:
+        layer: its basis is the other layer's.
+        key, value: of that step, as they are stored.
+        cache: the other layer's.
+    """
+    if layer.basis is not None:
+        query = change_basis(query, layer.basis.query)
+    output.copy_(_attend(layer, query, key, value, cache, batch))
 
 
 def step(
@@ -330,8 +402,7 @@ def step(
     output.zero_()
     for rows, part in _before_and_after_compaction(batch, layout):
         q, k, v = query[rows], key[rows], value[rows]
-        result, _ = attention(q, k, v, cache, part, layout, layer.scale)
-        output[rows] = rotate_back(result, layer.basis)
+        output[rows] = _attend(layer, q, k, v, cache, part)
         update_window(k, v, cache, part, layout)
 
 

@@ -38,6 +38,7 @@ class CacheLayout:
         decode_query_len: tokens of a request in a decode step, its drafts included. In ``operations.step`` each of at
             most so many tokens sees the window as if they had come one at a time; a longer chunk sees the window as it
             was before the step.
+        window_pages: pages whose place a window block takes; more than one beside layers of other kinds.
 
     Raises:
         ValueError: if a group of tokens could outgrow the recent window, from which it is quantized, or if more tokens
@@ -50,6 +51,7 @@ class CacheLayout:
     rollback_tokens: int = 1
     prefix_caching: bool = True
     decode_query_len: int = 1
+    window_pages: int = 1
 
     def __post_init__(self) -> None:
         if self.window_length < self.fmt.key_group_size:
@@ -71,9 +73,14 @@ class CacheLayout:
         """Full-precision token slots of a request, header not counted."""
         return self.window_length + self.ring_slots
 
+    def slots_per_block(self, num_kv_heads: int, dtype: torch.dtype) -> int:
+        """Full-precision tokens in ``dtype`` that fit in a window block."""
+        slot_bytes = num_kv_heads * 2 * self.fmt.head_size * dtype.itemsize
+        return self.window_pages * self.fmt.page_bytes(num_kv_heads) // slot_bytes
+
     def num_window_blocks(self, seq_len: int, num_kv_heads: int, dtype: torch.dtype) -> int:
         """Window blocks that a request of ``seq_len`` tokens holds, for copies in ``dtype``."""
-        return num_window_blocks(seq_len, self.num_slots, self.fmt.slots_per_block(num_kv_heads, dtype))
+        return num_window_blocks(seq_len, self.num_slots, self.slots_per_block(num_kv_heads, dtype))
 
     @property
     def may_store_last(self) -> bool:
@@ -98,7 +105,7 @@ class PagedCache(NamedTuple):
     """One layer's cache memory and the step's block tables. Block 0 is vLLM's null block: never written, never read."""
 
     pages: Tensor  # uint8 [num_blocks, page_bytes], last dimension contiguous
-    window: Tensor  # uint8 [num_blocks, page_bytes], likewise; may alias ``pages``
+    window: Tensor  # uint8 [num_blocks, window_pages * page_bytes], likewise; may alias ``pages``
     block_table: Tensor  # int32 [num_reqs, max_pages]
     window_block_table: Tensor  # int32 [num_reqs, SINK_COLUMNS + blocks of num_slots tokens or more]
 

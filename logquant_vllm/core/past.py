@@ -132,6 +132,7 @@ def dense_attention(
     max_seqlen_k: int,
     softmax_scale: float,
     causal: bool,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """FlashAttention's ``flash_attn_varlen_func`` in plain torch, of packed requests; without keys 0 and ``-inf``.
 
@@ -147,6 +148,8 @@ def dense_attention(
         x, y, z = (t.float().transpose(0, 1) for t in (q[first:end], k[first_k:end_k], v[first_k:end_k]))
         y, z = (t.repeat_interleave(q.shape[1] // k.shape[1], 0) for t in (y, z))
         scores = x @ y.mT * softmax_scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         if causal:
             scores += torch.full((n, m), -torch.inf, device=q.device).triu(1 + m - n)
         lse[:, first:end] = scores.logsumexp(-1)

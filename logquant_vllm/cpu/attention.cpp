@@ -122,10 +122,10 @@ template <typename T>
 class Attention {
   public:
     Attention(const Rows<T>& query, const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f,
-              int64_t num_heads, double scale, T* output, float* lse)
+              int64_t num_heads, const Scores& scores, T* output, float* lse)
         : query_(query), key_(key), value_(value), cache_(cache), f_(f), num_heads_(num_heads),
-          group_heads_(num_heads / cache.num_kv_heads), scale_(static_cast<float>(scale * kLog2e)), output_(output),
-          lse_(lse) {}
+          group_heads_(num_heads / cache.num_kv_heads), scale_(static_cast<float>(scores.scale * kLog2e)),
+          softcap_(static_cast<float>(scores.softcap * kLog2e)), sinks_(scores.sinks), output_(output), lse_(lse) {}
 
     void run() {
         plan();
@@ -244,7 +244,7 @@ class Attention {
         v8 top = splat(-kInfinity);
         for (int64_t i = 0; i < width; i += kLanes) {
             const v8i valid = (lane + static_cast<int32_t>(i) < static_cast<int32_t>(seen)) & (load(wanted + i) != 0);
-            const v8 x = valid ? load(scores + i) : splat(-kInfinity);
+            const v8 x = valid ? capped(load(scores + i)) : splat(-kInfinity);
             store(scores + i, x);
             top = x > top ? x : top;
         }
@@ -265,6 +265,15 @@ class Attention {
             for (int64_t c = 0; c < f_.head_size; c += kLanes) store(out + c, load(out + c) * splat(factor));
         }
         state.total[m] += sum(total);
+    }
+
+    // softcap * tanh(x / softcap), of scores in units of log2.
+    v8 capped(v8 x) const {
+        if (softcap_ == 0.0f) return x;
+        const v8 size = x > splat(0.0f) ? x : -x;
+        const v8 power = exp2(size * splat(-2.0f * static_cast<float>(kLog2e) / softcap_));
+        const v8 result = splat(softcap_) * (splat(1.0f) - power) / (splat(1.0f) + power);
+        return x > splat(0.0f) ? result : -result;
     }
 
     int64_t read_pages(const Tile& t, int64_t unit, Buffers& b) const {
@@ -376,7 +385,10 @@ class Attention {
         for (int64_t m = 0; m < t.rows; ++m) {
             const int64_t row = cache_.requests[t.request].first_row + query_of(t, m);
             const int64_t at = row * num_heads_ + head_of(t, m);
-            const float inverse = 1.0f / state.total[m];
+            float total = state.total[m];
+            if (sinks_ != nullptr)
+                total += std::exp2(sinks_[head_of(t, m)] * static_cast<float>(kLog2e) - state.maximum[m]);
+            const float inverse = 1.0f / total;
             const float* in = state.output + m * f_.head_size;
             for (int64_t c = 0; c < f_.head_size; ++c) output_[at * f_.head_size + c] = static_cast<T>(in[c] * inverse);
             lse_[at] = (state.maximum[m] + std::log2(state.total[m])) * kLn2;
@@ -387,7 +399,8 @@ class Attention {
     const Cache& cache_;
     const Layout& f_;
     int64_t num_heads_, group_heads_;
-    float scale_;
+    float scale_, softcap_;  // both in units of log2
+    const float* sinks_;
     T* output_;
     float* lse_;
     std::vector<Tile> tiles_;
@@ -400,13 +413,13 @@ class Attention {
 
 template <typename T>
 void attention(const Rows<T>& query, const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f,
-               int64_t num_heads, double scale, T* output, float* lse) {
-    Attention<T>(query, key, value, cache, f, num_heads, scale, output, lse).run();
+               int64_t num_heads, const Scores& scores, T* output, float* lse) {
+    Attention<T>(query, key, value, cache, f, num_heads, scores, output, lse).run();
 }
 
 #define LOGQUANT_INSTANTIATE(T)                                                                                   \
     template void attention<T>(const Rows<T>&, const Rows<T>&, const Rows<T>&, const Cache&, const Layout&,      \
-                               int64_t, double, T*, float*);
+                               int64_t, const Scores&, T*, float*);
 LOGQUANT_INSTANTIATE(float)
 LOGQUANT_INSTANTIATE(c10::Half)
 LOGQUANT_INSTANTIATE(c10::BFloat16)

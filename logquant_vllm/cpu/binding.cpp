@@ -129,31 +129,42 @@ void update_window_op(const Tensor& key, const Tensor& value, LOGQUANT_CACHE) {
     });
 }
 
+using Sinks = std::optional<Tensor>;
+
 struct Results {
     Tensor output, lse;
 
     // rows of no request stay as they are here
-    Results(const Tensor& query, const Tensor& key, const Args& a)
+    Results(const Tensor& query, const Tensor& key, const Args& a, const Sinks& sinks)
         : output(at::zeros(query.sizes(), query.options())),
           lse(at::full({query.size(0), query.size(1)}, -std::numeric_limits<float>::infinity(),
                        query.options().dtype(at::kFloat))) {
         TORCH_CHECK(query.size(0) == key.size(0) && query.size(2) == a.layout.head_size &&
                         query.size(1) % key.size(1) == 0 && query.scalar_type() == key.scalar_type(),
                     "logquant: queries ", query.sizes(), " do not fit keys ", key.sizes());
+        TORCH_CHECK(!sinks || (sinks->sizes() == at::IntArrayRef({query.size(1)}) && sinks->is_contiguous() &&
+                               sinks->scalar_type() == at::kFloat),
+                    "logquant: sinks must be contiguous float32 [", query.size(1), "]");
     }
 };
 
 template <typename T>
-void attend(const Tensor& query, const Tensor& key, const Tensor& value, const Args& a, double scale, Results& to) {
-    attention<T>(rows_of<T>(query), rows_of<T>(key), rows_of<T>(value), a.cache, a.layout, query.size(1), scale,
+void attend(const Tensor& query, const Tensor& key, const Tensor& value, const Args& a, const Scores& scores,
+            Results& to) {
+    attention<T>(rows_of<T>(query), rows_of<T>(key), rows_of<T>(value), a.cache, a.layout, query.size(1), scores,
                  to.output.mutable_data_ptr<T>(), to.lse.mutable_data_ptr<float>());
 }
 
+Scores scores_of(double scale, double softcap, const Sinks& sinks) {
+    return {scale, softcap, sinks ? sinks->const_data_ptr<float>() : nullptr};
+}
+
 std::pair<Tensor, Tensor> attention_op(const Tensor& query, const Tensor& key, const Tensor& value, LOGQUANT_CACHE,
-                                       double scale) {
+                                       double scale, double softcap, const Sinks& sinks) {
     const Args a = LOGQUANT_ARGS;
-    Results to(query, key, a);
-    dispatch(key, [&](auto zero) { attend<decltype(zero)>(query, key, value, a, scale, to); });
+    Results to(query, key, a, sinks);
+    const Scores scores = scores_of(scale, softcap, sinks);
+    dispatch(key, [&](auto zero) { attend<decltype(zero)>(query, key, value, a, scores, to); });
     return {to.output, to.lse};
 }
 
@@ -184,16 +195,17 @@ std::vector<Request> cut_at_compaction(std::vector<Request>& requests, const Lay
 }
 
 Tensor step_op(const Tensor& query, const Tensor& key, const Tensor& value, LOGQUANT_CACHE, double scale,
-               const Feedback& feedback) {
+               double softcap, const Sinks& sinks, const Feedback& feedback) {
     Args a = LOGQUANT_ARGS;
     a.cache.feedback = feedback_of(feedback, a);
-    Results to(query, key, a);
+    Results to(query, key, a, sinks);
+    const Scores scores = scores_of(scale, softcap, sinks);
     dispatch(key, [&](auto zero) {
         using T = decltype(zero);
         quantize_pages<T>(rows_of<T>(key), rows_of<T>(value), a.cache, a.layout, a.quantizer);
         std::vector<Request> behind = cut_at_compaction(a.cache.requests, a.layout);
         for (;;) {
-            attend<T>(query, key, value, a, scale, to);
+            attend<T>(query, key, value, a, scores, to);
             update_window<T>(rows_of<T>(key), rows_of<T>(value), a.cache, a.layout);
             if (behind.empty()) break;
             a.cache.requests = std::exchange(behind, {});

@@ -161,11 +161,17 @@ Token<T> find_token(int64_t position, int64_t request, int64_t head, const Rows<
 template <typename T>
 void quantize_pages(const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f, const Quantizer& q);
 
+// What becomes of a product of query and key: see core.layer.Layer; sinks are null if there are none.
+struct Scores {
+    double scale, softcap;
+    const float* sinks;
+};
+
 // output [num_tokens, num_heads, head_size] and lse [num_tokens, num_heads], contiguous; rows of no request are left
 // alone
 template <typename T>
 void attention(const Rows<T>& query, const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f,
-               int64_t num_heads, double scale, T* output, float* lse);
+               int64_t num_heads, const Scores& scores, T* output, float* lse);
 
 template <typename T>
 void update_window(const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f);

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.calibration import rotate_back, rotate_heads
+from logquant_vllm.core.calibration import change_basis, rotate_back, rotate_heads
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.page_format import HEADER_CHANNELS, HEADER_SLOTS, Plane
 from logquant_vllm.core.paged import SINK_COLUMNS, Batch, CacheLayout, PagedCache
@@ -63,17 +63,63 @@ def attention(
     layout: CacheLayout,
     scale: float,
     output: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`logquant_vllm.core.operations.attention`; float32 sums for bfloat16, float16 and float32."""
-    result, lse = load().attention(
-        query, key, value, *cache, batch.query_start_loc, batch.seq_lens, *_constants(layout), scale
-    )
+    lengths, sinks = (batch.query_start_loc, batch.seq_lens), None if sinks is None else sinks.float()
+    result, lse = load().attention(query, key, value, *cache, *lengths, *_constants(layout), scale, softcap, sinks)
     return result if output is None else output.copy_(result), lse
 
 
 def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
     """See :func:`logquant_vllm.core.operations.update_window`; the bytes are the same."""
     load().update_window(key, value, *cache, batch.query_start_loc, batch.seq_lens, *_constants(layout))
+
+
+def begin_step(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    output: Tensor,
+    parts: object = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`logquant_vllm.core.operations.begin_step`."""
+    feedback = None
+    if layer.basis is not None:
+        query, key, value = rotate_heads(query, key, value, layer.basis)
+        feedback = layer.basis.feedback
+    quantize_pages(key, value, cache, batch, layer.layout, feedback)
+    _attend(layer, query, key, value, cache, batch, output)
+    return key, value
+
+
+def _attend(
+    layer: Layer, query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, output: Tensor
+) -> None:
+    """Attention of rotated tokens, into ``output``, which is not."""
+    arguments = query, key, value, cache, batch, layer.layout, layer.scale
+    result, _ = attention(*arguments, softcap=layer.softcap, sinks=layer.sinks)
+    output.copy_(rotate_back(result, layer.basis))
+
+
+def attend_stored(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    output: Tensor,
+    parts: object = None,
+) -> None:
+    """See :func:`logquant_vllm.core.operations.attend_stored`."""
+    if layer.basis is not None:
+        query = change_basis(query, layer.basis.query)
+    _attend(layer, query, key, value, cache, batch, output)
 
 
 def step(
@@ -93,5 +139,6 @@ def step(
         feedback = layer.basis.feedback
     constants = _constants(layer.layout)
     lengths = batch.query_start_loc, batch.seq_lens
-    result = load().step(query, key, value, *cache, *lengths, *constants, layer.scale, feedback)
+    scores = layer.scale, layer.softcap, None if layer.sinks is None else layer.sinks.float()
+    result = load().step(query, key, value, *cache, *lengths, *constants, *scores, feedback)
     output.copy_(rotate_back(result, layer.basis))

@@ -40,6 +40,14 @@ class Rows(NamedTuple):
         return cls(x, x.stride(0), x.stride(1))
 
 
+class Scores(NamedTuple):
+    """What becomes of a product of query and key, on the host: see ``core.layer.Layer``."""
+
+    scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+
 class CacheArgument(NamedTuple):
     """One layer's cache memory and the step's block tables, as ``core.paged.PagedCache``."""
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from logquant_vllm.core.calibration import Basis, change_basis, rotate_back, rotate_values
 from logquant_vllm.core.layer import Layer
+from logquant_vllm.core.operations import add_sinks
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
 from logquant_vllm.core.parts import Part, Parts
 from logquant_vllm.core.past import PastSlice, past_of
-from logquant_vllm.kernels.arguments import Step
+from logquant_vllm.kernels.arguments import Scores, Step
 from logquant_vllm.kernels.decode import launch
 from logquant_vllm.kernels.prefill.attention import DenseAttention
 from logquant_vllm.kernels.prefill.gather import gather
@@ -33,8 +34,6 @@ __all__ = [
     "store_tokens",
     "update_window",
 ]
-
-LOG2E = 1.4426950408889634
 
 
 def quantize_pages(
@@ -79,6 +78,8 @@ def attention(
     layout: CacheLayout,
     scale: float,
     output: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of this step's tokens over the cache and over each other; see ``core.operations.attention``.
 
@@ -90,7 +91,7 @@ def attention(
     if output is None:
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if not args.is_empty and batch.max_query_len == 1:
-        return output, _decode(args, query, output, scale)
+        return output, _decode(args, query, output, Scores(scale, softcap, sinks))
     output.zero_()
     lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
     if not args.is_empty:  # torch's dense attention in float32, which reads lengths on the host
@@ -99,8 +100,9 @@ def attention(
         room = max(sum(new) + sum(cached), 32 * len(new))
         part = Part(slice(sum(new)), 0, batch, past_of(batch, new, cached, room))
         out, q, k, v = (x[part.tokens] for x in (output, query, key, value))
-        dense = DenseAttention(room, memory=_float32)
+        dense = DenseAttention(room, memory=_float32, softcap=softcap)
         lse[part.tokens] = dense.attend_with_past(out, q, k, v, args, part, scale).T
+        add_sinks(out, lse[part.tokens], sinks)
     return output, lse
 
 
@@ -117,6 +119,8 @@ def decode(
     layout: CacheLayout,
     scale: float,
     output: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``core.operations.attention`` of a few new tokens per request, for which the kernels of decoding are: up to 64
     or so. They are compiled for each ``batch.max_query_len``; requests may have fewer tokens, or none."""
@@ -125,15 +129,15 @@ def decode(
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if args.is_empty:
         return output.zero_(), torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
-    return output, _decode(args, query, output, scale)
+    return output, _decode(args, query, output, Scores(scale, softcap, sinks))
 
 
-def _decode(args: Step, query: Tensor, output: Tensor, scale: float, basis: Basis | None = None) -> Tensor:
+def _decode(args: Step, query: Tensor, output: Tensor, scores: Scores, basis: Basis | None = None) -> Tensor:
     """Attention of a few tokens per request, into ``output``, taken back from ``basis``; the LSEs."""
     if query.dtype != args.dtype or query.stride(-1) != 1:
         raise ValueError(f"query must have the dtype of key and a contiguous last dimension, got {query.dtype}")
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-    launch.decode(args, query, output, lse, scale * LOG2E, None if basis is None else basis.value)
+    launch.decode(args, query, output, lse, scores, None if basis is None else basis.value)
     return lse
 
 
@@ -147,6 +151,8 @@ def decode_step(
     scale: float,
     output: Tensor | None = None,
     basis: Basis | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token per request, which is then stored; see ``core.operations.decode_step``.
 
@@ -157,7 +163,7 @@ def decode_step(
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if args.is_empty:
         return output, torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-    lse = _decode(args, query, output, scale, basis)
+    lse = _decode(args, query, output, Scores(scale, softcap, sinks), basis)
     store_step(args, None if basis is None else basis.feedback, quantize=True, update=True, beside=True)
     return output, lse
 
@@ -181,19 +187,52 @@ def step(
     if batch.max_query_len == 1 and layout.may_store_last:  # as few launches as can be
         if basis is not None:
             query, key, value = rotate_heads(query, key, value, basis)
-        decode_step(query, key, value, cache, batch, layout, layer.scale, output, basis)
+        scores = layer.softcap, layer.sinks
+        decode_step(query, key, value, cache, batch, layout, layer.scale, output, basis, *scores)
         return
+    stored = begin_step(layer, query, key, value, cache, batch, output, parts)
+    update_window(*stored, cache, batch, layout)
+
+
+def begin_step(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    output: Tensor,
+    parts: Parts | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See ``core.operations.begin_step``."""
+    basis = layer.basis
     stored = key if basis is None else change_basis(key, basis.key), rotate_values(value, basis)
-    args = Step.of(*stored, cache, batch, layout)
+    args = Step.of(*stored, cache, batch, layer.layout)
     prompt.quantize_pages(args, None if basis is None else basis.feedback)
-    _attend_parts(layer, args, (query, key, value), stored, cache, output, parts or Parts())
-    prompt.update_window(args)
+    _attend_parts(layer, args, query, (key, value), stored, cache, output, parts or Parts())
+    return stored
+
+
+def attend_stored(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    batch: Batch,
+    output: Tensor,
+    parts: Parts | None = None,
+) -> None:
+    """See ``core.operations.attend_stored``."""
+    args = Step.of(key, value, cache, batch, layer.layout)
+    _attend_parts(layer, args, query, None, (key, value), cache, output, parts or Parts())
 
 
 def _attend_parts(
     layer: Layer,
     args: Step,
-    new: tuple[Tensor, Tensor, Tensor],
+    query: Tensor,
+    new: tuple[Tensor, Tensor] | None,
     stored: tuple[Tensor, Tensor],
     cache: PagedCache,
     output: Tensor,
@@ -202,28 +241,36 @@ def _attend_parts(
     """Attention of the parts of a step, into ``output``.
 
     Args:
-        new: the step's queries, keys and values as they come.
+        query: the step's, as it comes.
+        new: keys and values as they come, if anybody has them still.
         stored: keys and values as they are stored.
     """
-    query, key, value = new
-    stored_key, stored_value = stored
+    key, value = stored
+    basis = layer.basis
     decoding, continued, begun = parts
     if decoding is None and continued is None and begun is None:
         batch = Batch(args.batch.query_start_loc, args.batch.seq_lens, args.max_query_len, 0)
         decoding = Part(slice(args.num_tokens), 0, batch)
-    if begun is not None:  # a prompt that begins reads no cache: its attention is the same in either basis
+    if begun is not None and new is not None:  # it reads no cache: its attention is the same in either basis
         t = begun.tokens
-        layer.dense.attend_new(output[t], query[t], key[t], value[t], begun.batch, layer.scale)
-        query = query[: t.start]
-    rotated = query if layer.basis is None else change_basis(query, layer.basis.query)
-    if continued is not None:
-        t = continued.tokens
-        new_rows = rotated[t], stored_key[t], stored_value[t]
-        layer.dense.attend_with_past(output[t], *new_rows, args, continued, layer.scale)
-        if layer.basis is not None and layer.basis.value is not None:
-            output[t] = rotate_back(output[t], layer.basis)
+        lse = layer.dense.attend_new(output[t], query[t], new[0][t], new[1][t], begun.batch, layer.scale)
+        add_sinks(output[t], lse.T, layer.sinks)
+        query, begun = query[: t.start], None
+    rotated = query if basis is None else change_basis(query, basis.query)
+    for part in (begun, continued):
+        if part is None:
+            continue
+        t = part.tokens
+        if part is begun:
+            lse = layer.dense.attend_new(output[t], rotated[t], key[t], value[t], part.batch, layer.scale)
+        else:
+            rows = rotated[t], key[t], value[t]
+            lse = layer.dense.attend_with_past(output[t], *rows, args, part, layer.scale)
+        add_sinks(output[t], lse.T, layer.sinks)
+        if basis is not None and basis.value is not None:
+            output[t] = rotate_back(output[t], basis)
     if decoding is not None:
         t, n = decoding.tokens, len(decoding.batch.seq_lens)
         tables = cache._replace(block_table=cache.block_table[:n], window_block_table=cache.window_block_table[:n])
-        few = Step.of(stored_key[t], stored_value[t], tables, decoding.batch, layer.layout)
-        _decode(few, rotated[t], output[t], layer.scale, layer.basis)
+        few = Step.of(key[t], value[t], tables, decoding.batch, layer.layout)
+        _decode(few, rotated[t], output[t], Scores(layer.scale, layer.softcap, layer.sinks), basis)

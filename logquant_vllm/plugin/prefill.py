@@ -34,8 +34,11 @@ def _merge(output: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) ->
     return merged
 
 
-def flash_attention(head_size: int, max_num_seqs: int) -> DenseAttention:
+def flash_attention(head_size: int, max_num_seqs: int, softcap: float = 0.0) -> DenseAttention:
     """vLLM's FlashAttention for this GPU.
+
+    Args:
+        softcap: of ``core.layer.Layer``.
 
     Raises:
         ValueError: if there is none.
@@ -52,4 +55,4 @@ def flash_attention(head_size: int, max_num_seqs: int) -> DenseAttention:
     def attend(**arguments: Any) -> Any:
         return fa_utils.flash_attn_varlen_func(**arguments, fa_version=version, return_softmax_lse=True)
 
-    return DenseAttention(past_room(max_num_seqs), attend, _merge, _workspace)
+    return DenseAttention(past_room(max_num_seqs), attend, _merge, _workspace, softcap)

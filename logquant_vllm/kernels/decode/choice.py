@@ -9,7 +9,12 @@ from logquant_vllm.kernels.architecture import Architecture
 
 
 def why_not_gluon(
-    architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int = 1
+    architecture: Architecture,
+    dtype: torch.dtype,
+    layout: CacheLayout,
+    gqa: int,
+    queries: int = 1,
+    softcap: float = 0.0,
 ) -> str | None:
     """Why the Gluon kernel cannot serve, and the slower Triton kernel has to; None if it can.
 
@@ -17,6 +22,7 @@ def why_not_gluon(
         dtype: of the queries.
         gqa: query heads of a KV head.
         queries: new tokens of a request, at most.
+        softcap: of ``core.layer.Layer``.
     """
     fmt = layout.fmt
     if not architecture.is_gpu:
@@ -29,6 +35,8 @@ def why_not_gluon(
         return f"heads have {fmt.head_size} channels, not 64 to 256"
     if fmt.key_words % 4:
         return f"{fmt.head_size} channels of {fmt.key_bits} bits are {fmt.key_words} words, not a multiple of 4"
+    if softcap:
+        return f"scores are capped, at {softcap:g}"
     if fmt.scale_bits != 8:
         return f"scale_bits is {fmt.scale_bits}, not 8"
     if fmt.key_group_size < 64:

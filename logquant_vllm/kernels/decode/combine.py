@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from logquant_vllm.kernels.arguments import Member, Rows, Step, padded
@@ -61,6 +62,7 @@ def combine_kernel(
     out,  # DecodeOutput
     batch,
     num_tokens,
+    sinks,  # [num_heads], or None
     LAYOUT: tl.constexpr,
     VECTORS: tl.constexpr,  # vectors.Vectors
     CHANNELS: tl.constexpr,
@@ -68,8 +70,8 @@ def combine_kernel(
     HADAMARD: tl.constexpr,  # rotates outputs back: CHANNELS are all of a head
     PDL: tl.constexpr,  # waits for the kernel that writes the partials, and lets the next start
 ):
-    """Weigh the partials of one request and query vector, ``CHANNELS`` of it, if there are several, and rotate the
-    output back; rows of no request get zeros and ``-inf``."""
+    """Weigh the partials of one request and query vector, ``CHANNELS`` of it, if there are several, take a sink's
+    weight and rotate the output back; rows of no request get zeros and ``-inf``."""
     HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
     request, kv_head = tl.program_id(0), tl.program_id(1) // VECTORS.count
     vector = tl.program_id(1) % VECTORS.count
@@ -117,13 +119,14 @@ def combine_kernel(
                 weights = weights * decay + tl.sum(weight, 0)
                 maximum = new_maximum
             positive = tl.where(weights == 0.0, 1.0, weights)
-            result, lse = acc / positive, (maximum + tl.log2(positive)) * LN2
+            lse = (maximum + tl.log2(positive)) * LN2
+            result = leave_sink(acc / positive, sinks, head, lse)
             if HADAMARD:
                 result = hadamard_of(result)
             store_row(out, start + token, head, channel, in_head, result, lse)
-        elif HADAMARD:
+        elif HADAMARD or sinks is not None:
             whole = (blocks > 0) & (first == last) & (token < query_len)
-            rotate_whole(output_row(out, start + token, head) + channel, whole)
+            finish_whole(out, sinks, start + token, head, channel, in_head, whole, HADAMARD)
     # requests lie one after another: rows from their end on belong to none
     row = request * VECTORS.queries + token
     if (row >= end) & (row < num_tokens):
@@ -131,10 +134,23 @@ def combine_kernel(
 
 
 @triton.jit
-def rotate_whole(address, whole):
-    """Rotate back an output that a single program wrote, if one did."""
+def leave_sink(result, sinks, head, lse):
+    """An output without the share of the softmax that a head's sink has, if it has one."""
+    if sinks is not None:
+        result = result * tl.sigmoid(lse - tl.load(sinks + head).to(tl.float32))
+    return result
+
+
+@triton.jit
+def finish_whole(out, sinks, row, head, channel, in_head, whole, HADAMARD: tl.constexpr):
+    """What is left to do with an output that a single program wrote, if one did."""
     if whole:
-        tl.store(address, hadamard_of(tl.load(address).to(tl.float32)).to(address.dtype.element_ty))
+        address = output_row(out, row, head) + channel
+        lse = tl.load(out.lse + row.to(tl.int64) * out.lse_stride + head)
+        result = leave_sink(tl.load(address, mask=in_head, other=0.0).to(tl.float32), sinks, head, lse)
+        if HADAMARD:
+            result = hadamard_of(result)
+        tl.store(address, result.to(out.output.data.dtype.element_ty), mask=in_head)
 
 
 @triton.jit
@@ -150,9 +166,21 @@ def store_row(out, row, head, channel, in_head, result, lse):
     tl.store(out.lse + row.to(tl.int64) * out.lse_stride + head, lse)
 
 
-def combine(step: Step, out: DecodeOutput, programs: int, rows: int, vectors: Vectors, hadamard: bool) -> None:
-    """Launch :func:`combine_kernel` behind a decode kernel of ``programs`` programs; ``rows`` and ``hadamard`` as in
-    :func:`combine_tile`."""
+def combine(
+    step: Step,
+    out: DecodeOutput,
+    programs: int,
+    rows: int,
+    vectors: Vectors,
+    hadamard: bool,
+    sinks: Tensor | None,
+) -> None:
+    """Launch :func:`combine_kernel` behind a decode kernel of ``programs`` programs.
+
+    Args:
+        rows, hadamard: as in :func:`combine_tile`.
+        sinks: of ``core.layer.Layer``.
+    """
     head_size, pdl = step.layout.fmt.head_size, step.architecture.dependent_launch
     tile, channels, warps = combine_tile(programs, rows, vectors.block, head_size, hadamard)
     requests = max(step.num_reqs, -(-step.num_tokens // vectors.queries))
@@ -161,6 +189,7 @@ def combine(step: Step, out: DecodeOutput, programs: int, rows: int, vectors: Ve
         out,
         step.batch,
         step.num_tokens,
+        sinks,
         LAYOUT=step.layout,
         VECTORS=vectors,
         CHANNELS=channels,

@@ -11,20 +11,24 @@ from torch import Tensor
 
 from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.kernels.architecture import Architecture
-from logquant_vllm.kernels.arguments import Rows, Step, next_power_of_2
+from logquant_vllm.kernels.arguments import Rows, Scores, Step, next_power_of_2
 from logquant_vllm.kernels.decode.choice import why_not_gluon
 from logquant_vllm.kernels.decode.combine import DecodeOutput, combine
 from logquant_vllm.kernels.decode.tile_scheduler import PARTIALS, REQUESTS, tile_blocks_bound
 from logquant_vllm.kernels.decode.vectors import Vectors
 from logquant_vllm.kernels.rotate import rotate_output
 
+LOG2E = 1.4426950408889634
+
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 
 
 @functools.cache
-def _choose(architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int) -> ModuleType:
+def _choose(
+    architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int, softcap: float
+) -> ModuleType:
     """The module of the kernel that serves; a slower one is logged, once, with the reason."""
-    reason = why_not_gluon(architecture, dtype, layout, gqa, queries)
+    reason = why_not_gluon(architecture, dtype, layout, gqa, queries, softcap)
     if reason is None:
         from logquant_vllm.kernels.decode.gluon import kernel as gluon_kernel  # needs the Triton that vLLM has on GPUs
 
@@ -37,7 +41,7 @@ def _choose(architecture: Architecture, dtype: torch.dtype, layout: CacheLayout,
 
 
 def decode(
-    step: Step, query: Tensor, output: Tensor, lse: Tensor, qk_scale: float, value_basis: Tensor | None = None
+    step: Step, query: Tensor, output: Tensor, lse: Tensor, scores: Scores, value_basis: Tensor | None = None
 ) -> None:
     """Attention of a few tokens per request, into ``output`` and ``lse``.
 
@@ -47,13 +51,13 @@ def decode(
     Args:
         query, output: ``[num_tokens, num_heads, head_size]``.
         lse: float32 ``[num_tokens, num_heads]``.
-        qk_scale: factor on the scores in units of log2.
+        scores: sinks are taken in where partials are combined.
         value_basis: of ``core.calibration.Basis``, from which the output is taken back: by ``combine`` where heads have
             a power of two channels, otherwise with a third launch.
     """
     layout, fmt = step.layout, step.layout.fmt
     gqa, queries = query.shape[1] // step.num_kv_heads, step.max_query_len
-    kernel = _choose(step.architecture, step.dtype, layout, gqa, queries)
+    kernel = _choose(step.architecture, step.dtype, layout, gqa, queries, scores.softcap)
     vectors = Vectors(gqa, queries, kernel.most_vectors(fmt))
     # Shares, and the order in which partials are combined, must be the same in a captured graph, which pads the batch
     # (not beyond the next power of two) and has to assume the longest requests: the tokens would differ in rounding.
@@ -70,8 +74,9 @@ def decode(
         torch.empty(step.num_reqs + 3, dtype=torch.int32, device=step.device),
     )
     requests = REQUESTS[step.num_reqs > REQUESTS[0]]
-    kernel.launch(step, out, Rows.of(query), vectors, qk_scale, programs, requests)
+    cap = [scores.softcap * LOG2E] * (scores.softcap > 0)  # the kernel that knows none was not chosen
+    kernel.launch(step, out, Rows.of(query), vectors, scores.scale * LOG2E, programs, requests, *cap)
     fused = value_basis is not None and next_power_of_2(fmt.head_size) == fmt.head_size
-    combine(step, out, programs, rows, vectors, fused)
+    combine(step, out, programs, rows, vectors, fused, scores.sinks)
     if value_basis is not None and not fused:
         rotate_output(output, value_basis)

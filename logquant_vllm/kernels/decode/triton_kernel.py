@@ -49,6 +49,17 @@ PROGRAMS = 31
 STAGES = 1
 MOST_VECTORS = 16
 WINDOW_TOKENS = tl.constexpr(16)  # slots of a product
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def cap_scores(scores, PLAN: tl.constexpr):
+    """``softcap * tanh(scores / softcap)``, if there is a cap; both in units of log2."""
+    CAP: tl.constexpr = PLAN.softcap
+    if CAP > 0:
+        power = tl.exp2(scores * (2 * LOG2E / CAP))  # infinite where the result is the cap
+        scores = CAP - 2 * CAP / (1 + power)
+    return scores
 
 
 @triton.jit
@@ -71,7 +82,18 @@ def load_copies(copies, offset, held, new_rows, is_new, channel, in_head):
 
 @triton.jit
 def attend_slots(
-    sums, q, token, rows, cache, slots, this, table_row, qk_scale, VECTORS: tl.constexpr, LAYOUT: tl.constexpr
+    sums,
+    q,
+    token,
+    rows,
+    cache,
+    slots,
+    this,
+    table_row,
+    qk_scale,
+    VECTORS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
     """``sums`` (maximum, total, and ``[channels, vectors]``) with the window's slots from ``slots[0]`` to ``slots[1]``.
 
@@ -96,7 +118,7 @@ def attend_slots(
         offset = slot_offset(slot, cache, table_row, LAYOUT)
         keys = new_keys.data + index[:, None] * new_keys.stride
         k = load_copies(copies, offset[:, None], held[:, None], keys, new[:, None], channel[None, :], in_head[None, :])
-        scores = tl.dot(k.to(OPERAND), q, input_precision="ieee") * qk_scale
+        scores = cap_scores(tl.dot(k.to(OPERAND), q, input_precision="ieee") * qk_scale, PLAN)
         attended = held[:, None] | (new[:, None] & (index[:, None] <= token[None, :]))
         scores = tl.where(attended, scores, float("-inf"))
         maximum, total, weights, decay = softmax_step(scores, maximum, total)
@@ -136,6 +158,7 @@ def attend_groups(
         slab, in_page = page_slab(cache, block, kv_head, LAYOUT), group % FMT.groups_per_page
         valid = read_from_page(group * GROUP + tl.arange(0, GROUP), end, this, LAYOUT)
         scores = group_scores(slab, in_page, query_row, vectors, qk_scale, FMT, PLAN)
+        scores = cap_scores(scores, PLAN)
         scores = tl.where(valid[:, None], scores, float("-inf"))
         maximum, total, weights, decay = softmax_step(scores, maximum, total)
         acc = acc * decay[None, :] + group_output(slab, in_page, weights, valid, FMT, PLAN)
@@ -152,6 +175,7 @@ class Plan:
     operand: tl.dtype  # of the products with full-precision tokens
     requests: int  # as ``index`` in tile_scheduler.find_share
     one_look: bool
+    softcap: float = 0.0  # in units of log2
 
 
 @triton.jit
@@ -203,8 +227,8 @@ def decode_kernel(
             # new tokens may lie behind the last window block, where a share of pages begins: they are not its
             end = end_of_slots(stop, VECTORS.queries, LAYOUT)
             slots = tl.where(block < WINDOW_BLOCKS, block * WINDOW_SLOTS, end), end
-            window_blocks = window_row(cache, request)
-            sums = attend_slots(sums, q, token, rows, cache, slots, this, window_blocks, qk_scale, VECTORS, LAYOUT)
+            table = window_row(cache, request)
+            sums = attend_slots(sums, q, token, rows, cache, slots, this, table, qk_scale, VECTORS, LAYOUT, PLAN)
             first_page, end_page = tl.maximum(block - WINDOW_BLOCKS, 0), stop - WINDOW_BLOCKS
             groups = first_page * FMT.groups_per_page, end_page * FMT.groups_per_page
             vectors, page_blocks = (offset, exist), page_row(cache, request)
@@ -240,7 +264,9 @@ def most_vectors(fmt: PageFormat) -> int:
     return MOST_VECTORS
 
 
-def plan(layout: CacheLayout, vectors: Vectors, operand: tl.dtype, requests: int, one_look: bool) -> Plan:
+def plan(
+    layout: CacheLayout, vectors: Vectors, operand: tl.dtype, requests: int, one_look: bool, softcap: float = 0.0
+) -> Plan:
     fmt = layout.fmt
     return Plan(
         padded(vectors.block, 8),
@@ -249,13 +275,21 @@ def plan(layout: CacheLayout, vectors: Vectors, operand: tl.dtype, requests: int
         operand,
         requests,
         one_look,
+        softcap,
     )
 
 
 def launch(
-    step: Step, out: DecodeOutput, query: Rows, vectors: Vectors, qk_scale: float, programs: int, requests: int
+    step: Step,
+    out: DecodeOutput,
+    query: Rows,
+    vectors: Vectors,
+    qk_scale: float,
+    programs: int,
+    requests: int,
+    softcap: float = 0.0,
 ) -> None:
-    """Launch :func:`decode_kernel`; ``requests`` is how many are looked at together."""
+    """Launch :func:`decode_kernel`; ``requests`` is how many are looked at together, ``softcap`` in units of log2."""
     decode_kernel[(programs,)](
         out,
         query,
@@ -266,7 +300,7 @@ def launch(
         qk_scale,
         LAYOUT=step.layout,
         VECTORS=vectors,
-        PLAN=plan(step.layout, vectors, copy_operand(step.dtype), requests, step.num_reqs <= requests),
+        PLAN=plan(step.layout, vectors, copy_operand(step.dtype), requests, step.num_reqs <= requests, softcap),
         num_warps=1 if step.layout.fmt.head_size <= 128 else 2,
         num_stages=STAGES,
     )

@@ -33,6 +33,7 @@ class DenseAttention:
         room: tokens of the past that the workspace holds.
         attend: FlashAttention's ``flash_attn_varlen_func``, with LSEs ``[num_heads, num_tokens]`` as second result.
         merge: as ``core.past.merge_into``.
+        softcap: of :class:`logquant_vllm.core.layer.Layer`.
         memory: ``(device, (shape, dtype), ...)`` to tensors, which the next call may take for its own.
     """
 
@@ -40,6 +41,7 @@ class DenseAttention:
     attend: Callable[..., Any] = dense_attention
     merge: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = merge_into
     memory: Callable[..., list[Tensor]] = fresh_memory
+    softcap: float = 0.0
 
     def workspace(self, query: Tensor, num_kv_heads: int) -> list[Tensor]:
         """Keys and values of a slice, and attention to it, for queries ``[num_tokens, num_heads, head_size]``."""
@@ -113,4 +115,5 @@ class DenseAttention:
             max_seqlen_k=max_key_len,
             softmax_scale=scale,
             causal=causal,
+            **({"softcap": self.softcap} if self.softcap else {}),
         )[1]
