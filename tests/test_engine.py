@@ -37,17 +37,16 @@ class Engine:
         from vllm import LLM
 
         self.path = path
-        self.llm = LLM(
-            model=str(path),
-            kv_cache_dtype="logquant",
-            dtype="bfloat16" if torch.cuda.is_available() else "float32",
-            enforce_eager=True,
-            max_logprobs=VOCABULARY,
-            skip_tokenizer_init=True,
-            gpu_memory_utilization=0.4,
-            disable_log_stats=False,
-            **arguments,
-        )
+        defaults: dict[str, Any] = {
+            "kv_cache_dtype": "logquant",
+            "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
+            "enforce_eager": True,
+            "max_logprobs": VOCABULARY,
+            "skip_tokenizer_init": True,
+            "gpu_memory_utilization": 0.4,
+            "disable_log_stats": False,
+        }
+        self.llm = LLM(model=str(path), **{**defaults, **arguments})
         self.core: Any = self.llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
 
     @property

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logquant_vllm.config import LogQuantConfig
-from logquant_vllm.planning import ModelShape, model_shape, plan
+from logquant_vllm.planning import CHUNKED, LocalLayers, ModelShape, model_shape, plan
+from tests import families
+from tests.families import MIXED
 from tests.models import write_config
 
 LLAMA_8B = ModelShape(num_layers=32, num_kv_heads=8, head_size=128)
@@ -66,8 +68,11 @@ def test_shape_of_a_model_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral", "sliding_window": 1024}, "sliding_attention"),
-        ({"model_type": "gemma2", "sliding_window": 1024}, "sliding_attention"),
+        ({"model_type": "mistral", "sliding_window": 1024}, "the last 1024 tokens only, .* use --max-model-len 1024"),
+        (
+            {"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]},
+            "granitemoehybrid's linear_attention",
+        ),
         ({"model_type": "deepseek_v2", "kv_lora_rank": 128}, "MLA"),
     ],
 )
@@ -81,11 +86,33 @@ def test_windows_as_long_as_the_context_make_no_difference(tmp_path: Path) -> No
     pytest.importorskip("transformers")
     path = str(write_config(tmp_path / "model", model_type="mistral", sliding_window=1024))
     assert model_shape(path, max_model_len=1024) == model_shape(str(write_config(tmp_path / "full")))
-    with pytest.raises(ValueError, match=r"the last 1024 tokens only: use --max-model-len 1024"):
+    with pytest.raises(ValueError, match=r"the last 1024 tokens only, .* use --max-model-len 1024"):
         model_shape(path, max_model_len=1025)
-    path = str(write_config(tmp_path / "gemma", model_type="gemma2", sliding_window=1024))
-    with pytest.raises(ValueError, match="sliding_attention"):
-        model_shape(path, max_model_len=512)
+
+
+def test_layers_of_several_kinds(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+
+    def shape(name: str) -> ModelShape:
+        return model_shape(str(write_config(tmp_path / name, **MIXED[name])))
+
+    assert shape("Gemma 3") == ModelShape(1, 2, 64, local=(LocalLayers(5, 2, 64, 128),))
+    assert shape("Gemma 4") == ModelShape(2, 1, 128, local=(LocalLayers(4, 2, 64, 128),))
+    assert shape("LFM2") == ModelShape(2, 2, 64, local=(LocalLayers(4, 0, 0, 0, "conv", 2 * 256 * 2),))
+    states = LocalLayers(6, 0, 0, 0, "linear_attention", 2 * (3 * (2 * 128 + 256) + 256 * 64))
+    assert shape("Qwen3-Next") == ModelShape(2, 1, 256, local=(states,))
+    # the last layers read the tokens of others
+    assert shape("Gemma 3n") == ModelShape(1, 2, 64, local=(LocalLayers(4, 2, 64, 128),))
+    assert shape("Llama 4") == ModelShape(1, 2, 64, local=(LocalLayers(3, 2, 64, 128, CHUNKED),))
+
+
+def test_the_table_of_models_is_current() -> None:
+    """``python -m tests.families`` writes it."""
+    assert families.PATH.read_text(encoding="utf-8") == families.document()
+    assert {*MIXED} - {*families.PUBLIC} == {"Gemma 4"}  # whose public models have heads of 512 channels
+    for public in families.PUBLIC.values():
+        bf16, _, ours = plan(public.shape, GIB, 8192)
+        assert bf16.bytes_per_token / ours.bytes_per_token >= 5.5
 
 
 def test_no_such_model(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from logquant_vllm import calibration
 from logquant_vllm.bench.calibrations import random_moments
+from tests.families import SERVED
 from tests.models import write_config
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -35,13 +36,6 @@ MISTRAL_SLIDING = {**MISTRAL, "sliding_window": 256}
 PHI3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 2}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 TWO_KINDS = {**QWEN2, "sliding_window": 256, "use_sliding_window": True, "max_window_layers": 1}
-QWEN3_NEXT = {
-    "architectures": ["Qwen3NextForCausalLM"],
-    "model_type": "qwen3_next",
-    "head_dim": 256,
-    "num_experts": 4,
-    "num_hidden_layers": 4,
-}
 GEMMA2 = {
     "architectures": ["Gemma2ForCausalLM"],
     "model_type": "gemma2",
@@ -71,31 +65,33 @@ def options(**logquant: object) -> dict[str, object]:
 
 
 CASES = {
-    "mla": (MLA, {}, "latent attention"),
-    "sliding window": (MISTRAL_SLIDING, {}, r"the last 256 tokens .*--max-model-len is 512: use --max-model-len 256"),
+    "mla": (MLA, {}, r"latent attention .*: use --kv-cache-dtype auto, or .* fp8, or fp8_ds_mla"),
+    "drafts beside a sliding window": (
+        TWO_KINDS,
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+        "beside layers that keep vLLM's own KV cache: leave --speculative-config out",
+    ),
+    "unknown layers": (
+        {**QWEN2, "layer_types": ["full_attention", "compressed_sparse_attention"]},
+        {},
+        r"layer 1 of the model is of the kind compressed_sparse_attention, .*: use --kv-cache-dtype auto",
+    ),
+    "sliding window": (
+        MISTRAL_SLIDING,
+        {},
+        r"the last 256 tokens .*--max-model-len is 512: .* nothing to gain. Use --max-model-len 256",
+    ),
     "sliding window of Phi-3-mini-4k": (
         {**PHI3, "sliding_window": 2047, "max_position_embeddings": 4096},
         {"max_model_len": None},
-        "--max-model-len is 4096: use --max-model-len 2047",
+        "--max-model-len is 4096: .*Use --max-model-len 2047",
     ),
     "sliding window by layer types": (
         {**QWEN2, "sliding_window": 256, "use_sliding_window": True, "max_window_layers": 0},
         {},
-        "use --max-model-len 256",
-    ),
-    "layers of two kinds": (TWO_KINDS, {}, r"not full attention \(sliding_attention\): use --kv-cache-dtype auto"),
-    "layers of two kinds, window disabled": (
-        TWO_KINDS,
-        {"disable_sliding_window": True, "max_model_len": 256},
-        r"\(sliding_attention\): use",
-    ),
-    "hybrid": (
-        QWEN3_NEXT,
-        {},
-        r"here: the model has layers without attention .*: use --kv-cache-dtype auto for this model \[",
+        "Use --max-model-len 256",
     ),
     "value heads": ({"v_head_dim": 32}, {}, r"value heads have 32 channels \(v_head_dim\) and its key heads 64: use"),
-    "soft-capping": (GEMMA2, {}, "attn_logit_softcapping"),
     "alibi": (ALIBI, {}, "ALiBi"),
     "head size": ({"head_dim": 112}, {}, r"head size 112 .* supported are 64, .*: use --kv-cache-dtype auto"),
     "unknown option": ({}, options(windowlength=64), "windowlength.*window_length"),
@@ -114,13 +110,17 @@ CASES = {
         "--kv-transfer-config",
     ),
     "KV offloading": ({}, {"kv_offloading_size": 1.0}, "--kv-offloading-size|--kv-transfer-config"),
-    "skipped layers": ({}, {"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers is 0.*leave.* out"),
     "one KV cache group": (
         {},
         {"disable_hybrid_kv_cache_manager": True},
         "leave --disable-hybrid-kv-cache-manager out",
     ),
     "two micro-batches": ({}, {"enable_dbo": True}, "leave --enable-dbo and --ubatch-size out"),
+    "a part of a prompt in layers that share": (
+        {},
+        {"kv_sharing_fast_prefill": True},
+        "leave --kv-sharing-fast-prefill",
+    ),
     "micro-batches": ({}, {"ubatch_size": 2}, "leave --enable-dbo and --ubatch-size out"),
     "options under a misspelt key": (
         {},
@@ -174,47 +174,8 @@ WORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "another plugin's options": ({}, {"additional_config": {"turbo": {"logquants": 1}, "quant": 3}}),
     "tensor parallel": ({}, {"tensor_parallel_size": 2}),
     "own options": ({}, options(window_length=128, rotation=False)),
+    "skipped layers": ({}, {"kv_cache_dtype_skip_layers": ["0"]}),
 }
-SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "StarCoder2": (
-        {"architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2", "sliding_window": 4096},
-        {},
-    ),
-    "Phi-3.5-MoE": ({"architectures": ["PhiMoEForCausalLM"], "model_type": "phimoe", "sliding_window": 131072}, {}),
-    "Mixtral": ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}, {}),
-    "Qwen3": ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, {}),
-    "Qwen3-MoE": ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "sliding_window": 4096}, {}),
-    "GLM-4": ({"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"}, {}),
-    "GLM-4.5": ({"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe"}, {}),
-    "OLMo 2": ({"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}, {}),
-    "Granite": ({"architectures": ["GraniteForCausalLM"], "model_type": "granite"}, {}),
-    "SmolLM3": ({"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}, {}),
-    "ERNIE 4.5": ({"architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5"}, {}),
-    "ERNIE 4.5 MoE": ({"architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe"}, {}),
-    "Seed-OSS": ({"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss"}, {}),
-    "EXAONE 4 1.2B": (
-        {
-            "architectures": ["Exaone4ForCausalLM"],
-            "model_type": "exaone4",
-            "sliding_window": None,
-            "sliding_window_pattern": None,
-            "layer_types": ["full_attention"] * 2,
-        },
-        {},
-    ),
-    "Command-R": ({"architectures": ["CohereForCausalLM"], "model_type": "cohere"}, {}),
-    "OPT": (
-        {"architectures": ["OPTForCausalLM"], "model_type": "opt", "ffn_dim": 256, "word_embed_proj_dim": 256},
-        {},
-    ),
-    "GPT-2": (
-        {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 256, "n_head": 4, "n_positions": 1024},
-        {},
-    ),
-    "Pythia": ({"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}, {}),
-    "StableLM": ({"architectures": ["StableLmForCausalLM"], "model_type": "stablelm"}, {}),
-}
-"""Architectures that were served beside vLLM's own cache with the same answers."""
 
 
 def create_config(path: Path, **arguments: object):
@@ -263,6 +224,14 @@ def test_drafts_count_among_the_tokens_taken_back(asynchronous: bool, tmp_path: 
 
 
 # vLLM imports an architecture that it does not know yet in a process of its own, for many seconds
+@pytest.mark.parametrize(
+    "arguments", [{}, {"disable_sliding_window": True, "max_model_len": 256}], ids=["", "window disabled"]
+)
+def test_layers_of_two_kinds_are_accepted(arguments: dict[str, Any], tmp_path: Path) -> None:
+    config = create_config(write_config(tmp_path / "model", **TWO_KINDS), **arguments)
+    assert config.cache_config.kv_cache_dtype_skip_layers == ["sliding_window"]
+
+
 @pytest.mark.parametrize("name", [*WORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in SERVED)])
 def test_accepted(name: str, tmp_path: Path) -> None:
     changes, arguments = {**WORKS, **SERVED}[name]
@@ -387,17 +356,13 @@ def test_attention_backend_is_refused(tmp_path: Path) -> None:
             current_platform.get_attn_backend_cls(AttentionBackendEnum.FLASH_ATTN, attn_selector_config=selector)
         path = current_platform.get_attn_backend_cls(None, attn_selector_config=selector)
         assert path.endswith("LogQuantBackend")
-        with pytest.raises(ValueError, match="sinks not supported"):
-            current_platform.get_attn_backend_cls(None, attn_selector_config=selector._replace(has_sink=True))
         with pytest.raises(ValueError, match="encoder_only not supported"):
             current_platform.get_attn_backend_cls(
                 None, attn_selector_config=selector._replace(attn_type="encoder_only")
             )
 
 
-@pytest.mark.parametrize(
-    "argument", [{"alibi_slopes": [0.5, 0.25]}, {"logits_soft_cap": 30.0}, {"sinks": [0.0]}, {"sliding_window": 128}]
-)
+@pytest.mark.parametrize("argument", [{"alibi_slopes": [0.5, 0.25]}, {"chunk_lookback": 3}, {"sliding_window": 128}])
 def test_unsupported_layers(argument: dict[str, object], tmp_path: Path) -> None:
     """Layers with a feature that no configuration shows are refused where they are built, before weights are loaded."""
     from vllm.config import set_current_vllm_config
@@ -445,12 +410,8 @@ def own_backend() -> Any:
             {"head_size_v": 32},
             r"layer model.layers.1.self_attn.attn .*value heads of 32 channels and key heads of 64: use",
         ),
-        (
-            {"kind": "chunked_local_attention.ChunkedLocalAttention", "attention_chunk_size": 128},
-            r"layer model.layers.1.self_attn.attn \(ChunkedLocalAttention\) .*ChunkedLocalAttentionSpec",
-        ),
     ],
-    ids=["dtype", "KV heads", "backend", "value heads", "chunks"],
+    ids=["dtype", "KV heads", "backend", "value heads"],
 )
 def test_every_layer_is_ours(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     """A layer that would keep its tokens elsewhere, or read others' pages as its own, ends the start."""
@@ -470,6 +431,76 @@ def test_every_layer_is_ours(arguments: dict[str, Any], message: str, tmp_path: 
         build()
         with pytest.raises(ValueError, match=message):
             build(index=1, **arguments)
+
+
+CHUNKS = {"kind": "chunked_local_attention.ChunkedLocalAttention", "attention_chunk_size": 128}
+
+
+def build_layers(path: Path, *layers: dict[str, Any], **arguments: Any) -> Any:
+    """The configuration of a model whose layers were built and settled."""
+    from vllm.config import set_current_vllm_config
+    from vllm.platforms import current_platform
+
+    config = create_config(path, **arguments)
+    config.compilation_config.static_forward_context.clear()
+    with set_current_vllm_config(config):
+        for index, layer in enumerate(layers):
+            attention_layer(index, **layer)
+        current_platform.update_block_size_for_backend(config)
+    return config
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_layers_of_several_kinds_share_blocks(dtype: str, tmp_path: Path) -> None:
+    """All blocks have the same bytes, those of ours are pages without a gap, and all begin where ours begin."""
+    from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
+
+    path = write_config(tmp_path / "model", attention_chunk_size=128)
+    layers: list[dict[str, Any]] = [{}, {"per_layer_sliding_window": 100}, CHUNKS, {}, {"num_kv_heads": 4}]
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        config = build_layers(path, *layers, dtype=dtype, kv_cache_dtype_skip_layers=["4"])
+        specs = get_kv_cache_spec(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    found = {name.removeprefix("model.layers.").replace(".self_attn.attn", ""): spec for name, spec in specs.items()}
+    kinds = {name: type(spec).__name__ for name, spec in found.items()}
+    assert kinds == {
+        "0": "FullAttentionSpec",
+        "0.logquant_window": "WindowSpec",
+        "1": "SlidingWindowSpec",
+        "2": "SlidingWindowSpec",
+        "3": "FullAttentionSpec",
+        "3.logquant_window": "WindowSpec",
+        "4": "FullAttentionSpec",
+    }
+    (block_bytes,) = {spec.page_size_bytes for spec in found.values()}
+    block_size = config.cache_config.block_size
+    for name, spec in found.items():
+        assert block_size % spec.block_size == 0
+        assert spec.unpadded_page_size_bytes > block_bytes / 2 or name != "4", "more than half of a block is padding"
+        if name[0] in "03":
+            assert spec.unpadded_page_size_bytes == block_bytes
+            assert spec.block_size == block_size
+    # a page's place takes 9 float16 tokens of layer 4, and the CPU's kernel reads blocks of 32
+    assert block_size == {"float16": 512, "float32": 1024}[dtype]
+    for layer in (config.compilation_config.static_forward_context[f"model.layers.{i}.self_attn.attn"] for i in (0, 3)):
+        assert layer.impl.window_layer.layout.prefix_replay_tokens == 0
+
+
+def test_replay_beside_other_kinds_is_refused(tmp_path: Path) -> None:
+    """Before weights are loaded, where the first such layer is built; without one it is an option like others."""
+    path = write_config(tmp_path / "model")
+    replay = options(prefix_replay_tokens=256)
+    build_layers(path, {}, **replay)
+    with pytest.raises(ValueError, match=r"prefix_replay_tokens is 256, .*leave the option out, or give 0"):
+        build_layers(path, {}, {"per_layer_sliding_window": 101}, **replay)
+    build_layers(path, {}, {"per_layer_sliding_window": 102}, **options(prefix_replay_tokens=0))
+
+
+def test_without_a_layer_that_grows_there_is_nothing_to_gain(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no layer of the model keeps all tokens.*use --kv-cache-dtype auto"):
+        build_layers(write_config(tmp_path / "model"), {"per_layer_sliding_window": 100})
 
 
 def test_layers_without_a_cache_are_left_alone(tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ def start_of(model: str, options: dict[str, Any]) -> Iterator[Check]:
         yield Check("decode kernel", "ok", "C++ operations: no GPU for the others")
         return
     architecture = architecture_of(gpu.capability, 1)
-    reason = why_not_gluon(architecture, getattr(torch, shape.dtype), layout, heads // shape.num_kv_heads)
+    gqa = heads // shape.num_kv_heads
+    reason = why_not_gluon(architecture, getattr(torch, shape.dtype), layout, gqa, softcap=shape.softcap)
     if reason is None:
         yield Check("decode kernel", "ok", f"Gluon on {architecture.name}: the fastest")
     else:

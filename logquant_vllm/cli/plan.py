@@ -68,23 +68,13 @@ def plan(
         shape = model_shape(model_directory(model), dtype, max_model_len)
         with_drafts = replace(shape, num_layers=shape.num_layers + draft_layers)
         taken_back = rollback_tokens(num_speculative_tokens, draft_layers=draft_layers > 0)
-        capacities = plan_capacity(
-            with_drafts,
-            available,
-            max_model_len,
-            config,
-            tensor_parallel_size=tensor_parallel_size,
-            block_size=block_size,
-            rollback_tokens=taken_back,
-        )
-        presets = preset_capacities(
-            config,
-            shape,
-            available,
-            max_model_len,
-            tensor_parallel_size=tensor_parallel_size,
-            rollback_tokens=taken_back,
-        )
+        engine = {
+            "tensor_parallel_size": tensor_parallel_size,
+            "block_size": block_size,
+            "rollback_tokens": taken_back,
+        }
+        capacities = plan_capacity(with_drafts, available, max_model_len, config, **engine)
+        presets = preset_capacities(config, with_drafts, available, max_model_len, **engine)
     if as_json:
         typer.echo(json.dumps(_as_json(model, shape, available, config, capacities, presets), indent=2))
     else:

@@ -5,6 +5,7 @@ key, value -> rotate -> quantize completed groups -> attention over pages, windo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
@@ -36,7 +37,7 @@ from logquant_vllm.plugin.measure import obstacle
 from logquant_vllm.plugin.observe import Observer
 from logquant_vllm.plugin.parts import parts_of
 from logquant_vllm.plugin.speculation import decode_query_len, is_draft_model, options_of, rollback_tokens
-from logquant_vllm.plugin.window_layer import WindowLayer
+from logquant_vllm.plugin.window_layer import BlockShape, WindowLayer, page_table, pages_of
 
 WINDOW_SUFFIX = ".logquant_window"
 
@@ -49,6 +50,7 @@ class LogQuantBackend(AttentionBackend):
     """
 
     config: ClassVar[LogQuantConfig | None] = None
+    block: ClassVar[BlockShape] = BlockShape()
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = [KV_CACHE_DTYPE]
@@ -65,9 +67,11 @@ class LogQuantBackend(AttentionBackend):
     def get_builder_cls() -> type[LogQuantMetadataBuilder]:
         return LogQuantMetadataBuilder
 
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [PAGE_SIZE]
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        # on a GPU vLLM cuts a block into its pages, in block tables and memory alike. On a CPU it would then zero the
+        # wrong blocks, so page_table and pages_of do it
+        return [cls.block.pages * PAGE_SIZE if current_platform.is_cpu() else PAGE_SIZE]
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -79,29 +83,35 @@ class LogQuantBackend(AttentionBackend):
         return dtype in cls.supported_dtypes and (dtype != torch.float32 or current_platform.is_cpu())
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """A page holds all heads of ``block_size`` tokens as one run of bytes."""
+        """A page holds all heads of its tokens as one run of bytes, and those of other layers may follow."""
         if spec.state_content_bytes is not None:
             return spec
-        assert cls.config is not None, "a layer's backend is configured when its weights are loaded"
+        assert cls.config is not None, "a layer's backend is configured when all layers are there"
         page_bytes = cls.config.page_format(spec.head_size).page_bytes(spec.num_kv_heads)
         return replace(
             spec,
+            block_size=cls.block.pages * PAGE_SIZE,
             dtype=torch.uint8,
             num_head_slots=1,
-            tokens_per_state=spec.block_size,
-            state_content_bytes=page_bytes,
+            tokens_per_state=PAGE_SIZE,
+            state_content_bytes=cls.block.layers * page_bytes,
         )
 
 
 @cache
-def configured_backend(config: LogQuantConfig) -> type[LogQuantBackend]:
+def configured_backend(config: LogQuantConfig, block: BlockShape) -> type[LogQuantBackend]:
     """:class:`LogQuantBackend` with the options in force."""
-    return type(LogQuantBackend.__name__, (LogQuantBackend,), {"config": config, "__module__": __name__})
+    attributes = {"config": config, "block": block, "__module__": __name__}
+    return type(LogQuantBackend.__name__, (LogQuantBackend,), attributes)
 
 
 @dataclass
@@ -140,7 +150,8 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
 
             room = past_room(self.vllm_config.scheduler_config.max_num_seqs)
             parts = parts_of(common, batch, room, self.decode_query_len, self.uncounted)
-        return LogQuantMetadata(common.num_actual_tokens, batch, common.block_table_tensor, parts)
+        block_table = page_table(common.block_table_tensor, self.kv_cache_spec)
+        return LogQuantMetadata(common.num_actual_tokens, batch, block_table, parts)
 
 
 _warmed_up = set[Any]()
@@ -185,13 +196,12 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
         **unsupported: Any,
     ) -> None:
         refused = {
             "alibi_slopes": alibi_slopes,
             "sliding_window": sliding_window,
-            "logits_soft_cap": logits_soft_cap,
-            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
             **unsupported,
         }
         # tensors have no truth value; 0 and False mean "not used"
@@ -210,9 +220,10 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         self.operations = _operations()
         self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._window_layer: WindowLayer | None = None
-        # the layer whose blocks this one's are like: its own, or for a draft the model's, whose weights are loaded
+        # the layer whose blocks this one's are like, for a draft the model's: that has its weights already
         self._first = next((x for x in map(_impl_of, self._layers.values()) if isinstance(x, LogQuantImpl)), self)
-        if self._first._window_layer is None:
+        self._is_loaded = False
+        if not self._first._is_loaded:
             mine, first = ((x.num_kv_heads, x.head_size) for x in (self, self._first))
             if mine != first:
                 raise ValueError(
@@ -225,7 +236,15 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             rollback_tokens=rollback_tokens(vllm_config),
             decode_query_len=decode_query_len(vllm_config),
         )
-        self._layer = Layer(layout, self.scale)
+        self._layer = Layer(layout, self.scale, softcap=logits_soft_cap or 0.0, sinks=sinks)
+        self._place = 0  # among the layers whose pages lie side by side
+        # a layer whose tokens this one reads, and those that read this one's
+        self._target: LogQuantImpl | None = None
+        self._readers: list[LogQuantImpl] = []
+        self._stored: tuple[Tensor, Tensor] | None = None  # this step's tokens, for readers
+        if kv_sharing_target_layer_name is not None:
+            self._target = self._layers[kv_sharing_target_layer_name].impl
+            self._target._readers.append(self)
         self.observer: Observer | None = None
         """Looks at what is computed, while the engine measures its model."""
 
@@ -247,15 +266,24 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
     @property
     def window_layer(self) -> WindowLayer:
         """The companion layer that owns this layer's full-precision blocks."""
-        assert self._window_layer is not None, "weights were never loaded"
+        assert self._window_layer is not None, "the layer was never settled"
         return self._window_layer
 
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Load the layer's basis, each time weights are loaded; the first time, configure it and create its companion.
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of this layer."""
+        return self._layer.layout.fmt.page_bytes(self.num_kv_heads)
 
-        It is the first call that comes when vLLM has named the layer.
-        """
-        name, layer = next((n, m) for n, m in self._layers.items() if _impl_of(m) is self)
+    def named(self) -> tuple[str, Any]:
+        """The layer of vLLM's that this belongs to, and its name."""
+        return next((name, layer) for name, layer in self._layers.items() if _impl_of(layer) is self)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Load the layer's basis, each time weights are loaded."""
+        self._is_loaded = True
+        if self._target is not None:
+            return  # it has no keys
+        name, layer = self.named()
         vllm_config = get_current_vllm_config()
         if self.config.rotation or self.config.value_rotation:
             # of these weights: vLLM reloads from other places, too
@@ -263,19 +291,52 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             why_not = "drafts are not measured" if self.drafts else obstacle(vllm_config)
             basis = load_basis(layer, name, self.config, model, act_dtype, device, why_not)
             self._layer = self._layer._replace(basis=basis)
-        if self._window_layer is None:
-            layer.attn_backend = configured_backend(self.config)
-            first = next(m for m in self._layers.values() if _impl_of(m) is self._first)
-            if first is not layer:  # blocks of one size, which a draft of another shape does not fill
-                layer.get_kv_cache_spec = first.get_kv_cache_spec
-            self._window_layer = WindowLayer(name + WINDOW_SUFFIX, first, self._first._layer.layout)
+
+    def settle(self, vllm_config: Any, block: BlockShape, beside: Sequence[LogQuantImpl], alone: bool) -> None:
+        """Take what follows from the other layers of model and draft: all exist, with their weights.
+
+        The first of the layers whose pages lie side by side owns the memory of all, and has the companion; to vLLM the
+        others share its cache.
+
+        Args:
+            beside: the layers before this one, in the same blocks.
+            alone: whether no layer has a cache of another kind. Otherwise nothing of a prefix hit is computed again:
+                layers with a sliding window would read tokens that are no longer there, and write over those of
+                others; and there is no recurrent state to go back to.
+        """
+        name, layer = self.named()
+        layer.attn_backend = configured_backend(self.config, block)
+        replay = self._layer.layout.prefix_replay_tokens if alone else 0
+        layout = replace(self._layer.layout, prefix_replay_tokens=replay, window_pages=block.pages)
+        self._layer, self._place = self._layer._replace(layout=layout), len(beside)
+        if beside:
+            layer.kv_sharing_target_layer_name = beside[0].named()[0]
+            self._window_layer = beside[0].window_layer
+        else:
+            first, owner = self._first, self._first.named()[1]
+            if owner is not layer:  # blocks of one size, which a draft of another shape does not fill
+                layer.get_kv_cache_spec = owner.get_kv_cache_spec
+            self._window_layer = WindowLayer(name + WINDOW_SUFFIX, owner, first._layer.layout, block)
             self._layers[name + WINDOW_SUFFIX] = self._window_layer
+        for reader in self._readers:
+            reader._settle_reader((beside[0] if beside else self).named()[0])
         if current_platform.is_cuda():
             from logquant_vllm.plugin.prefill import flash_attention
 
-            dense = flash_attention(self.head_size, vllm_config.scheduler_config.max_num_seqs)
+            most = vllm_config.scheduler_config.max_num_seqs
+            dense = flash_attention(self.head_size, most, self._layer.softcap)
             self._layer = self._layer._replace(dense=dense)
-            _warm_up(self._layer, self.num_heads, self.num_kv_heads, act_dtype, vllm_config)
+            _warm_up(self._layer, self.num_heads, self.num_kv_heads, layer.dtype, vllm_config)
+
+    def _settle_reader(self, owner: str) -> None:
+        """Take everything but the scores from the settled target, whose memory the layer ``owner`` has."""
+        target = self._target
+        assert target is not None
+        _, layer = self.named()
+        layer.attn_backend = target.named()[1].attn_backend
+        layer.kv_sharing_target_layer_name = owner
+        self._place, self._window_layer = target._place, target._window_layer
+        self._layer = target._layer._replace(scale=self.scale, softcap=self._layer.softcap, sinks=self._layer.sinks)
 
     def forward(
         self,
@@ -297,15 +358,28 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
                 self._layer.dense.workspace(query, self.num_kv_heads)
             return output.fill_(0)
         tokens = slice(attn_metadata.num_actual_tokens)
-        page_bytes = self._layer.layout.fmt.page_bytes(self.num_kv_heads)
+        window, place = self.window_layer, self._place
         cache = PagedCache(
-            kv_cache[:, 0, 0, :page_bytes],
-            self.window_layer.window_bytes()[:, :page_bytes],
+            pages_of(kv_cache, window.block, place)[:, : self.page_bytes],
+            window.window_bytes(place)[:, : self._layer.layout.window_pages * self.page_bytes],
             attn_metadata.block_table,
-            self.window_layer.metadata(get_forward_context().attn_metadata).block_table,
+            window.metadata(get_forward_context().attn_metadata).block_table,
         )
+        batch, parts = attn_metadata.batch, attn_metadata.parts
+        if self._target is not None:
+            stored = self._target._stored
+            assert stored is not None
+            self.operations.attend_stored(self._layer, query[tokens], *stored, cache, batch, output[tokens], parts)
+            if self._target._readers[-1] is self:
+                self.operations.update_window(*stored, cache, batch, self._layer.layout)
+            return output
         new = query[tokens], key[tokens], value[tokens]
         if self.observer is not None:
-            self.observer.see(*new, cache, attn_metadata.batch)
-        self.operations.step(self._layer, *new, cache, attn_metadata.batch, output[tokens], attn_metadata.parts)
+            self.observer.see(*new, cache, batch)
+        if self._readers:
+            stored = self.operations.begin_step(self._layer, *new, cache, batch, output[tokens], parts)
+            # compiled code may give its memory to others before the readers' turn
+            self._stored = stored[0].clone(), stored[1].clone()
+        else:
+            self.operations.step(self._layer, *new, cache, batch, output[tokens], parts)
         return output

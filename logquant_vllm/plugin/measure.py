@@ -24,7 +24,7 @@ from logquant_vllm.calibration import text
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core.calibration import Moments
 from logquant_vllm.plugin import basis, observe
-from logquant_vllm.plugin.model import shape_of, where
+from logquant_vllm.plugin.model import has_other_kinds, shape_of, where
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 
@@ -47,6 +47,8 @@ def obstacle(vllm_config: Any) -> str | None:
         return "the engine has no tokenizer (--skip-tokenizer-init)"
     if model.runner_type != "generate":
         return f"the model does not generate (--runner {model.runner_type})"
+    if has_other_kinds(vllm_config):
+        return "the model has layers of other kinds, and a calibration has all layers"
     if str(vllm_config.load_config.load_format).endswith("dummy"):
         return "its weights are random (--load-format dummy)"
     if longest < text.SHORTEST:

@@ -1,8 +1,13 @@
-"""What a calibration depends on, as vLLM's ``ModelConfig`` says it."""
+"""What others want to know of a model, as vLLM's configuration says it."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from logquant_vllm.planning import is_mixed
+
+SLIDING_WINDOW = "sliding_window"
+"""What ``kv_cache_dtype_skip_layers`` calls all layers that have one."""
 
 
 def where(model: Any) -> tuple[str, str | None, str | None]:
@@ -15,3 +20,14 @@ def shape_of(model: Any) -> tuple[int, int, int]:
     """Layers, KV heads and channels that a calibration of a model must have."""
     # vLLM counts layers over all stages of a pipeline, and demands a single number in a layer's name
     return model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size()
+
+
+def skipped_layers(vllm_config: Any) -> set[str]:
+    """Numbers of the layers that the user leaves out."""
+    return {str(name) for name in vllm_config.cache_config.kv_cache_dtype_skip_layers} - {SLIDING_WINDOW}
+
+
+def has_other_kinds(vllm_config: Any) -> bool:
+    """Whether some layers keep vLLM's own cache, as far as the configuration tells."""
+    model = vllm_config.model_config
+    return bool(skipped_layers(vllm_config)) or model.is_hybrid or is_mixed(model.hf_text_config)

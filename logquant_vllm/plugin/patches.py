@@ -1,5 +1,5 @@
-"""The vLLM functions that are wrapped, in vLLM 0.32 and 0.33 alike: three methods of the platform class, and one of the
-engine.
+"""The vLLM functions that are wrapped, in vLLM 0.32 and 0.33 alike: three methods of the platform class, one of the
+engine, and a constructor.
 
 =================================  =============================================================================
 ``get_attn_backend_cls``           vLLM picks an attention backend per platform and knows no plugin's dtype; the
@@ -7,18 +7,24 @@ engine.
                                    answer, and a layer that ignores the dtype is refused.
 ``check_and_update_config``        the one call that every process makes with the finished configuration, before
                                    any weight is loaded: the place to refuse what is not supported.
-``update_block_size_for_backend``  the one call of every worker when all layers exist: the place to see that each
-                                   is ours, also those of models that choose a backend by themselves.
+``update_block_size_for_backend``  the one call of every worker when all layers exist: the place to account for each,
+                                   also those of models that choose a backend by themselves, and to choose the size
+                                   of a block. vLLM's own choice knows neither our pages nor several backends.
 ``_initialize_kv_caches``          of ``EngineCore``: the last that a starting engine does with its workers, which
                                    then have loaded, warmed up and captured everything: the place to measure the
                                    model. The engine is imported only where it is already, or the dtype is ours.
 =================================  =============================================================================
 
 All act only if the KV cache dtype is ours, and none is wrapped unless all still are what is expected.
+
+``ChunkedLocalAttention.__init__`` (Llama 4) reads the dtype of the engine's cache, whatever layers are to keep
+another: such layers get a configuration of their own. It is wrapped when a configuration with our dtype is checked, as
+nobody else should have to import it.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -57,6 +63,15 @@ def _engine_is_ours() -> bool:
     return cache is not None and cache.cache_dtype == KV_CACHE_DTYPE
 
 
+def _model_is_mixed() -> bool:
+    from vllm.config import get_current_vllm_config_or_none
+
+    from logquant_vllm.plugin.model import has_other_kinds
+
+    vllm_config = get_current_vllm_config_or_none()
+    return vllm_config is not None and has_other_kinds(vllm_config)
+
+
 def _get_attn_backend_cls(
     original: Callable[..., str], selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
 ) -> str:
@@ -70,7 +85,8 @@ def _get_attn_backend_cls(
 
     from logquant_vllm.plugin.backend import LogQuantBackend
 
-    if selected_backend is not None:
+    # beside layers of other kinds it is a choice for those, of the user's or of vLLM's for this model
+    if selected_backend is not None and not _model_is_mixed():
         raise ValueError(
             f"--attention-backend {selected_backend.name} cannot read --kv-cache-dtype {KV_CACHE_DTYPE}: "
             "leave --attention-backend out, the backend follows from the dtype"
@@ -94,14 +110,16 @@ def _check_and_update_config(original: Callable[..., None], vllm_config: Any) ->
     _patch_engine()  # processes that are forked from this one have it
     validate_config(vllm_config)
     prepare(vllm_config)
+    _patch_chunked_attention()
     return original(vllm_config)
 
 
 def _update_block_size_for_backend(original: Callable[..., None], vllm_config: Any) -> None:
     if vllm_config.cache_config is not None and vllm_config.cache_config.cache_dtype == KV_CACHE_DTYPE:
+        from logquant_vllm.plugin.pool import share_pool
         from logquant_vllm.plugin.validation import check_layers
 
-        check_layers(vllm_config)
+        return share_pool(vllm_config, check_layers(vllm_config))
     return original(vllm_config)
 
 
@@ -113,6 +131,30 @@ def _initialize_kv_caches(original: Callable[..., Any], engine: Any, vllm_config
         status = calibrate(vllm_config, engine.model_executor, kv_cache_config)
         engine.logquant_calibration = lambda: list(status)  # answers its clients (`call_utility_async`)
     return kv_cache_config
+
+
+def _patch_chunked_attention() -> None:
+    """See the module's text; does nothing the second time.
+
+    Raises:
+        RuntimeError: if vLLM's constructor has changed.
+    """
+    from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
+
+    original = ChunkedLocalAttention.__init__
+    if hasattr(original, _MARK):
+        return
+    names = "self num_heads head_size scale attention_chunk_size num_kv_heads alibi_slopes cache_config quant_config"
+    _expect_parameters(original, [*names.split(), "kv_sharing_target_layer_name", "prefix"])
+
+    def with_own_cache(self: Any, *args: Any, cache_config: Any = None, **kwargs: Any) -> None:
+        if cache_config is not None and cache_config.cache_dtype == KV_CACHE_DTYPE:
+            cache_config = copy.copy(cache_config)
+            cache_config.cache_dtype = "auto"
+        original(self, *args, cache_config=cache_config, **kwargs)
+
+    setattr(with_own_cache, _MARK, original)
+    ChunkedLocalAttention.__init__ = with_own_cache
 
 
 _PATCHES: dict[str, tuple[list[str], Callable[..., Any]]] = {

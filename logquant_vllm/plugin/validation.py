@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 from logquant_vllm import calibration
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig, unsupported_head_size
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
-from logquant_vllm.plugin.model import shape_of, where
+from logquant_vllm.plugin.model import SLIDING_WINDOW, has_other_kinds, shape_of, skipped_layers, where
+from logquant_vllm.plugin.specs import WindowSpec
 from logquant_vllm.plugin.speculation import draft_options, has_draft_layers, options_of, speculation_problems
-from logquant_vllm.plugin.window_layer import WindowLayer
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 FALLBACK = "use --kv-cache-dtype auto for this model"
@@ -38,6 +40,8 @@ def validate_config(vllm_config: Any) -> LogQuantConfig:
     if vllm_config.model_config is not None:
         problems += _model_problems(vllm_config.model_config, config)
         problems += speculation_problems(vllm_config, config)
+        if vllm_config.speculative_config is not None and has_other_kinds(vllm_config):
+            problems.append(DRAFTS_BESIDE_OTHERS)
     if has_draft_layers(vllm_config):
         draft, its_options = vllm_config.speculative_config.draft_model_config, draft_options(vllm_config, config)
         problems += [f"of the draft: {problem}" for problem in _model_problems(draft, its_options)]
@@ -52,17 +56,13 @@ def _engine_problems(vllm_config: Any) -> Iterator[str]:
         yield f"the platform is {current_platform.device_name}: use a CUDA GPU or a CPU, or --kv-cache-dtype auto"
     if cache.user_specified_block_size and cache.block_size != PAGE_SIZE:
         yield f"--block-size is {cache.block_size}: a page has {PAGE_SIZE} tokens, leave the option out"
-    if cache.kv_cache_dtype_skip_layers:
-        skipped = cache.kv_cache_dtype_skip_layers
-        yield (
-            f"--kv-cache-dtype-skip-layers is {' '.join(map(str, skipped))}: all layers must share one KV cache "
-            "format, leave the option out"
-        )
     if vllm_config.kv_transfer_config is not None or getattr(cache, "kv_offloading_size", None):
         yield (
             "KV connectors and KV offloading do not know the full-precision blocks: leave --kv-transfer-config and "
             "--kv-offloading-size out"
         )
+    if cache.kv_sharing_fast_prefill:
+        yield "layers that share a KV cache see whole prompts: leave --kv-sharing-fast-prefill out"
     if parallel.decode_context_parallel_size > 1:
         yield (
             f"--decode-context-parallel-size is {parallel.decode_context_parallel_size}: only 1 works; "
@@ -90,19 +90,25 @@ def _engine_problems(vllm_config: Any) -> Iterator[str]:
 def _model_problems(model: Any, config: LogQuantConfig) -> Iterator[str]:
     text = model.hf_text_config
     if model.use_mla:
-        yield f"the model uses multi-head latent attention (MLA), which has no keys to quantize per head: {FALLBACK}"
+        yield (
+            "the model uses multi-head latent attention (MLA), which keeps one small vector a token and no keys of its "
+            "own for each head: use --kv-cache-dtype auto, or what vLLM has for it on a GPU, fp8, or fp8_ds_mla and "
+            "nvfp4_ds_mla where attention is sparse"
+        )
         return
+    if unknown := {kind: i for i, kind in enumerate(_layer_kinds(model)) if kind not in KNOWN_KINDS}:
+        kind, index = next(iter(unknown.items()))
+        yield f"layer {index} of the model is of the kind {kind}, which is not known here: {FALLBACK}"
     if model.is_encoder_decoder:
         yield f"the model is an encoder-decoder; only decoder-only models work: {FALLBACK}"
-    if model.is_hybrid or model.is_attention_free:
-        yield f"the model has layers without attention (state-space or linear); all must be full attention: {FALLBACK}"
+    if model.is_attention_free:
+        yield f"the model has no attention layer, whose cache would grow: {FALLBACK}"
     else:
         yield from _local_attention(model)
-    for name in ("attn_logit_softcapping", "attn_logit_softcap"):
-        if getattr(text, name, None):
-            yield f"the model caps attention scores ({name} {getattr(text, name)}): {FALLBACK}"
     if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", None) == "alibi":
         yield f"the model uses ALiBi position biases: {FALLBACK}"
+    if model.is_hybrid and config.prefix_replay_tokens:
+        yield _refused_replay(config.prefix_replay_tokens)
     head_size = model.get_head_size()
     for name in ("v_head_dim", "v_channels"):
         if (size := getattr(text, name, None)) and size != head_size:
@@ -121,32 +127,37 @@ def _model_problems(model: Any, config: LogQuantConfig) -> Iterator[str]:
         yield str(error)
 
 
-def _layer_kinds(model: Any) -> set[str]:
-    return set(getattr(model.hf_text_config, "layer_types", None) or [])
+KNOWN_KINDS = {
+    *("full_attention", "attention", "sliding_attention", "chunked_attention"),
+    *("linear_attention", "mamba", "mamba2", "conv", "hybrid"),
+    *("moe", "sparse", "dense"),
+}
+"""What configurations call layers that are ours, have vLLM's own cache beside ours, or have none."""
+
+
+def _layer_kinds(model: Any) -> list[str]:
+    return list(getattr(model.hf_text_config, "layer_types", None) or [])
 
 
 def _window_of_all_layers(model: Any) -> int | None:
     """The sliding window of a model whose layers all have the same."""
     window = model.get_sliding_window()
-    return window if isinstance(window, int) and _layer_kinds(model) <= {"sliding_attention"} else None
+    return window if isinstance(window, int) and set(_layer_kinds(model)) <= {"sliding_attention"} else None
 
 
 def _local_attention(model: Any) -> Iterator[str]:
-    """What of a model attends to nearby tokens only; a window that is never full makes no difference."""
-    kinds, window = _layer_kinds(model), _window_of_all_layers(model)
-    local = kinds - {"full_attention", "attention"}
-    if local and kinds != {"sliding_attention"}:
-        yield f"the model has layers that are not full attention ({', '.join(sorted(local))}): {FALLBACK}"
+    """A model without a layer that grows with the context; a window that is never full makes no difference."""
+    window = _window_of_all_layers(model)
     if window is not None and window < model.max_model_len:
         yield (
             f"all layers attend to the last {window} tokens (sliding_window), and --max-model-len is "
-            f"{model.max_model_len}: use --max-model-len {window}, within which that is full attention, or "
-            "--kv-cache-dtype auto"
+            f"{model.max_model_len}: such a cache does not grow, and there is nothing to gain. Use --max-model-len "
+            f"{window}, within which that is full attention, or --kv-cache-dtype auto"
         )
 
 
 def check_layer_dtype(selector: Any) -> None:
-    """Refuse a layer that is built for another KV cache than the engine's, which is ours.
+    """Refuse a layer that is built for another KV cache than the engine's, which is ours, unless it is meant to be.
 
     Args:
         selector: vLLM's description of the layer.
@@ -154,27 +165,78 @@ def check_layer_dtype(selector: Any) -> None:
     Raises:
         ValueError: if vLLM's model does not hand the cache's configuration to its layers.
     """
-    if selector.attn_type == AttentionType.DECODER:
-        model = get_current_vllm_config().model_config
-        raise ValueError(
-            f"{model.architecture} in vLLM does not read --kv-cache-dtype (its layers ask for "
-            f"{selector.kv_cache_dtype}): {FALLBACK}"
-        )
+    if selector.attn_type != AttentionType.DECODER:
+        return
+    vllm_config = get_current_vllm_config()
+    chunks = getattr(vllm_config.model_config.hf_text_config, "attention_chunk_size", None)
+    if selector.has_sliding_window or chunks or skipped_layers(vllm_config):
+        _check_replay(vllm_config)
+        return
+    raise ValueError(
+        f"{vllm_config.model_config.architecture} in vLLM does not read --kv-cache-dtype (its layers ask for "
+        f"{selector.kv_cache_dtype}): {FALLBACK}"
+    )
 
 
-def check_layers(vllm_config: Any) -> None:
-    """See that every layer of a model that was built, and of its draft, keeps its tokens in our cache; those without a
-    cache do not count.
+def _check_replay(vllm_config: Any) -> None:
+    """Refuse to compute tokens of a prefix hit again where layers with another cache would have to, too."""
+    replay = LogQuantConfig.from_additional_config(vllm_config.additional_config).prefix_replay_tokens
+    if replay:
+        raise ValueError(_refused_replay(replay))
+
+
+def _refused_replay(replay: int) -> str:
+    return (
+        f"logquant option prefix_replay_tokens is {replay}, and the model has layers in vLLM's own KV cache, which "
+        "cannot go back behind the end of a prefix hit: leave the option out, or give 0"
+    )
+
+
+def _keeps_own_cache(name: str, layer: Any, spec: Any, skipped: set[str]) -> bool:
+    """Whether a layer is meant to keep its tokens in vLLM's own cache."""
+    if not isinstance(layer, Attention):
+        return False
+    return type(spec) in OTHER_SPECS or str(extract_layer_index(name)) in skipped
+
+
+OTHER_SPECS = (SlidingWindowSpec, ChunkedLocalAttentionSpec)
+"""What vLLM calls the cache of layers that attend to nearby tokens only."""
+
+
+DRAFTS_BESIDE_OTHERS = (
+    "speculative decoding is not supported beside layers that keep vLLM's own KV cache: leave --speculative-config out"
+)
+
+
+class Layers(NamedTuple):
+    """The layers of a model and of its draft that have a cache, by name."""
+
+    ours: dict[str, Any]
+    attention: dict[str, Any]
+    """Those that are meant to keep their tokens in vLLM's own cache: they attend to nearby tokens only, or the user
+    leaves them out."""
+    states: dict[str, Any]
+    """Those with a recurrent state: state-space, linear attention, convolution."""
+
+
+def check_layers(vllm_config: Any) -> Layers:
+    """Account for every layer of a model that was built, and of its draft; those without a cache do not count.
 
     Raises:
-        ValueError: naming the first layer that does not.
+        ValueError: naming the first layer of a kind that is not known, or if none is ours.
     """
+    ours, others, states, skipped = {}, {}, {}, skipped_layers(vllm_config)
     for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items():
-        if isinstance(layer, WindowLayer):
-            layer.models_are_loaded = True
-            continue
         spec, backend = layer.get_kv_cache_spec(vllm_config), layer.get_attn_backend()
-        if spec is None:
+        if backend.get_name() == BACKEND_NAME and layer.kv_sharing_target_layer_name is not None:
+            continue  # it reads the cache of another of ours
+        if spec is None or isinstance(spec, WindowSpec):
+            continue
+        if type(spec) is MambaSpec:
+            states[name] = layer
+            continue
+        if backend.get_name() != BACKEND_NAME and _keeps_own_cache(name, layer, spec, skipped):
+            others[name] = layer
             continue
         problem = None
         if type(spec) is not FullAttentionSpec or backend.get_name() != BACKEND_NAME:
@@ -186,15 +248,31 @@ def check_layers(vllm_config: Any) -> None:
                 f"--kv-cache-dtype {KV_CACHE_DTYPE} does not work here: layer {name} ({type(layer).__name__}) "
                 f"{problem}: {FALLBACK}"
             )
+        ours[name] = layer
+    if others or states:
+        _check_replay(vllm_config)  # once more: vLLM does not ask twice for a backend of the same description
+        if vllm_config.speculative_config is not None:
+            raise ValueError(f"--kv-cache-dtype {KV_CACHE_DTYPE} does not work here: {DRAFTS_BESIDE_OTHERS}")
+    if (others or states) and not ours:
+        raise ValueError(
+            f"--kv-cache-dtype {KV_CACHE_DTYPE} does not work here: no layer of the model keeps all tokens, so there "
+            f"is nothing to gain: {FALLBACK}"
+        )
+    return Layers(ours, others, states)
 
 
 def prepare(vllm_config: Any) -> None:
-    """Make vLLM's block a page, and drop a sliding window that is never full: what else needs either was refused."""
-    vllm_config.cache_config.block_size = PAGE_SIZE
+    """Make vLLM's block a page, leave layers with a sliding window to vLLM's own cache, and drop a window of all layers
+    that is never full."""
+    cache = vllm_config.cache_config
+    cache.block_size = PAGE_SIZE
+    # vLLM's own way to name layers that keep their dtype; those with a window have little to gain from ours
+    if SLIDING_WINDOW not in cache.kv_cache_dtype_skip_layers:
+        cache.kv_cache_dtype_skip_layers = [*cache.kv_cache_dtype_skip_layers, SLIDING_WINDOW]
     model = vllm_config.model_config
     if model is not None and (window := _window_of_all_layers(model)) is not None:
         logger.info(
             "LogQuant: max_model_len %d lies within sliding_window %d: attention is full", model.max_model_len, window
         )
         # what --disable-sliding-window does with a context that needs no cap
-        model.hf_text_config.sliding_window = vllm_config.cache_config.sliding_window = None
+        model.hf_text_config.sliding_window = cache.sliding_window = None

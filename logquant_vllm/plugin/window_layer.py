@@ -7,7 +7,8 @@ declares the window blocks and receives their memory and block table (precedent 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -17,8 +18,10 @@ from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
+    MultipleOf,
 )
 
+from logquant_vllm.config import PAGE_SIZE
 from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.plugin.specs import WindowSpec
 
@@ -28,6 +31,13 @@ class WindowMetadata:
     """The window blocks of the step's requests: int32 ``[num_reqs, max_blocks]``."""
 
     block_table: torch.Tensor
+
+
+class BlockShape(NamedTuple):
+    """A block of ours: pages of tokens one after another, in each place those of several layers side by side."""
+
+    pages: int = 1
+    layers: int = 1
 
 
 class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
@@ -50,8 +60,33 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
         return self.latest
 
 
+def page_table(block_table: torch.Tensor, spec: Any) -> torch.Tensor:
+    """A block table with a column for each page of the blocks of ``spec``, int32 ``[num_reqs, max_pages]``."""
+    pages = spec.block_size // PAGE_SIZE
+    if pages == 1:
+        return block_table
+    within = torch.arange(pages, dtype=block_table.dtype, device=block_table.device)
+    return (block_table[:, :, None] * pages + within).flatten(1)
+
+
+def pages_of(kv_cache: torch.Tensor, block: BlockShape, layer: int) -> torch.Tensor:
+    """One layer's pages, uint8 ``[num_blocks * pages, page_bytes]``.
+
+    Args:
+        kv_cache: as vLLM shapes it, ``[num_blocks, 1, block.pages, bytes]``, or cut into pages.
+        layer: which of the layers side by side.
+    """
+    return kv_cache[:, 0].flatten(0, 1).unflatten(1, (block.layers, -1))[:, layer]
+
+
 class WindowBackend(AttentionBackend):
     """vLLM asks every cache-owning layer for a backend; this one has metadata and no computation."""
+
+    block: ClassVar[BlockShape] = BlockShape()
+
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [cls.block.pages * PAGE_SIZE]
 
     @staticmethod
     def get_name() -> str:
@@ -66,36 +101,39 @@ class WindowBackend(AttentionBackend):
         raise NotImplementedError("window layers compute nothing")
 
 
+@cache
+def window_backend(block: BlockShape) -> type[WindowBackend]:
+    """:class:`WindowBackend` for blocks of that shape."""
+    return type(WindowBackend.__name__, (WindowBackend,), {"block": block, "__module__": __name__})
+
+
 class WindowLayer(nn.Module, AttentionLayerBase):
-    """Owner of one attention layer's window blocks.
+    """Owner of the window blocks of an attention layer, or of several whose pages lie side by side.
 
     Args:
         name: layer name, with exactly one integer in it, as vLLM requires.
-        attention_layer: the layer whose tokens the blocks hold.
+        attention_layer: the (first) layer whose tokens the blocks hold.
         layout: the cache's constants.
+        block: a block that holds pages.
     """
 
-    def __init__(self, name: str, attention_layer: Any, layout: CacheLayout) -> None:
+    def __init__(self, name: str, attention_layer: Any, layout: CacheLayout, block: BlockShape) -> None:
         super().__init__()
         self.layer_name = name
         self.layout = layout
+        self.block = block
         # held out of nn.Module's children: the attention layer belongs to the model
         self._attention_layer = (attention_layer,)
         self.kv_cache = torch.tensor([])
         self.builder: WindowMetadataBuilder | None = None
-        self.models_are_loaded = False
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        return WindowBackend
+        return window_backend(self.block)
 
-    def get_kv_cache_spec(self, vllm_config: Any) -> WindowSpec | None:
-        # vLLM's runner V1 takes for a draft's layers those that have a cache once the draft is loaded, and wants one
-        # kind of them: until then this layer has none
-        if not self.models_are_loaded:
-            return None
+    def get_kv_cache_spec(self, vllm_config: Any) -> WindowSpec:
         layer = self._attention_layer[0]
         fmt, heads = self.layout.fmt, layer.num_kv_heads
-        block_size = vllm_config.cache_config.block_size
+        block_size = self.block.pages * fmt.page_size
         return WindowSpec(
             block_size=block_size,
             num_kv_heads=heads,
@@ -103,9 +141,9 @@ class WindowLayer(nn.Module, AttentionLayerBase):
             dtype=layer.dtype,
             num_head_slots=1,
             tokens_per_state=block_size,
-            state_content_bytes=fmt.page_bytes(heads),
+            state_content_bytes=self.block.layers * self.block.pages * fmt.page_bytes(heads),
             num_slots=self.layout.num_slots,
-            slots_per_block=fmt.slots_per_block(heads, layer.dtype),
+            slots_per_block=self.layout.slots_per_block(heads, layer.dtype),
             replay_tokens=self.layout.prefix_replay_tokens if self.layout.prefix_caching else 0,
         )
 
@@ -121,6 +159,10 @@ class WindowLayer(nn.Module, AttentionLayerBase):
         assert self.builder is not None and self.builder.latest is not None, "a draft before any step"
         return self.builder.latest
 
-    def window_bytes(self) -> torch.Tensor:
-        """The layer's cache memory as uint8 ``[num_blocks, page_bytes]``."""
-        return self.kv_cache[:, 0, 0].view(torch.uint8)
+    def window_bytes(self, layer: int) -> torch.Tensor:
+        """One layer's window blocks as uint8 ``[num_blocks, pages * page_bytes]``.
+
+        Args:
+            layer: which of the layers side by side; of a window block each has a run of bytes.
+        """
+        return self.kv_cache[:, 0, 0].view(torch.uint8).unflatten(1, (self.block.layers, -1))[:, layer]

@@ -1,0 +1,117 @@
+"""How layers of several kinds share one pool of blocks.
+
+Full attention grows with the context and takes our cache. What attends to nearby tokens only (sliding window, chunks),
+what keeps a recurrent state (state-space, linear attention, convolution), and layers that the user leaves out, keep
+vLLM's own cache. vLLM hands out blocks of one size, so
+
+- a block of ours is as many pages as hold the smallest block that every other layer's attention kernel reads, and a
+  whole state;
+- another layer's block holds as many tokens as fit into that, the rest is padding (2 of 18 tokens, by default);
+- a state is as large as thousands of tokens in few bits. So that a block need not have as many, which is the grain of
+  prefix hits and what the shortest request pays, the pages of several of our layers lie side by side in one block. To
+  vLLM these share the cache of the first.
+
+Chunks are kept like a sliding window of their length, which holds the current chunk in any case: vLLM's manager of
+chunks wants its blocks to have as many tokens as those of full attention.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, SlidingWindowSpec, replace_as
+
+from logquant_vllm.config import PAGE_SIZE
+from logquant_vllm.planning import layers_side_by_side, pages_per_block, tokens_per_block
+from logquant_vllm.plugin.validation import Layers
+from logquant_vllm.plugin.window_layer import BlockShape
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
+
+
+@cache
+def sized_backend(backend: type[AttentionBackend], block_size: int, block_bytes: int) -> type[AttentionBackend]:
+    """vLLM's attention backend of another kind of layer, with blocks of ``block_size`` tokens in ``block_bytes``.
+
+    What builds its metadata is told the dtype of these layers: FlashAttention takes the engine's, ours, for 8 bits.
+    """
+
+    class Builder(backend.get_builder_cls()):  # type: ignore[misc]
+        def __init__(
+            self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, *args: Any, **kwargs: Any
+        ) -> None:
+            vllm_config = copy.copy(vllm_config)
+            vllm_config.cache_config = copy.copy(vllm_config.cache_config)
+            vllm_config.cache_config.cache_dtype = "auto"
+            super().__init__(kv_cache_spec, layer_names, vllm_config, *args, **kwargs)
+
+    class Sized(backend):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def get_builder_cls() -> type[Builder]:
+            return Builder
+
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+            if isinstance(spec, ChunkedLocalAttentionSpec):
+                chunk = spec.attention_chunk_size
+                spec = replace_as(spec, SlidingWindowSpec, drop=("attention_chunk_size",), sliding_window=chunk)
+            own = backend.customize_spec(replace(spec, block_size=block_size, page_size_padded=None))
+            return replace(own, page_size_padded=block_bytes)
+
+    Sized.__name__ = Sized.__qualname__ = f"{backend.__name__}_{block_size}_{block_bytes}"
+    return Sized
+
+
+def _smallest_block(layer: Any, vllm_config: Any) -> tuple[int, int]:
+    """Bytes of a token of a layer, and the least tokens that its kernel takes as a block."""
+    backend, spec = layer.get_attn_backend(), layer.get_kv_cache_spec(vllm_config)
+    token = backend.customize_spec(replace(spec, block_size=1, page_size_padded=None))
+    sizes = backend.get_supported_kernel_block_sizes(spec)
+    return token.unpadded_page_size_bytes, min(s.base if isinstance(s, MultipleOf) else s for s in sizes)
+
+
+def _settle(vllm_config: Any, impls: Sequence[Any], block: BlockShape, alone: bool) -> None:
+    """Our layers, in blocks of that shape."""
+    for first in range(0, len(impls), block.layers):
+        beside = impls[first : first + block.layers]
+        for i, impl in enumerate(beside):
+            impl.settle(vllm_config, block, beside[:i], alone)
+
+
+def share_pool(vllm_config: Any, layers: Layers) -> None:
+    """Give all layers of a model blocks of the same bytes."""
+    impls = [layer.impl for layer in layers.ours.values()]
+    if not impls:
+        return
+    cache, page_bytes = vllm_config.cache_config, impls[0].page_bytes
+    tokens = {name: _smallest_block(layer, vllm_config) for name, layer in layers.attention.items()}
+    states = [replace(layer.get_kv_cache_spec(vllm_config), page_size_padded=None) for layer in layers.states.values()]
+    state_bytes = max((spec.page_size_bytes for spec in states), default=0)
+    beside = layers_side_by_side(len(impls), page_bytes, state_bytes)
+    pages = pages_per_block(beside * page_bytes, [*tokens.values(), (state_bytes, 1)])
+    block_bytes = pages * beside * page_bytes
+    cache.block_size = pages * PAGE_SIZE
+    if states:
+        cache.mamba_page_size_padded = block_bytes
+        if cache.mamba_cache_mode == "align":
+            cache.mamba_block_size = cache.block_size
+    alone = not (tokens or states)
+    _settle(vllm_config, impls, BlockShape(pages, beside), alone)
+    for name, layer in layers.attention.items():
+        block_size = tokens_per_block(pages, beside * page_bytes, *tokens[name])
+        layer.attn_backend = sized_backend(layer.get_attn_backend(), block_size, block_bytes)
+    if not alone:
+        logger.info(
+            "LogQuant: %d layers keep their tokens in few bits, %d have vLLM's own cache; a block has %d tokens of %d "
+            "layers each",
+            len(impls),
+            len(tokens) + len(states),
+            cache.block_size,
+            beside,
+        )

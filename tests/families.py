@@ -1,0 +1,240 @@
+"""Families of models: small ones with the fields of the public ones, for tests, and what ``docs/models.md`` says.
+
+``python -m tests.families`` writes the latter's list and table.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from logquant_vllm.planning import ModelShape, plan
+
+PATH = Path(__file__).parent.parent / "docs" / "models.md"
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64, "sliding_window": 128}
+
+MIXED: dict[str, dict[str, Any]] = {
+    "Gemma 2": {
+        **GEMMA,
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "layer_types": [SLIDING, FULL],
+    },
+    "Gemma 3": {
+        **GEMMA,
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 6,
+        "layer_types": [SLIDING] * 5 + [FULL],
+        "rope_local_base_freq": 10000.0,
+        "rope_theta": 1000000.0,
+    },
+    "Gemma 3n": {
+        **GEMMA,
+        "architectures": ["Gemma3nForCausalLM"],
+        "model_type": "gemma3n_text",
+        "num_hidden_layers": 10,
+        "intermediate_size": 256,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 512,
+        "layer_types": ([SLIDING] * 4 + [FULL]) * 2,
+        "num_kv_shared_layers": 5,
+        "altup_num_inputs": 2,
+        "laurel_rank": 16,
+        "activation_sparsity_pattern": [0.0] * 10,
+    },
+    "OLMo 3": {
+        "architectures": ["Olmo3ForCausalLM"],
+        "model_type": "olmo3",
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "sliding_window": 128,
+        "layer_types": [SLIDING] * 3 + [FULL],
+    },
+    "Cohere 2": {
+        "architectures": ["Cohere2ForCausalLM"],
+        "model_type": "cohere2",
+        "num_hidden_layers": 4,
+        "sliding_window": 128,
+        "sliding_window_pattern": 4,
+        "layer_types": [SLIDING] * 3 + [FULL],
+        "logit_scale": 0.25,
+    },
+    "EXAONE 4 32B": {
+        "architectures": ["Exaone4ForCausalLM"],
+        "model_type": "exaone4",
+        "num_hidden_layers": 4,
+        "sliding_window": 128,
+        "sliding_window_pattern": "LLLG",
+        "layer_types": [SLIDING] * 3 + [FULL],
+    },
+    "Ministral": {
+        "architectures": ["MinistralForCausalLM"],
+        "model_type": "ministral",
+        "num_hidden_layers": 4,
+        "sliding_window": 128,
+        "layer_types": [FULL, SLIDING, SLIDING, SLIDING],
+    },
+    "Gemma 4": {
+        **GEMMA,
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 9,
+        "layer_types": ([SLIDING] * 2 + [FULL]) * 3,
+        "num_kv_shared_layers": 3,
+        "global_head_dim": 128,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 512,
+    },
+    "gpt-oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 128,
+        "layer_types": [SLIDING, FULL],
+    },
+    "Qwen3-Next": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "head_dim": 256,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "partial_rotary_factor": 0.25,
+        "layer_types": (["linear_attention"] * 3 + [FULL]) * 2,
+    },
+    "LFM2": {
+        "architectures": ["Lfm2ForCausalLM"],
+        "model_type": "lfm2",
+        "num_hidden_layers": 6,
+        "conv_L_cache": 3,
+        "layer_types": ["conv", "conv", FULL, "conv", "conv", FULL],
+        "block_ff_dim": 256,
+        "block_auto_adjust_ff_dim": False,
+    },
+    "Llama 4": {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "num_hidden_layers": 4,
+        "intermediate_size_mlp": 256,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 128,
+        "no_rope_layers": [1, 1, 1, 0],
+        "layer_types": ["chunked_attention"] * 3 + [FULL],
+        "pad_token_id": 2,
+    },
+}
+"""By name, what differs from :data:`tests.models.LLAMA`."""
+
+SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "StarCoder2": (
+        {"architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2", "sliding_window": 4096},
+        {},
+    ),
+    "Phi-3.5-MoE": ({"architectures": ["PhiMoEForCausalLM"], "model_type": "phimoe", "sliding_window": 131072}, {}),
+    "Mixtral": ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}, {}),
+    "Qwen3": ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, {}),
+    "Qwen3-MoE": ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "sliding_window": 4096}, {}),
+    "GLM-4": ({"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"}, {}),
+    "GLM-4.5": ({"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe"}, {}),
+    "OLMo 2": ({"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}, {}),
+    "Granite": ({"architectures": ["GraniteForCausalLM"], "model_type": "granite"}, {}),
+    "SmolLM3": ({"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}, {}),
+    "ERNIE 4.5": ({"architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5"}, {}),
+    "ERNIE 4.5 MoE": ({"architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe"}, {}),
+    "Seed-OSS": ({"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss"}, {}),
+    "EXAONE 4 1.2B": (
+        {
+            "architectures": ["Exaone4ForCausalLM"],
+            "model_type": "exaone4",
+            "sliding_window": None,
+            "sliding_window_pattern": None,
+            "layer_types": ["full_attention"] * 2,
+        },
+        {},
+    ),
+    "Command-R": ({"architectures": ["CohereForCausalLM"], "model_type": "cohere"}, {}),
+    "OPT": (
+        {"architectures": ["OPTForCausalLM"], "model_type": "opt", "ffn_dim": 256, "word_embed_proj_dim": 256},
+        {},
+    ),
+    "GPT-2": (
+        {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 256, "n_head": 4, "n_positions": 1024},
+        {},
+    ),
+    "Pythia": ({"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}, {}),
+    "StableLM": ({"architectures": ["StableLmForCausalLM"], "model_type": "stablelm"}, {}),
+}
+"""Architectures that were served beside vLLM's own cache with the same answers."""
+
+
+class Public(NamedTuple):
+    """A public model of a family."""
+
+    name: str
+    layers: str
+    """All of them, by kind."""
+    shape: ModelShape
+    """Of those in our cache."""
+
+
+PUBLIC = {
+    "Gemma 2": Public("gemma-2-9b", "21 full, 21 sliding (4,096), capped scores", ModelShape(21, 8, 256)),
+    "Gemma 3": Public("gemma-3-27b, as text", "10 full, 52 sliding (1,024)", ModelShape(10, 16, 128)),
+    "Gemma 3n": Public("gemma-3n-E4B, as text", "7 full (3 of which share), 28 sliding (512)", ModelShape(4, 2, 256)),
+    "OLMo 3": Public("Olmo-3-7B", "8 full, 24 sliding (4,096)", ModelShape(8, 32, 128)),
+    "Cohere 2": Public("c4ai-command-r7b-12-2024", "8 full, 24 sliding (4,096)", ModelShape(8, 8, 128)),
+    "EXAONE 4 32B": Public("EXAONE-4.0-32B", "16 full, 48 sliding (4,096)", ModelShape(16, 8, 128)),
+    "Ministral": Public("Ministral-8B-Instruct-2410", "9 full, 27 sliding (32,768)", ModelShape(9, 8, 128)),
+    "gpt-oss": Public("gpt-oss-20b", "12 full, 12 sliding (128), all with sinks", ModelShape(12, 8, 64)),
+    "Qwen3-Next": Public("Qwen3-Next-80B-A3B", "12 full, 36 linear attention", ModelShape(12, 2, 256)),
+    "LFM2": Public("LFM2-1.2B", "6 full, 10 convolution", ModelShape(6, 8, 64)),
+    "Llama 4": Public("Llama-4-Scout, as text", "12 full, 36 chunked (8,192)", ModelShape(12, 8, 128)),
+}
+
+
+def table() -> str:
+    """The table of :data:`PUBLIC`."""
+    rows = ["| family | public model | its layers | bfloat16 | fp8 | logquant |", "|---|---|---|---|---|---|"]
+    for family, public in PUBLIC.items():
+        bf16, fp8, ours = plan(public.shape, 1 << 40, 8192)
+        figures = " | ".join(f"{capacity.bytes_per_token:,.0f}" for capacity in (bf16, fp8, ours))
+        ratio = bf16.bytes_per_token / ours.bytes_per_token
+        rows.append(f"| {family} | {public.name} | {public.layers} | {figures} ({ratio:.1f}x) |")
+    return "\n".join(rows)
+
+
+MARK = "<!-- by python -m tests.families, until the next empty line -->\n"
+
+
+def document() -> str:
+    """``docs/models.md``, with its list and its table as they follow from this file."""
+    first, second, third = PATH.read_text(encoding="utf-8").split(MARK)
+    alike = textwrap.fill(", ".join(SERVED) + ".", 120)
+    parts = [first, alike + second[second.index("\n\n") :], table() + third[third.index("\n\n") :]]
+    return MARK.join(parts)
+
+
+if __name__ == "__main__":
+    PATH.write_text(document(), encoding="utf-8")

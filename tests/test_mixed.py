@@ -1,0 +1,134 @@
+"""Models whose layers are of several kinds: full attention in our cache, the others in vLLM's own, from one pool.
+
+The control is vLLM's own cache in the same engine. Nothing is read in few bits up to 383 tokens: so far answers are
+equal. Beyond, and after a prefix hit, they differ by the full-attention layers' rounding, which is to 4 bits, so that
+nothing else can hide behind it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.planning import DEFAULT_BLOCK_SIZE, model_shape, plan
+from tests.families import MIXED
+from tests.models import write_model
+from tests.test_engine import Engine, distance, mean_kl, prompts_of
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.server
+
+OPTIONS = {"window_length": 128, "key_bits": 4, "value_bits": 4}
+LENGTH = 1024
+TOKENS = 4
+FAST = ("Gemma 3",)
+IN_BFLOAT16 = ("Qwen3-Next",)
+"""What vLLM's CPU engine runs in no other dtype."""
+
+
+class Answers(NamedTuple):
+    """Log-probabilities of greedy answers, ``[TOKENS, vocabulary]`` of each request, and what each found cached."""
+
+    short: list[Tensor]
+    cold: list[Tensor]
+    hit: list[Tensor]
+    together: list[Tensor]  # two that begin alike, in one step
+    evicted: list[Tensor]  # the first again, when others have taken its blocks
+    cached: list[int]
+
+
+@contextmanager
+def engine_of(path: Path, **arguments: Any) -> Iterator[Engine]:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine = Engine(path, max_model_len=LENGTH, max_num_batched_tokens=512, **arguments)
+    try:
+        yield engine
+    finally:
+        engine.core.shutdown()
+        engine.llm = engine.core = None  # type: ignore[assignment]
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def answers(engine: Engine) -> Answers:
+    free = engine.free_blocks
+    short, _ = engine.ask(prompts_of(100, 40, 128), TOKENS)
+    prompts = prompts_of(380, 900)
+    cold = [engine.ask([prompt], TOKENS)[0][0] for prompt in prompts]
+    hits = [engine.ask([prompt], TOKENS) for prompt in prompts]
+    (again,) = prompts_of(600)
+    together, shared = engine.ask([again, again], TOKENS)
+    for length in range(700, 750, 10):
+        engine.ask(prompts_of(length), 1)
+    evicted, left = engine.ask(prompts[:1], TOKENS)
+    assert engine.free_blocks == free, "a block was never given back"
+    return Answers(short, cold, [h[0][0] for h in hits], together, evicted, [*(h[1][0] for h in hits), *shared, *left])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        yield
+
+
+def assert_planned(engine: Engine) -> None:
+    """What fits is what the planner says, from the model's configuration alone."""
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
+
+    vllm_config, config = engine.llm.llm_engine.vllm_config, engine.core.scheduler.kv_cache_config
+    (page_bytes,) = {group.kv_cache_spec.page_size_bytes for group in config.kv_cache_groups}
+    layers = max(len(group.layer_names) for group in config.kv_cache_groups)
+    planned = plan(
+        model_shape(str(engine.path), str(vllm_config.model_config.dtype).removeprefix("torch.")),
+        config.num_blocks * layers * page_bytes,
+        LENGTH,
+        LogQuantConfig(**OPTIONS),
+        block_size=DEFAULT_BLOCK_SIZE[vllm_config.device_config.device_type],
+        in_flight_tokens=vllm_config.max_in_flight_tokens,
+    )[2]
+    assert (planned.tokens, planned.concurrency) == get_kv_cache_capacity(vllm_config, config)
+
+
+def divergence(expected: list[Tensor], actual: list[Tensor]) -> float:
+    """Mean KL divergence, in nats, of first tokens: later ones may have different pasts."""
+    return mean_kl([(e[0], a[0]) for e, a in zip(expected, actual, strict=True)])
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in MIXED])
+def test_answers(name: str, tmp_path: Path) -> None:
+    """Cold, after a prefix hit, after one in the same step, and when the blocks of a hit are gone."""
+    path = write_model(tmp_path / "model", **MIXED[name])
+    exact = name not in IN_BFLOAT16 and not torch.cuda.is_available()
+    dtype, rounding = ("float32", 1e-3) if exact else ("bfloat16", 0.2)
+    with engine_of(path, kv_cache_dtype="auto", num_gpu_blocks_override=60, dtype=dtype) as engine:
+        own = answers(engine)
+    options = {"logquant": OPTIONS}
+    with engine_of(path, num_gpu_blocks_override=260, dtype=dtype, additional_config=options) as engine:
+        if name != "Qwen3-Next" or torch.cuda.is_available():  # a CPU's state is in float32 on some machines
+            assert_planned(engine)
+        ours = answers(engine)
+
+    assert distance(own.short, ours.short) < rounding
+    assert distance(own.cold[:1], ours.cold[:1]) < rounding
+    assert ours.cached[1] >= 512 and ours.cached[3] >= 512, ours.cached
+    assert name not in FAST or ours.cached[4] < ours.cached[0], "nothing was evicted"
+    unrelated = divergence(own.cold, own.cold[1:] + own.cold[:1])
+    kl = {
+        "long": divergence(own.cold[1:], ours.cold[1:]),
+        "hit": divergence(own.hit, ours.hit),
+        "together": divergence(own.together, ours.together),
+        "evicted": divergence(own.evicted, ours.evicted),
+    }
+    print(name, {k: f"{v:.1e}" for k, v in {**kl, "unrelated": unrelated}.items()}, own.cached, ours.cached)
+    assert all(value < unrelated / 100 for value in kl.values()), (kl, unrelated)
