@@ -30,11 +30,11 @@ from logquant_vllm.kernels.decode.gluon.tiles import (
     move_all,
     multiply_left,
     multiply_pairs,
-    on_top,
     peak_bits,
     reference_of,
     row_steps,
     scale_and_shift,
+    stack,
     take_columns,
     token_rows,
 )
@@ -71,18 +71,6 @@ def row_scores(memory, first: gl.constexpr, rights, FMT: gl.constexpr):
     for step in gl.static_range(key_channels(FMT) // 16):
         scores = multiply_left(left_operand(words, moved, thirds, step, BITS), rights, step, scores)
     return scores
-
-
-@gluon.jit
-def stack(rows):
-    """A tuple of products ``[n, 8]``, one on top of the other; a renaming of registers."""
-    if len(rows) == 1:
-        return rows[0]
-    else:
-        pairs = ()
-        for i in gl.static_range(len(rows) // 2):
-            pairs += (gl.convert_layout(on_top(rows[2 * i], rows[2 * i + 1]), MMA, assert_trivial=True),)
-        return stack(pairs)
 
 
 @gluon.jit

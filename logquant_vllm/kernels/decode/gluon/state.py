@@ -19,6 +19,7 @@ from logquant_vllm.kernels.decode.gluon.sizes import (
     padded,
     third_bits_bytes,
     value_groups,
+    window_rows,
 )
 from logquant_vllm.kernels.decode.gluon.tiles import (
     BY_LANE,
@@ -57,10 +58,10 @@ class Memory(NamedTuple):
 
 
 @gluon.constexpr_function
-def tile_elements(fmt):
-    """16-bit elements of a tile: a page's codes of keys or of values, or the rows of a product of slots."""
-    channels = padded(fmt.head_size)
-    return max(fmt.page_size * padded(fmt.key_words), channels * fmt.value_words, 16 * channels)
+def tile_elements(vectors, fmt):
+    """16-bit elements of a tile: a page's codes of keys or of values, or rows of slots."""
+    channels, rows = padded(fmt.head_size), window_rows(vectors, fmt)
+    return max(fmt.page_size * padded(fmt.key_words), channels * fmt.value_words, channels * rows)
 
 
 def memory_bytes(fmt: PageFormat, vectors: Vectors) -> int:
@@ -71,7 +72,7 @@ def memory_bytes(fmt: PageFormat, vectors: Vectors) -> int:
     value_factors = (2 * columns * groups + 8 * num_pairs(fmt)) * fmt.page_size
     queries = 16 * num_tiles(vectors, fmt) * key_channels(fmt)
     third_bits = 2 * third_bits_bytes(fmt)
-    return 4 * tile_elements(fmt) + raw + key_factors + value_factors + queries + third_bits
+    return 4 * tile_elements(vectors, fmt) + raw + key_factors + value_factors + queries + third_bits
 
 
 @gluon.jit
@@ -82,7 +83,7 @@ def allocate(VECTORS: gl.constexpr, FMT: gl.constexpr):
     CHANNELS: gl.constexpr = key_channels(FMT)
     KEYS: gl.constexpr = FMT.groups_per_page * CHANNELS
     VALUES: gl.constexpr = value_groups(FMT) * FMT.page_size
-    tiles = gl.allocate_shared_memory(gl.uint16, [2, tile_elements(FMT)], PLAIN)
+    tiles = gl.allocate_shared_memory(gl.uint16, [2, tile_elements(VECTORS, FMT)], PLAIN)
     raw_keys = gl.allocate_shared_memory(gl.int32, [KEYS // 2], PLAIN)
     raw_values = gl.allocate_shared_memory(gl.int32, [VALUES // 2], PLAIN)
     queries = gl.allocate_shared_memory(gl.float16, [num_tiles(VECTORS, FMT), CHANNELS, 8], rows_memory(8))

@@ -12,8 +12,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-ROWS = gl.constexpr(16)  # of a matrix instruction
-
 
 @gluon.constexpr_function
 def products(warps):
@@ -160,6 +158,18 @@ def side_by_side(a, b):
 def on_top(a, b):
     """``[n, columns]`` twice to ``[2 * n, columns]``; a renaming of registers."""
     return gl.reshape(gl.permute(gl.join(a, b), (2, 0, 1)), (2 * a.shape[0], a.shape[1]))
+
+
+@gluon.jit
+def stack(rows):
+    """A tuple of products ``[n, 8]``, one on top of the other; a renaming of registers."""
+    if len(rows) == 1:
+        return rows[0]
+    else:
+        pairs = ()
+        for i in gl.static_range(len(rows) // 2):
+            pairs += (gl.convert_layout(on_top(rows[2 * i], rows[2 * i + 1]), MMA, assert_trivial=True),)
+        return stack(pairs)
 
 
 @gluon.jit

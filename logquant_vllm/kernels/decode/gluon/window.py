@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from logquant_vllm.kernels.cache import compaction_due, find_hole, holds_copy, new_token_in, skip_hole, slot_offset
 from logquant_vllm.kernels.decode.gluon.copies import matrices, start_copies
 from logquant_vllm.kernels.decode.gluon.queries import index_columns, place
-from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector, group_channels, padded
+from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector, group_channels, padded, window_rows
 from logquant_vllm.kernels.decode.gluon.state import Sums, raise_maxima
 from logquant_vllm.kernels.decode.gluon.tiles import (
     BY_HEAD,
@@ -18,33 +18,35 @@ from logquant_vllm.kernels.decode.gluon.tiles import (
     LEFT,
     LOG_WEIGHT_UNIT,
     MMA,
-    RIGHT,
-    ROWS,
     SLACK,
     copy_layout,
     distance,
     exp2,
     lane_maxima,
+    multiply_left,
     reference_of,
+    row_steps,
     scale_and_shift,
+    stack,
     transpose_tiles,
 )
 
 
 @gluon.jit
-def find_slots(first, new, cache, blocks, request, due, QUERIES: gl.constexpr, LAYOUT: gl.constexpr):
-    """Where the slots of a tile lie.
+def find_slots(first, new, cache, blocks, request, due, VECTORS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where the next slots from ``first`` on lie.
 
     Args:
         new: where the first new key and value lie, as offsets from the copies, and how far it is to the next ones.
             Slots that hold nothing have the first as well: something must be read there, and its score is taken out.
         blocks: pointer to the window's blocks.
-        QUERIES: as in ``cache.new_token_in``.
 
     Returns:
-        keys, values: offsets from the copies (int64 ``[16]``).
+        keys, values: offsets from the copies (int64 ``[rows]``).
         seen_from: the first new token that attends to a slot: 0 for copies, more than there can be for what is empty.
     """
+    QUERIES: gl.constexpr = VECTORS.queries
+    ROWS: gl.constexpr = window_rows(VECTORS, LAYOUT.fmt)
     new_key, new_value, key_stride, value_stride = new
     slot = first + gl.arange(0, ROWS, layout=LANES)
     token = new_token_in(slot, request, due, QUERIES, LAYOUT)
@@ -70,16 +72,34 @@ def copy_rows(memory, base, offsets, CHANNELS: gl.constexpr):
 
 
 @gluon.jit
-def tile_scores(k, q, seen_from, block, scale, VECTORS: gl.constexpr, FMT: gl.constexpr):
-    """Scores ``[16, 8]`` of slots for each tile of columns; ``-inf`` where a column does not attend to a slot."""
+def rows_of_step(memory, step: gl.constexpr):
+    """The 16 rows of a product; all of them are no slice, which would cost instructions."""
+    if memory.shape[0] == 16:
+        return memory
+    else:
+        return memory.slice(16 * step, 16)
+
+
+@gluon.jit
+def slot_scores(memory, q, seen_from, block, scale, VECTORS: gl.constexpr, FMT: gl.constexpr):
+    """Scores ``[rows, 8]`` of slots' keys for each tile; ``-inf`` where a column does not attend to a slot."""
+    BLOCKS: gl.constexpr = memory.shape[0] // 16
+    blocks = ()
+    for i in gl.static_range(BLOCKS):
+        k = rows_of_step(memory, i).load(LEFT)
+        products = ()
+        for tile in gl.static_range(len(q)):
+            products += (mma_v2(k, q[tile], gl.zeros((16, 8), gl.float32, MMA)) * scale,)
+        blocks += (products,)
     scores = ()
     for tile in gl.static_range(len(q)):
+        rows = ()
+        for i in gl.static_range(BLOCKS):
+            rows += (blocks[i][tile],)
         token, _, _ = place(index_columns(tile, VECTORS, FMT, BY_HEAD), block, VECTORS)
         # one of a vector's columns attends to them
         own = gl.arange(0, 8, layout=BY_HEAD)[None, :] % columns_of_vector(VECTORS, FMT) == 0
-        products = mma_v2(k, q[tile], gl.zeros((ROWS, 8), gl.float32, MMA)) * scale
-        seen = (seen_from[:, None] <= token[None, :]) & own
-        scores += (gl.where(seen, products, float("-inf")),)
+        scores += (gl.where((seen_from[:, None] <= token[None, :]) & own, stack(rows), float("-inf")),)
     return scores
 
 
@@ -96,31 +116,22 @@ def raise_references(sums, scores):
 
 
 @gluon.jit
-def multiply(left, rights, sums):
-    """Products of one left operand with those of each tile, added to ``sums``."""
-    added = ()
-    for tile in gl.static_range(len(rights)):
-        added += (mma_v2(left, rights[tile], sums[tile]),)
-    return added
-
-
-@gluon.jit
-def add_slots(sums, v, rights, FMT: gl.constexpr):
-    """``sums`` with the values ``v`` of slots, by their weights; the totals are those of the first pair."""
-    totals = (multiply(gl.full((16, ROWS), 1.0, rights[0].dtype, LEFT), rights, sums.totals[0]),)
+def add_slots(sums, memory, rights, FMT: gl.constexpr):
+    """``sums`` with the values of slots, by their weights; the totals are those of the first pair."""
+    STEPS: gl.constexpr = memory.shape[0] // 16
+    GROUPS: gl.constexpr = FMT.value_groups
+    counted, acc = sums.totals[0], sums.acc
+    for step in gl.static_range(STEPS):
+        counted = multiply_left(gl.full((16, 16), 1.0, rights[0][0].dtype, LEFT), rights, step, counted)
+        rows, added = rows_of_step(memory, step), ()
+        for group in gl.static_range(GROUPS):
+            v = rows.slice(group * FMT.value_group_size, group_channels(FMT, group), 1)
+            added += (multiply_left(v.permute((1, 0)).load(LEFT), rights, step, acc[group]),)
+        acc = added
+    totals = (counted,)
     for pair in gl.static_range(1, len(sums.totals)):
         totals += (sums.totals[pair],)
-    GROUPS: gl.constexpr = FMT.value_groups
-    acc = ()
-    for group in gl.static_range(GROUPS):
-        acc += (multiply(group_of(v, group, FMT), rights, sums.acc[group]),)
     return Sums(acc, totals, sums.maximum)
-
-
-@gluon.jit
-def group_of(v, group: gl.constexpr, FMT: gl.constexpr):
-    """A group of channels of slots' values as a left operand ``[channels, 16]``."""
-    return v.slice(group * FMT.value_group_size, group_channels(FMT, group), 1).permute((1, 0)).load(LEFT)
 
 
 @gluon.jit
@@ -137,7 +148,7 @@ def attend_window(
     """
     FMT: gl.constexpr = LAYOUT.fmt
     HEAD_SIZE: gl.constexpr = FMT.head_size
-    QUERIES: gl.constexpr = VECTORS.queries
+    ROWS: gl.constexpr = window_rows(VECTORS, FMT)
     dtype: gl.constexpr = q[0].dtype
     memory = matrices(tiles, dtype, ROWS, padded(HEAD_SIZE))
     first_slot, end_slot = slots
@@ -145,9 +156,9 @@ def attend_window(
     due = compaction_due(request, LAYOUT)
     # offsets from the copies, which the new tokens need not be near to
     new = distance(new_keys[0], copies), distance(new_values[0], copies), new_keys[1], new_values[1]
-    hole = find_hole(request.computed, ROWS, QUERIES, LAYOUT)
+    hole = find_hole(request.computed, ROWS, VECTORS.queries, LAYOUT)
     first = skip_hole(first_slot, hole)
-    key_rows, value_rows, seen_from = find_slots(first, new, cache, blocks, request, due, QUERIES, LAYOUT)
+    key_rows, value_rows, seen_from = find_slots(first, new, cache, blocks, request, due, VECTORS, LAYOUT)
     copy_rows(memory.index(0), copies, key_rows, HEAD_SIZE)
     async_copy.commit_group()
     copy_rows(memory.index(1), copies, value_rows, HEAD_SIZE)
@@ -157,9 +168,9 @@ def attend_window(
         following = skip_hole(first + ROWS, hole)
         more = following < end_slot
         async_copy.wait_group(1)
-        scores = tile_scores(memory.index(0).load(LEFT), q, seen, block, qk_scale, VECTORS, FMT)
+        scores = slot_scores(memory.index(0), q, seen, block, qk_scale, VECTORS, FMT)
         if more:
-            key_rows, value_rows, seen_from = find_slots(following, new, cache, blocks, request, due, QUERIES, LAYOUT)
+            key_rows, value_rows, seen_from = find_slots(following, new, cache, blocks, request, due, VECTORS, LAYOUT)
             copy_rows(memory.index(0), copies, key_rows, HEAD_SIZE)
         async_copy.commit_group()
 
@@ -169,7 +180,7 @@ def attend_window(
             shift = LOG_WEIGHT_UNIT - reference_of(sums.maximum[tile])
             weights = exp2(scale_and_shift(scores[tile], 1.0, shift))
             transposed = gl.reshape(transpose_tiles(weights.to(dtype)), (ROWS, 8))
-            rights += (gl.convert_layout(transposed, RIGHT, assert_trivial=True),)
+            rights += (row_steps(transposed),)
         async_copy.wait_group(1)
         sums = add_slots(sums, memory.index(1), rights, FMT)
         if more:
