@@ -361,8 +361,9 @@ def test_doctor_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     ("heads", "options", "capability", "status", "found"),
     [
         ({}, "{}", (9, 0), "ok", "Gluon on sm_90"),
-        ({"num_attention_heads": 32}, "{}", (9, 0), "note", "a KV head has 16 query heads, more than 8"),
-        ({"head_dim": 256}, "{}", (12, 0), "note", "heads have 256 channels, not 64 or 128"),
+        ({"num_attention_heads": 32}, "{}", (9, 0), "ok", "Gluon on sm_90"),
+        ({"head_dim": 256}, "{}", (12, 0), "ok", "Gluon on sm_120"),
+        ({"head_dim": 32}, "{}", (9, 0), "note", "heads have 32 channels, not 64 to 256"),
         ({}, '{"scale_bits": 16}', (9, 0), "note", "scale_bits is 16, not 8"),
         ({}, "{}", (8, 0), "note", "sm_80 has no instruction"),
         ({}, "{}", None, "ok", "C++"),

@@ -33,8 +33,8 @@ def why_not_gluon(
         return "queries are float32"
     if not 64 <= fmt.head_size <= 256:
         return f"heads have {fmt.head_size} channels, not 64 to 256"
-    if fmt.key_words % 4:
-        return f"{fmt.head_size} channels of {fmt.key_bits} bits are {fmt.key_words} words, not a multiple of 4"
+    if fmt.key_words % 2:
+        return f"{fmt.head_size} channels of {fmt.key_bits} bits are {fmt.key_words} words, an odd number"
     if softcap:
         return f"scores are capped, at {softcap:g}"
     if fmt.scale_bits != 8:

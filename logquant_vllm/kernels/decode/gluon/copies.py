@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from logquant_vllm.kernels.decode.gluon.sizes import largest_power, padded, value_groups
+from logquant_vllm.kernels.decode.gluon.sizes import key_channels, largest_power, padded, value_groups
 from logquant_vllm.kernels.decode.gluon.tiles import LANES, copy_layout, rows_memory
 
 
@@ -117,10 +117,27 @@ def copy_keys(memory, slab, wanted, FMT: gl.constexpr):
     ROW: gl.constexpr = padded(FMT.key_words)
     VALUES: gl.constexpr = FMT.value_groups * FMT.page_size
     copy_words(key_tile(memory, FMT), slab + FMT.key_codes_offset, wanted, FMT.key_words)
-    copy_bytes(memory.raw_keys, slab + FMT.key_scale_offset, wanted, FMT.key_words, ROW)
+    if FMT.key_words % 4 == 0:
+        copy_bytes(memory.raw_keys, slab + FMT.key_scale_offset, wanted, FMT.key_words, ROW)
     copy_bytes(memory.raw_values, slab + FMT.value_scale_offset, wanted, VALUES, value_groups(FMT) * FMT.page_size)
     PLANES: gl.constexpr = FMT.key_planes
     copy_third_bits(memory, slab, wanted, 0, FMT.page_size, PLANES)
+
+
+@gluon.jit
+def load_key_scales(slab, FMT: gl.constexpr):
+    """A page's key scales and zeros in registers, two bytes to an element, if their rows are no multiple of the four
+    bytes that are copied at least; a tuple, otherwise empty."""
+    if FMT.key_words % 4 == 0:
+        return ()
+    else:
+        ROW: gl.constexpr = padded(FMT.key_words) // 2
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        element = gl.arange(0, FMT.groups_per_page * key_channels(FMT), layout=LAYOUT)
+        in_row = element % ROW
+        scales = (slab + FMT.key_scale_offset).to(gl.pointer_type(gl.uint16))
+        offset = element // ROW * (FMT.key_words // 2) + in_row
+        return (gl.load(scales + offset, mask=in_row < FMT.key_words // 2, other=0),)
 
 
 @gluon.jit

@@ -21,21 +21,25 @@ from logquant_vllm.kernels.decode.gluon.copies import (
     copy_keys,
     copy_values,
     load_blocks,
+    load_key_scales,
     wanted_by_lanes,
 )
 from logquant_vllm.kernels.decode.gluon.scales import store_key_factors, store_value_factors
 from logquant_vllm.kernels.decode.gluon.scores import EXACT_LIMIT, LIMIT, weigh_page
-from logquant_vllm.kernels.decode.gluon.tiles import CODE_UNIT, power_of_two
+from logquant_vllm.kernels.decode.gluon.tiles import CODE_UNIT, PLAIN, power_of_two
 from logquant_vllm.kernels.decode.gluon.values import add_page, begin_pages, end_pages
 
 
 @gluon.jit
-def store_factors(memory, complete, FMT: gl.constexpr):
+def store_factors(memory, key_scales, complete, FMT: gl.constexpr):
     """Bring the raw scales and zeros of a page to factors; whether a value's scale is above LARGE_SCALE.
 
     Args:
+        key_scales: from ``copies.load_key_scales``.
         complete: as in ``scales.store_key_factors``.
     """
+    if len(key_scales) > 0:
+        memory.raw_keys._reinterpret(gl.uint16, [2 * memory.raw_keys.shape[0]], PLAIN).store(key_scales[0])
     store_key_factors(memory.raw_keys, memory.key_scales, memory.key_zeros, complete, FMT)
     return store_value_factors(memory.raw_values, memory.value_scales, memory.value_zeros, complete, FMT)
 
@@ -87,7 +91,7 @@ def attend_pages(
         copy_values(memory, slab, None, FMT)
         async_copy.commit_group()
         async_copy.wait_group(1)
-        large = store_factors(memory, complete_end - first_page * PAGE, FMT)
+        large = store_factors(memory, load_key_scales(slab, FMT), complete_end - first_page * PAGE, FMT)
         block = block_of(blocks, 1)
         for page in range(first_page, end_page):
             wanted = wanted_by_lanes(page + 1 < end_page)
@@ -96,6 +100,7 @@ def attend_pages(
             place = page, (page == 0) | (page >= first_overlaid), end, request
             sums, weights = weigh_page(sums, memory, place, units, limit, COLUMNS, LAYOUT)
             copy_keys(memory, slab, wanted, FMT)
+            key_scales = load_key_scales(slab, FMT)
             async_copy.commit_group()
 
             if page + 2 - base == 32:
@@ -107,7 +112,7 @@ def attend_pages(
             async_copy.commit_group()
 
             async_copy.wait_group(1)
-            large = store_factors(memory, complete_end - (page + 1) * PAGE, FMT)
+            large = store_factors(memory, key_scales, complete_end - (page + 1) * PAGE, FMT)
     async_copy.wait_group(0)
 
     return end_pages(sums, COLUMNS)
