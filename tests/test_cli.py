@@ -363,7 +363,7 @@ def test_doctor_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, "{}", (9, 0), "ok", "Gluon on sm_90"),
         ({"num_attention_heads": 32}, "{}", (9, 0), "ok", "Gluon on sm_90"),
         ({"head_dim": 256}, "{}", (12, 0), "ok", "Gluon on sm_120"),
-        ({"head_dim": 32}, "{}", (9, 0), "note", "heads have 32 channels, not 64 to 256"),
+        ({"head_dim": 96}, '{"preset": "k3v3"}', (9, 0), "note", "codes have 3 bits, and heads 96 channels"),
         ({}, '{"scale_bits": 16}', (9, 0), "note", "scale_bits is 16, not 8"),
         ({}, "{}", (8, 0), "note", "sm_80 has no instruction"),
         ({}, "{}", None, "ok", "C++"),

@@ -48,6 +48,7 @@ def in_engine(use: Callable[[Any], T], model: Path, **arguments: Any) -> T:
         kv_cache_dtype="logquant",
         max_model_len=1024,
         num_gpu_blocks_override=200,
+        gpu_memory_utilization=0.3,
         kv_cache_memory_bytes=2**30,  # vLLM does not start where others free memory while it measures
         enable_prefix_caching=False,  # the same prompts are asked again and again
         **arguments,
