@@ -187,7 +187,9 @@ def test_accuracy_of_what_is_served(server: Server, tmp_path: Path) -> None:
     command += ["--tasks", "lookup", "--count", "12", "--no-plots", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    records = json.loads((tmp_path / "result.json").read_text())["records"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    records = result["records"]
+    assert result["server"]["prefix_hit_tokens"] >= 12 * 1024 and result["server"]["preemptions"] == 0
     by_name = {(r["task"], r["method"]): r for r in records}
     for method in ("served cold", "served after a prefix hit"):
         whole = by_name["lookup", method]

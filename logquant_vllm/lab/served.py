@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -17,6 +18,22 @@ from logquant_vllm.lab.experiment import plan_of
 from logquant_vllm.lab.tasks import Item, Task
 
 PASSES = ("served cold", "served after a prefix hit")
+COUNTERS = {"preemptions": "vllm:num_preemptions_total", "prefix_hit_tokens": "vllm:prefix_cache_hits_total"}
+"""What tells whether a pool was full, and whether there were hits at all."""
+
+
+def counters(base_url: str) -> dict[str, float]:
+    """The server's :data:`COUNTERS` so far; none of a server that is not vLLM's."""
+    try:
+        with urllib.request.urlopen(f"{base_url.rstrip('/').removesuffix('/v1')}/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+    except OSError:
+        return {}
+    values = {
+        name: [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{metric}{{", f"{metric} "))]
+        for name, metric in COUNTERS.items()
+    }
+    return {name: sum(found) for name, found in values.items() if found}
 
 
 def run(
@@ -43,7 +60,7 @@ def run(
         model = client.models.list().data[0].id
     except APIConnectionError:
         raise ValueError(f"no server answers at {base_url}; give for example http://localhost:8000/v1") from None
-    started, records = time.monotonic(), list[dict[str, Any]]()
+    started, records, before = time.monotonic(), list[dict[str, Any]](), counters(base_url)
 
     def ask(item: Item) -> float:
         # as token ids: a template may begin with what the server would put in front of text once more
@@ -96,6 +113,7 @@ def run(
         "dtype": "the server's",
         "seconds": round(time.monotonic() - started, 1),
         "complete": True,
+        "server": {name: value - before.get(name, 0) for name, value in counters(base_url).items()},
         "plan": {
             **plan_of(PASSES[1]),
             "against": [PASSES[0]],
