@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from logquant_vllm.planning import Capacity, ModelShape, plan, rollback_tokens
+from logquant_vllm.planning import Capacity, LocalLayers, ModelShape, plan, rollback_tokens
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GIB = 1 << 30
@@ -27,9 +27,14 @@ MODELS = {
     "Qwen/Qwen3-235B-A22B-Instruct-2507-FP8": (ModelShape(94, 4, 128), 235.09e9),
     "zai-org/GLM-4.5-Air-FP8": (ModelShape(46, 8, 128), 106.85e9),
     "zai-org/GLM-4.7-FP8": (ModelShape(92, 8, 128), 358.34e9),
+    "openai/gpt-oss-20b": (ModelShape(12, 8, 64, local=(LocalLayers(12, 8, 64, 128),)), 20.91e9),
+    "openai/gpt-oss-120b": (ModelShape(18, 8, 64, local=(LocalLayers(18, 8, 64, 128),)), 116.83e9),
     "mistralai/Mistral-7B-Instruct-v0.3": (ModelShape(32, 8, 128), 7.25e9),
 }
 """Shapes as in each model's ``config.json``, and the number of parameters as on its model card. No hub is asked."""
+
+WEIGHT_BYTES = {"FP8": 1.0, "oss": 0.66}
+"""Bytes of a parameter, by the words of a model's name: gpt-oss stores its experts in 4 bits; others take 2."""
 
 GPU_GIB = {
     "b200": 178.4,
@@ -67,7 +72,8 @@ class ConfigFile:
     def kv_gib(self) -> int:
         """KV memory of one GPU, estimated."""
         model = self.flags["model"]
-        weights = (1 if model.endswith("-FP8") else 2) * MODELS[model][1] / GIB / self.ranks
+        each = next((size for word, size in WEIGHT_BYTES.items() if word in model.split("-")), 2.0)
+        weights = each * MODELS[model][1] / GIB / self.ranks
         return math.floor(GPU_GIB[self.gpu] * self.flags["gpu-memory-utilization"] - weights - RESERVED_GIB)
 
     def capacities(self) -> list[Capacity]:
