@@ -244,7 +244,6 @@ def test_sleep(tmp_path: Path) -> None:
     arguments = {
         "dtype": "bfloat16",
         "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]},
-        "enable_sleep_mode": True,
     }
     of_second = in_engine(lambda llm: answers(llm, prompts), second, **arguments)
 
@@ -266,9 +265,9 @@ def test_sleep(tmp_path: Path) -> None:
         sleep_without_weights(weights_path=str(second))
         # another engine may round otherwise: bfloat16 logits of 16 and more differ by multiples of 0.125
         assert difference(answers(llm, prompts), of_second) < 0.3, "weights of another model"
-        assert difference(fresh, of_second) > 1
+        assert difference(fresh, of_second) > 0.3
         sleep_without_weights(weights_path=str(DEMO_MODEL))
         assert difference(answers(llm, prompts), fresh) == 0, "weights of the first model"
         assert {name: x.data_ptr() for name, x in buffers(llm).items()} == addresses
 
-    in_engine(sleep, DEMO_MODEL, **arguments)
+    in_engine(sleep, DEMO_MODEL, enable_sleep_mode=True, **arguments)
