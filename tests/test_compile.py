@@ -93,6 +93,8 @@ def unused(gpu: str, name: str) -> set[str]:
     kernels = {f"decode.{decode}.decode_kernel"}
     if launch.why_not_gluon(this, torch.bfloat16, layout.fmt):
         kernels.add("store.feedback.gluon_kernel.feedback_kernel")
+    if head_size.bit_count() == 1:  # the kernel that combines rotates back
+        kernels.add("rotate.rotate_output_kernel")
     return kernels
 
 
