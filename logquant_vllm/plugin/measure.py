@@ -81,8 +81,8 @@ def calibrate(vllm_config: Any, executor: Any, kv_cache_config: Any) -> Status:
         if path is not None:
             return Status(str(path), calibration.origin(config, path))
         return Status(None, f"none: the option {'calibration is null' if config.rotation else 'rotation is false'}")
-    if path is None and (why := obstacle(vllm_config)) is not None:
-        return Status(None, f"none: {why}")
+    if (why := obstacle(vllm_config)) is not None:
+        return Status(None, f"none: {why}") if path is None else Status(str(path), calibration.origin(config, path))
     if path is not None and calibration.is_measured(path) and basis.load(path, model) is None:
         path = None
     surveyed = executor.collective_rpc(observe.survey, args=(path is not None,))
@@ -101,7 +101,8 @@ def calibrate(vllm_config: Any, executor: Any, kv_cache_config: Any) -> Status:
         if _keep(moments, target):
             return Status(str(target), note)
         return Status(None, f"{note}, and not kept: the next start measures again")
-    assert path is not None, "nothing found, and nobody lacks it"
+    if path is None:
+        return Status(None, "found by the workers, on other machines")
     if any(waits for waits, _ in surveyed):  # on machines that do not see the file
         executor.collective_rpc(observe.use, args=(basis.load(path, model), target))
     return Status(str(path), calibration.origin(config, path))
