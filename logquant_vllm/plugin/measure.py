@@ -128,8 +128,14 @@ def _measure(config: LogQuantConfig, vllm_config: Any, executor: Any, kv_cache_c
     from tqdm import tqdm
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
-    prompts = text.sequences(text.documents(config.calibration_text), tokenizer, _longest(vllm_config))
+    documents = text.documents(config.calibration_text)
+    try:
+        tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+        prompts = text.sequences(documents, tokenizer, _longest(vllm_config))
+    except ValueError:
+        raise
+    except Exception as error:  # what tokenizers raise is up to them
+        raise ValueError(f"its tokenizer cannot be used: {error!r}") from error
     tokens = sum(map(len, prompts))
     logger.info("LogQuant: measuring the model's queries and keys on %d tokens, once", tokens)
     executor.collective_rpc(observe.begin)

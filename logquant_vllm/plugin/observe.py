@@ -75,9 +75,11 @@ def _output_sizes(parent: nn.Module | None, layer: Any, dtype: torch.dtype, devi
     for child in parent.children() if parent is not None else ():
         projection = getattr(child, "base_layer", child)  # below an adapter
         if isinstance(projection, RowParallelLinear) and projection.input_size_per_partition == heads * channels:
-            unit = torch.eye(heads * channels, dtype=dtype, device=device)
-            parts = projection.quant_method.apply(projection, unit).float().unflatten(0, (heads, channels))
-            return (parts @ parts.mT).cpu()
+            sizes = []
+            for unit in torch.eye(heads * channels, dtype=dtype).split(channels):
+                part = projection.quant_method.apply(projection, unit.to(device)).float()
+                sizes.append((part @ part.mT).cpu())
+            return torch.stack(sizes)
     return torch.eye(channels, dtype=torch.float32).expand(heads, -1, -1)
 
 
