@@ -63,8 +63,9 @@ def obstacle(vllm_config: Any) -> str | None:
 def _longest(vllm_config: Any) -> int:
     """Tokens of a prompt that is computed in one step."""
     scheduler = vllm_config.scheduler_config
-    most = [vllm_config.model_config.max_model_len - 1, scheduler.max_num_batched_tokens]
-    return min(*most, scheduler.long_prefill_token_threshold or most[0])
+    limits = vllm_config.model_config.max_model_len - 1, scheduler.max_num_batched_tokens
+    others = scheduler.max_num_scheduled_tokens, scheduler.long_prefill_token_threshold  # None or 0 without one
+    return min(*limits, *filter(None, others))
 
 
 def calibrate(vllm_config: Any, executor: Any, kv_cache_config: Any) -> Status:
