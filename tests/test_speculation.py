@@ -55,9 +55,14 @@ class Models:
         return engine(self.target, method, self.drafts[method] if method else {}, **arguments)
 
 
+ENGINES: list[Engine] = []
+"""All that were made: when one is collected, vLLM takes what those of this process share."""
+
+
 def engine(model: Path, method: str | None, draft: dict[str, Any], **arguments: Any) -> Engine:
     speculation = {"method": method, "num_speculative_tokens": DRAFTS, **draft} if method else None
-    return Engine(model, **{**SIZES, **arguments}, speculative_config=speculation)
+    ENGINES.append(Engine(model, **{**SIZES, **arguments}, speculative_config=speculation))
+    return ENGINES[-1]
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +86,8 @@ def acceptance(engine: Engine) -> tuple[int, int]:
     return drafted, accepted
 
 
-def compare(plain: Engine, drafting: Engine, last_page_anew: bool = False) -> None:
-    """Answers of both, cold and after prefix hits, beyond several compactions; all blocks come back.
-
-    Args:
-        last_page_anew: vLLM computes the last page of a hit again, for a head that sees one token ahead.
-    """
+def compare(plain: Engine, drafting: Engine) -> None:
+    """Answers of both, cold and after prefix hits, beyond several compactions; all blocks come back."""
     lengths, free = [60, 180, 188, 320, 500, 700], drafting.free_blocks
     for engine in (plain, drafting):
         assert engine.core.scheduler.kv_cache_manager.reset_prefix_cache()
@@ -97,8 +98,9 @@ def compare(plain: Engine, drafting: Engine, last_page_anew: bool = False) -> No
     assert distance(actual, cold) < ROUNDING
     expected, hits = plain.ask(prompts, 80)
     both, cached = drafting.ask([*prompts, *prompts_of(90)], 80)
-    if last_page_anew:
-        assert cached == [max(n - PAGE, 0) for n in hits] + [0]
+    if drafting.core.scheduler.use_eagle_block_drop:  # 0.32: for a head that sees one token ahead
+        # and what would only be replayed is no hit
+        assert cached == [n - PAGE if n > 2 * PAGE else 0 for n in hits] + [0]
     else:
         assert cached == [*hits, 0]
         assert distance(both[:-1], expected) < ROUNDING
@@ -109,30 +111,6 @@ def test_a_draft_model(plain: Engine, drafting: Engine) -> None:
     compare(plain, drafting)
     drafted, accepted = acceptance(drafting)
     assert 0 < accepted < drafted
-
-
-@pytest.mark.slow
-def test_a_draft_model_of_another_shape(models: Models, plain: Engine) -> None:
-    """It fills a part of the model's blocks."""
-    engine = models.engine("a smaller draft")
-    compare(plain, engine)
-    assert acceptance(engine)[0] > 1000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["eagle", "eagle3"])
-def test_a_head(models: Models, plain: Engine, method: str) -> None:
-    engine = models.engine(method)
-    compare(plain, engine, last_page_anew=True)
-    assert acceptance(engine)[0] > 1000
-
-
-@pytest.mark.slow
-def test_mtp(tmp_path: Path) -> None:
-    model = model_with_mtp(tmp_path / "model")
-    drafting = engine(model, "mtp", {})
-    compare(engine(model, None, {}), drafting, last_page_anew=True)
-    assert acceptance(drafting)[0] > 1000
 
 
 def test_abort_gives_every_block_back(drafting: Engine) -> None:
@@ -147,6 +125,30 @@ def test_abort_gives_every_block_back(drafting: Engine) -> None:
     while llm.has_unfinished_requests():
         llm.step()
     assert drafting.free_blocks == free
+
+
+@pytest.mark.slow
+def test_a_draft_model_of_another_shape(models: Models, plain: Engine) -> None:
+    """It fills a part of the model's blocks."""
+    engine = models.engine("a smaller draft")
+    compare(plain, engine)
+    assert acceptance(engine)[0] > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_a_head(models: Models, plain: Engine, method: str) -> None:
+    engine = models.engine(method)
+    compare(plain, engine)
+    assert acceptance(engine)[0] > 1000
+
+
+@pytest.mark.slow
+def test_mtp(tmp_path: Path) -> None:
+    model = model_with_mtp(tmp_path / "model")
+    drafting = engine(model, "mtp", {})
+    compare(engine(model, None, {}), drafting)
+    assert acceptance(drafting)[0] > 1000
 
 
 @pytest.mark.slow

@@ -318,6 +318,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
                 layer.get_kv_cache_spec = owner.get_kv_cache_spec
             self._window_layer = WindowLayer(name + WINDOW_SUFFIX, owner, first._layer.layout, block)
             self._layers[name + WINDOW_SUFFIX] = self._window_layer
+            if owner is not layer:  # vLLM 0.32 takes the last layer's group for that of MTP modules
+                self._layers[name] = self._layers.pop(name)
         for reader in self._readers:
             reader._settle_reader((beside[0] if beside else self).named()[0])
         if current_platform.is_cuda():
