@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -375,7 +376,9 @@ def test_unsupported_layers(argument: dict[str, object], tmp_path: Path) -> None
         LogQuantImpl(4, 64, 0.125, 2, logits_soft_cap=0.0, sinks=None)
 
 
-def attention_layer(index: int = 0, num_kv_heads: int = 2, kind: str = "attention.Attention", **arguments: Any) -> Any:
+def attention_layer(
+    index: int = 0, num_kv_heads: int = 2, kind: str = "attention.Attention", head_size: int = 64, **arguments: Any
+) -> Any:
     """One of vLLM's own layers, as a model builds it."""
     from importlib import import_module
 
@@ -385,7 +388,7 @@ def attention_layer(index: int = 0, num_kv_heads: int = 2, kind: str = "attentio
     layer = getattr(import_module(f"vllm.model_executor.layers.attention.{module}"), name)
     cache = get_current_vllm_config().cache_config
     arguments = {"cache_config": cache, "prefix": f"model.layers.{index}.self_attn.attn", **arguments}
-    return layer(4, 64, scale=0.125, num_kv_heads=num_kv_heads, **arguments)
+    return layer(4, head_size, scale=0.125, num_kv_heads=num_kv_heads, **arguments)
 
 
 def own_backend() -> Any:
@@ -486,6 +489,65 @@ def test_layers_of_several_kinds_share_blocks(dtype: str, tmp_path: Path) -> Non
     assert block_size == {"float16": 512, "float32": 1024}[dtype]
     for layer in (config.compilation_config.static_forward_context[f"model.layers.{i}.self_attn.attn"] for i in (0, 3)):
         assert layer.impl.window_layer.layout.prefix_replay_tokens == 0
+
+
+def test_recurrent_states_share_blocks(tmp_path: Path) -> None:
+    """With the shapes of Qwen3-Next-80B a block has 1,024 tokens and at most a tenth of padding, and what fits is what
+    the planner says."""
+    from torch import nn
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
+    from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
+
+    from logquant_vllm.planning import LINEAR, LocalLayers, ModelShape, plan
+
+    try:
+        from vllm.v1.core.kv_cache_planning import get_kv_cache_config_from_groups, get_kv_cache_groups
+    except ImportError:  # 0.32
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+
+    state = ((8192, 3), (32, 128, 128))
+
+    class LinearAttention(nn.Module, MambaBase):
+        mamba_type = MambaAttentionBackendEnum.GDN_ATTN
+
+        def get_state_shape(self) -> Any:
+            return state
+
+        def get_state_dtype(self) -> Any:
+            return torch.bfloat16, torch.bfloat16
+
+    path = write_config(tmp_path / "model", head_dim=256, num_attention_heads=4)
+    config = create_config(path, max_model_len=8192)
+    cache, layers = config.cache_config, config.compilation_config.static_forward_context
+    layers.clear()
+    cache.mamba_cache_mode, cache.mamba_block_size, cache.kv_cache_layout = "align", cache.block_size, "LBHNC"
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with set_current_vllm_config(config):
+            for index in range(48):
+                if index % 4 < 3:
+                    layers[f"model.layers.{index}.linear_attn"] = LinearAttention()
+                else:
+                    attention_layer(index, head_size=256)
+            current_platform.update_block_size_for_backend(config)
+            specs = get_kv_cache_spec(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {spec.block_size for spec in specs.values()} == {cache.block_size} == {1024}
+    state_bytes = sum(2 * math.prod(shape) for shape in state)
+    assert {spec.page_size_bytes for spec in specs.values()} == {cache.mamba_page_size_padded}
+    assert state_bytes <= cache.mamba_page_size_padded <= 1.1 * state_bytes
+
+    memory = 1 << 30
+    found = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), memory)
+    shape = ModelShape(12, 2, 256, "bfloat16", local=(LocalLayers(36, 0, 0, 0, LINEAR, state_bytes),))
+    planned = plan(shape, memory, 8192, block_size=128, in_flight_tokens=config.max_in_flight_tokens)[2]
+    assert (planned.tokens, planned.concurrency) == get_kv_cache_capacity(config, found)
+    assert planned.num_blocks == found.num_blocks
 
 
 def test_replay_beside_other_kinds_is_refused(tmp_path: Path) -> None:
