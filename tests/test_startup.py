@@ -97,7 +97,7 @@ CASES = {
     "head size": ({"head_dim": 112}, {}, r"head size 112 .* supported are 64, .*: use --kv-cache-dtype auto"),
     "unknown option": ({}, options(windowlength=64), "windowlength.*window_length"),
     "window too small": ({}, options(window_length=32), "window_length 32.*key_group_size 64"),
-    "bits": ({}, options(key_bits=3), "key_bits.*2 or 4"),
+    "bits": ({}, options(key_bits=5), "key_bits.*2, 3 or 4"),
     "options of a wrong type": ({}, {"additional_config": {"logquant": 3}}, "must be a JSON object"),
     "block size": ({}, {"block_size": 64}, "--block-size is 64.*128"),
     "many drafts": (
