@@ -140,7 +140,7 @@ def plot(summary: dict[str, Any], path: Path) -> bool:
             ours = sorted((r for r in records if r["method"] == method), key=lambda r: r["context"])
             x, y = [r["bytes_per_token"] for r in ours], [r["kl"] for r in ours]
             axes.plot(x, y, marker="osv^DPX*"[i % 8], markersize=4, linewidth=1, label=method)
-        axes.set(title=task, xlabel="bytes per token", xscale="log", yscale="log")
+        axes.set(title=task, xlabel="bytes per token", xlim=(0, None), yscale="log")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("KL divergence from bfloat16")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
