@@ -70,8 +70,8 @@ def columns_of_vector(vectors, fmt):
 
 @gluon.constexpr_function
 def window_rows(vectors, fmt):
-    """Slots of the window that are attended to at a time: more, where shared memory has room for them."""
-    return 32 if num_tiles(vectors, fmt) > 1 or fmt.head_size <= 64 else 16
+    """Slots of the window that are attended to at a time: more where that takes neither programs nor registers away."""
+    return 32 if num_tiles(vectors, fmt) == 1 and fmt.head_size <= 64 else 16
 
 
 @gluon.constexpr_function
