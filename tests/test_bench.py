@@ -130,6 +130,8 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
     ("name", "kind"),
     [
         ("decode_h200.json", DecodeRecord),
+        ("decode_shapes.json", DecodeRecord),
+        ("decode_queries.json", DecodeRecord),
         ("serve_h200.json", ServeRecord),
         ("serve_16k_h200.json", ServeRecord),
         ("serve_calibrated_h200.json", ServeRecord),
