@@ -25,7 +25,7 @@ from logquant_vllm.lab.methods import all_methods, choose_methods, primary_of
 from logquant_vllm.lab.report import family
 from logquant_vllm.lab.runner import Runner
 from logquant_vllm.lab.selection import KiviResidual, LogSelection, RandomSelection, SinkWindow
-from logquant_vllm.lab.tasks import QUICK, choose_tasks
+from logquant_vllm.lab.tasks import QUICK, choose_tasks, compare
 from tests.test_demo import MODEL, needs_model
 
 pytestmark = pytest.mark.usefixtures("few_threads")
@@ -206,14 +206,28 @@ def test_families_differ_in_their_budget_alone() -> None:
     assert [family(name) for name in names] == expected
 
 
-def test_methods_of_a_model_without_calibration() -> None:
-    """All means all that it can run; what it cannot is refused before anything is computed, and the rest compared with
-    what its server would run."""
-    chosen = choose_methods(None, calibrated=False)
-    assert len(chosen) > 30 and not any(method.quantizer.calibrated for method in chosen)
-    assert primary_of(chosen) == "logquant-w64" and primary_of(choose_methods(None)) == "calibrated-w64"
-    with pytest.raises(ValueError, match="calibrated-w64 needs a calibration"):
-        choose_methods(["calibrated-w64"], calibrated=False)
+def test_the_primary_method() -> None:
+    """What a server runs by default, if it is among what is compared."""
+    assert primary_of(choose_methods(None)) == "calibrated-w64"
+    assert primary_of(choose_methods(["fp8", "logquant-w64"])) == "logquant-w64"
+
+
+@needs_model
+def test_a_model_without_a_calibration_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an engine does: keys lose less in what is found than rotated, if not as little as by the tasks' own file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for file in MODEL.iterdir():
+        if file.name != calibration.FILE_NAME:
+            (tmp_path / file.name).symlink_to(file)
+    bare = Runner(tmp_path)
+    rows = prompts(bare, (500,))
+    done, suffix = bare.prefill(rows, 65), torch.tensor([prompts(bare, (600,))[0][:64]])
+    exact = bare.score(all_methods()["bf16"], done, suffix, 16, 64)
+    lost = [
+        sum(compare(bare.score(all_methods()[name], done, suffix, 16, 64), exact, suffix)["KL divergence"])
+        for name in ("calibrated-w64", "logquant-w64")
+    ]
+    assert 0 < lost[0] < lost[1]
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------

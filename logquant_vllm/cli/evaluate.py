@@ -51,18 +51,15 @@ def evaluate(
     if context.invoked_subcommand is not None:
         return
     with user_errors():
-        from logquant_vllm import calibration
-        from logquant_vllm.config import LogQuantConfig
-        from logquant_vllm.lab.methods import GENERAL, QUICK, choose_methods, needs_calibration
+        from logquant_vllm.lab.methods import GENERAL, QUICK, choose_methods
         from logquant_vllm.lab.tasks import choose_tasks
 
         names = split(methods)
         directory = model_directory(model)
         check_device(device)
-        calibrated = calibration.find(LogQuantConfig(), directory) is not None
         if names is None and (quick or model != DEMO):
-            names = [name for name in (QUICK if quick else GENERAL) if calibrated or not needs_calibration(name)]
-        chosen = choose_methods(names, calibrated)
+            names = list(QUICK if quick else GENERAL)
+        chosen = choose_methods(names)
         asked = choose_tasks(split(tasks), quick, general=model != DEMO)
         result = (
             _with_progress(directory, device, chosen, asked, count, time_limit, batch)

@@ -74,7 +74,7 @@ class LabCache(Cache):
         super().__init__(layers=[])
         self.method = method
         if method.quantizer.calibrated and bases is None:
-            raise ValueError(f"{method.name} needs a calibration beside the model: `logquant-vllm calibrate MODEL`")
+            raise ValueError(f"{method.name} needs the layers' bases")
         self.bases: Sequence[Basis | None] = bases or [None] * len(prompt)
         self.device = prompt[0].keys.device
         self.room = prompt[0].keys.shape[2]

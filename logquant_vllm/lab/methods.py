@@ -180,30 +180,17 @@ GENERAL = (
 """What is compared on models that were not trained for it: long contexts take time."""
 
 
-def needs_calibration(name: str) -> bool:
-    """Whether a method, if there is one of that name, quantizes in the model's own basis."""
-    method = all_methods().get(name)
-    return method is not None and method.quantizer.calibrated
-
-
 QUICK = (BASELINE, PRIMARY, *PRIMARY_OPPONENTS, "2bit-token")
 
 
-def choose_methods(names: list[str] | None, calibrated: bool = True) -> list[Method]:
+def choose_methods(names: list[str] | None) -> list[Method]:
     """Methods by name, all of them for None; the baseline is always among them, in front.
 
-    Args:
-        calibrated: whether the model has a calibration; without one all means all others.
-
     Raises:
-        ValueError: naming an unknown method and those that exist, or one that needs a calibration.
+        ValueError: naming an unknown method and those that exist.
     """
     known = all_methods()
     for name in names or ():
         if name not in known:
             raise ValueError(f"unknown method {name!r}; the methods are {', '.join(known)}")
-        if known[name].quantizer.calibrated and not calibrated:
-            raise ValueError(f"{name} needs a calibration beside the model: `logquant-vllm calibrate MODEL`")
-    if not calibrated:
-        known = {name: method for name, method in known.items() if not method.quantizer.calibrated}
     return [known[name] for name in known if names is None or name in names or name == BASELINE]

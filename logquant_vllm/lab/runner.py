@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from logquant_vllm import calibration
+from logquant_vllm.calibration import text
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core.calibration import Basis, Moments, calibrated_basis
+from logquant_vllm.hf.calibrate import measure
 from logquant_vllm.lab.cache import ROOM, LabCache, Layer, PromptCache
 from logquant_vllm.lab.methods import Method
 
@@ -41,18 +44,22 @@ class Runner:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype)
         self.model, self.device = model.to(device).eval(), torch.device(device)
         self.head_size = int(model.config.head_dim)
-        self.bases = self._load_bases(str(directory))
+        self.directory = str(directory)
         # an answer is one line, so any token that holds a newline ends it
         stops = [i for i in range(len(self.tokenizer)) if "\n" in self.tokenizer.decode([i])]
         self.stops = torch.tensor([*stops, self.tokenizer.eos_token_id], device=self.device)
 
-    def _load_bases(self, directory: str) -> list[Basis] | None:
-        """The basis of every layer in float32; None without a calibration beside the model."""
-        path = calibration.find(LogQuantConfig(), directory)
+    @cached_property
+    def bases(self) -> list[Basis]:
+        """The basis of every layer in float32, as a server has it: by the file beside the model, if there is one, else
+        measured here on the text that an engine measures on."""
+        path = calibration.find(LogQuantConfig(), self.directory)
         if path is None:
-            return None
+            found = measure(self.model, [(ids, 0) for ids in text.sequences(text.documents(None), self.tokenizer)])
+        else:
+            found = calibration.load(path)
         bases = []
-        for moments in calibration.load(path):
+        for moments in found:
             basis = calibrated_basis(Moments(*(x.to(self.device) for x in moments)))
             bases.append(Basis(basis.query.float(), basis.key.float(), basis.feedback))
         return bases
@@ -104,7 +111,7 @@ class Runner:
 
     def _after_hit(self, method: Method, prompts: Prompts, replay: int) -> tuple[LabCache, Tensor]:
         layers = [Layer(x.keys.clone(), x.values.clone()) for x in prompts.layers]
-        cache = LabCache(method, layers, prompts.lens, self.bases)
+        cache = self._cache(method, layers, prompts.lens)
         cache.hit((prompts.lens - 1) // ROOM * ROOM, replay)
         count = prompts.lens - cache.seq_len
         width = int(count.max())
@@ -113,10 +120,13 @@ class Runner:
         last = hidden[torch.arange(len(count)), count - 1]
         return cache, self.model.lm_head(last).float()
 
+    def _cache(self, method: Method, layers: list[Layer], lens: Tensor) -> LabCache:
+        return LabCache(method, layers, lens, self.bases if method.quantizer.calibrated else None)
+
     def _begin(self, method: Method, prompts: Prompts, replay: int | None) -> tuple[LabCache, Tensor]:
         """The cache behind the prompts, and float32 logits ``[batch, vocabulary]`` of the next token."""
         if replay is None:
-            return LabCache(method, prompts.layers, prompts.lens, self.bases), prompts.logits
+            return self._cache(method, prompts.layers, prompts.lens), prompts.logits
         return self._after_hit(method, prompts, replay)
 
     @torch.inference_mode()
