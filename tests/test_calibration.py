@@ -168,6 +168,8 @@ def test_file(tmp_path: Path) -> None:
     path = tmp_path / calibration.FILE_NAME
     moments = [random_moments(64, 2, seed) for seed in range(3)]
     calibration.save(moments, path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert path.stat().st_mode & 0o777 == 0o644
     found = calibration.load(path, (3, 2, 64))
     for layer, read in zip(moments, found, strict=True):
         ratio = layer.query.diagonal(dim1=1, dim2=2) / read.query.double().diagonal(dim1=1, dim2=2)

@@ -66,6 +66,7 @@ def save(moments: Sequence[Moments], path: Path) -> None:
     part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
         save_file(tensors, part, {"format": "logquant calibration 1"})
+        part.chmod(0o644)  # safetensors lets nobody else read it, and servers of several users may share a directory
         part.replace(path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
