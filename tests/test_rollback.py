@@ -156,9 +156,10 @@ def test_verified_drafts_leave_what_decoding_leaves(ops: ModuleType, data: st.Da
     starts = [data.draw(near.map(lambda n: max(n, 128))), data.draw(st.just(0) | near)]
     sink = data.draw(st.booleans())
     verifying, plain = (Requests(x, ops, starts, 128, sink) for x in (layout, plain_layout))
-    accepted = st.lists(st.integers(0, drafts), min_size=3, max_size=3)
-    for number, numbers in enumerate(data.draw(st.lists(accepted, min_size=1, max_size=12))):
-        right, wrong = [n + 1 for n in numbers], [drafts - n for n in numbers]
+    step = st.integers(0, drafts).flatmap(lambda right: st.tuples(st.just(right), st.integers(0, drafts - right)))
+    steps = st.lists(st.lists(step, min_size=3, max_size=3), min_size=1, max_size=12)
+    for number, requests in enumerate(data.draw(steps)):
+        right, wrong = [accepted + 1 for accepted, _ in requests], [rejected for _, rejected in requests]
         expected, outputs = plain.one_by_one(right), verifying.step(right, wrong)
         verifying.take_back(wrong)
         for request in range(3):

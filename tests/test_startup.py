@@ -212,7 +212,7 @@ def test_refused_drafts(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_drafts_count_among_the_tokens_taken_back(asynchronous: bool, tmp_path: Path) -> None:
-    from logquant_vllm.plugin.speculation import num_draft_layers, rollback_tokens
+    from logquant_vllm.plugin.speculation import decode_query_len, num_draft_layers, options_of, rollback_tokens
 
     path = write_config(tmp_path / "model")
     ngram = create_config(path, speculative_config={"method": "ngram", "num_speculative_tokens": 3})
@@ -220,6 +220,7 @@ def test_drafts_count_among_the_tokens_taken_back(asynchronous: bool, tmp_path: 
     with_layers = create_config(path, speculative_config=draft)
     for config in (ngram, with_layers):
         config.scheduler_config.async_scheduling = asynchronous
+        assert (options_of(config).calibration, decode_query_len(config)) == ("auto", 4)  # the model's own
     assert (rollback_tokens(ngram), num_draft_layers(ngram)) == (7 if asynchronous else 3, 0)
     assert (rollback_tokens(with_layers), num_draft_layers(with_layers)) == (10 if asynchronous else 6, 2)
 

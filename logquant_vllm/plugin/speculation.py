@@ -42,7 +42,9 @@ def rollback_tokens(vllm_config: Any) -> int:
 def is_draft_model(vllm_config: Any) -> bool:
     """Whether this is the configuration that vLLM makes for a draft model out of the engine's."""
     speculative = vllm_config.speculative_config
-    return speculative is not None and vllm_config.model_config is speculative.draft_model_config
+    if speculative is None or not speculative.uses_draft_model():  # look-up has the model itself for its draft model
+        return False
+    return vllm_config.model_config is speculative.draft_model_config
 
 
 def decode_query_len(vllm_config: Any) -> int:
