@@ -72,31 +72,16 @@ def eagle_head(model: Path, path: Path, eagle3: bool = False) -> Path:
 
 
 def model_with_mtp(path: Path) -> Path:
-    """A small random GLM-4.5 whose last layer predicts one more token (MTP)."""
-    layers = 3
-    write_model(
-        path,
-        architectures=["Glm4MoeForCausalLM"],
-        model_type="glm4_moe",
-        num_hidden_layers=layers,
-        moe_intermediate_size=64,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        n_group=1,
-        topk_group=1,
-        partial_rotary_factor=0.5,
-        tie_word_embeddings=False,
-    )
+    """A small random MiMo: a Qwen2 with a layer more, which predicts one more token (MTP)."""
+    write_model(path, architectures=["Qwen2ForCausalLM"], model_type="qwen2", use_sliding_window=False)
     config = json.loads((path / "config.json").read_text())
-    hidden, vocabulary, last = config["hidden_size"], config["vocab_size"], f"model.layers.{layers - 1}"
-    weights = load_file(path / "model.safetensors")
-    g = torch.Generator().manual_seed(0)
-    weights[f"{last}.eh_proj.weight"] = torch.randn(hidden, 2 * hidden, generator=g) * hidden**-0.5
-    for name in ("enorm", "hnorm", "shared_head.norm"):
-        weights[f"{last}.{name}.weight"] = torch.ones(hidden)
-    weights[f"{last}.shared_head.head.weight"] = torch.randn(vocabulary, hidden, generator=g) * hidden**-0.5
-    config |= {"num_hidden_layers": layers - 1, "num_nextn_predict_layers": 1}
+    hidden, weights = config["hidden_size"], load_file(path / "model.safetensors")
+    mtp = "model.mtp_layers.0."
+    weights |= {name.replace("model.layers.0.", mtp): x.clone() for name, x in weights.items() if _layer(name) == 0}
+    weights[f"{mtp}input_proj.weight"] = (
+        torch.randn(hidden, 2 * hidden, generator=torch.Generator().manual_seed(0)) / 16
+    )
+    for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        weights[f"{mtp}{name}.weight"] = torch.ones(hidden)
     shutil.rmtree(path)
-    return _write(path, config, weights)
+    return _write(path, {**config, "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}, weights)
