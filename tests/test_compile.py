@@ -160,9 +160,18 @@ def test_graphs_round_the_same() -> None:
         assert shapes[f"{step} alone"] == shapes[f"{step} captured"], step
 
 
-@pytest.mark.parametrize("gpu", ["sm_90", "sm_120", pytest.param("sm_89", marks=pytest.mark.slow)])
-def test_decoding_programs_are_resident(gpu: str) -> None:
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("sm_90", "default"),
+        ("sm_90", "k3v3"),
+        ("sm_120", "default"),
+        *(pytest.param("sm_90", name, marks=pytest.mark.slow) for name in ("k4v2", "d96")),
+        pytest.param("sm_89", "default", marks=pytest.mark.slow),
+    ],
+)
+def test_decoding_programs_are_resident(gpu: str, name: str) -> None:
     """They take their share of all work: one that waited for another to end would double the step's time."""
-    launches = compiled("3.8", "full", gpu).launches
+    launches = compiled("3.8", "full", gpu, name).launches
     (decoding,) = (launch for launch in launches if launch.kernel == "decode.gluon.kernel.decode_kernel")
     assert decoding.grid == [decoding.resident() * GPUS[gpu].multiprocessors]

@@ -57,6 +57,9 @@ class Memory(NamedTuple):
     third_bits: Member  # of keys and of values, int32 words; none where codes have one plane
 
 
+COMPILERS = 256  # bytes at most, for what passes between lanes: a program too many takes twice the time
+
+
 @gluon.constexpr_function
 def tile_elements(vectors, fmt):
     """16-bit elements of a tile: a page's codes of keys or of values, or rows of slots."""
@@ -65,14 +68,14 @@ def tile_elements(vectors, fmt):
 
 
 def memory_bytes(fmt: PageFormat, vectors: Vectors) -> int:
-    """Bytes of :func:`allocate`."""
+    """Bytes of :func:`allocate`, and of what the compiler adds."""
     keys, groups, columns = fmt.groups_per_page * key_channels(fmt), value_groups(fmt), columns_of_vector(vectors, fmt)
     raw = 2 * (keys + groups * fmt.page_size)
     key_factors = 2 * keys + 4 * key_channels(fmt)
     value_factors = (2 * columns * groups + 8 * num_pairs(fmt)) * fmt.page_size
     queries = 16 * num_tiles(vectors, fmt) * key_channels(fmt)
     third_bits = 2 * third_bits_bytes(fmt)
-    return 4 * tile_elements(vectors, fmt) + raw + key_factors + value_factors + queries + third_bits
+    return 4 * tile_elements(vectors, fmt) + raw + key_factors + value_factors + queries + third_bits + COMPILERS
 
 
 @gluon.jit
