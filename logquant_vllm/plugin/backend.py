@@ -134,7 +134,7 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
         if current_platform.is_cuda():  # elsewhere requests may come in any order
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         impl = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]].impl
-        self.decode_query_len, self.uncounted = impl.decode_query_len, int(impl.is_draft_model)
+        self.decode_query_len, self.uncounted = impl.decode_query_len, int(impl.drafts)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -251,11 +251,6 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
     @property
     def drafts(self) -> bool:
         """Whether this is a draft model's layer."""
-        return self._draft_model is not None
-
-    @property
-    def is_draft_model(self) -> bool:
-        """Whether the layer is one of a draft model."""
         return self._draft_model is not None
 
     @property
