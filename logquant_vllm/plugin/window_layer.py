@@ -151,8 +151,8 @@ class WindowLayer(nn.Module, AttentionLayerBase):
         """The window blocks of a step's requests.
 
         Args:
-            of_step: vLLM's metadata of every layer. While it drafts this one is left out: then the requests are those of
-                the model's step before, in its order.
+            of_step: vLLM's metadata of every layer. While it drafts this one is left out: the requests are then those
+                of the model's step before, in its order.
         """
         if (found := of_step.get(self.layer_name)) is not None:
             return found
