@@ -159,7 +159,7 @@ class WindowLayer(nn.Module, AttentionLayerBase):
         assert self.builder is not None and self.builder.latest is not None, "a draft before any step"
         return self.builder.latest
 
-    def window_bytes(self, layer: int) -> torch.Tensor:
+    def window_bytes(self, layer: int = 0) -> torch.Tensor:
         """One layer's window blocks as uint8 ``[num_blocks, pages * page_bytes]``.
 
         Args:
