@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.drafts import eagle_head, first_layers, model_with_mtp
 from tests.models import write_model
@@ -111,6 +112,29 @@ def test_a_draft_model(plain: Engine, drafting: Engine) -> None:
     compare(plain, drafting)
     drafted, accepted = acceptance(drafting)
     assert 0 < accepted < drafted
+
+
+def test_profiling_asks_for_the_memory_of_the_longest_step(drafting: Engine) -> None:
+    """A draft model takes in a token of every request more than vLLM profiles it with, and the GPU's workspace is locked
+    after that."""
+    from logquant_vllm.kernels.prefill.attention import DenseAttention, fresh_memory
+
+    vllm_config = drafting.llm.llm_engine.vllm_config
+    asked: list[int] = []
+
+    def memory(device: Any, *buffers: Any) -> Any:
+        asked.append(buffers[-1][0][0])
+        return fresh_memory(device, *buffers)
+
+    profiled, layers = 64, vllm_config.compilation_config.static_forward_context
+    for name in ("model.layers.0.self_attn.attn", "draft_model.model.layers.0.self_attn.attn"):
+        impl = layers[name].impl
+        query = torch.zeros(profiled, impl.num_heads, impl.head_size)
+        settled = impl._layer
+        impl._layer = settled._replace(dense=DenseAttention(256, memory=memory))
+        impl.forward(layers[name], query, query, query, query, None, torch.empty_like(query))
+        impl._layer = settled
+    assert asked == [profiled, profiled + vllm_config.scheduler_config.max_num_seqs]
 
 
 def test_abort_gives_every_block_back(drafting: Engine) -> None:

@@ -217,6 +217,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         vllm_config = get_current_vllm_config()
         self.config = options_of(vllm_config)
         self._draft_model = vllm_config.model_config if is_draft_model(vllm_config) else None
+        # a draft model's first step has a token of every request more than the model's, by which vLLM profiles
+        self._uncounted = vllm_config.scheduler_config.max_num_seqs if self.drafts else 0
         self.operations = _operations()
         self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._window_layer: WindowLayer | None = None
@@ -352,7 +354,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             raise NotImplementedError("fused output quantization is not supported")
         if attn_metadata is None:  # memory profiling: no cache yet
             if self._layer.dense is not None:
-                self._layer.dense.workspace(query, self.num_kv_heads)
+                self._layer.dense.workspace(query, self.num_kv_heads, self._uncounted)
             return output.fill_(0)
         tokens = slice(attn_metadata.num_actual_tokens)
         window, place = self.window_layer, self._place
