@@ -115,8 +115,7 @@ def test_a_draft_model(plain: Engine, drafting: Engine) -> None:
 
 
 def test_profiling_asks_for_the_memory_of_the_longest_step(drafting: Engine) -> None:
-    """A draft model takes in a token of every request more than vLLM profiles it with, and the GPU's workspace is locked
-    after that."""
+    """A draft model takes in a token of every request more than vLLM profiles, which then locks a GPU's workspace."""
     from logquant_vllm.kernels.prefill.attention import DenseAttention, fresh_memory
 
     vllm_config = drafting.llm.llm_engine.vllm_config
