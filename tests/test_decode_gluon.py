@@ -47,7 +47,7 @@ CASES = [
 
 
 @pytest.mark.skipif(ON_GPU, reason="kernels run compiled: tests/test_decode_formats.py")
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     ("head_size", "gqa", "queries", "options"),
     [*CASES[:4], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[4:])],

@@ -178,6 +178,7 @@ def test_blocks_that_several_layers_share(pages: int, layers: int) -> None:
         assert torch.equal(*same), f"bytes after {new}"
 
 
+@pytest.mark.slow
 def test_layers_that_read_the_tokens_of_another() -> None:
     layout = small_layout(SMALL[0])
     pair = Pair(layout, 2, 1, 2, 400, torch.float16)
@@ -273,7 +274,7 @@ def test_decode_step(case) -> None:
 
 @pytest.mark.parametrize(
     ("gqa", "queries"),
-    [(6, 3), (1, 16), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 2), (4, 5), (3, 8), (16, 4)])],
+    [(6, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 2), (4, 5), (3, 8), (16, 4), (1, 16)])],
 )
 def test_several_queries(gqa: int, queries: int) -> None:
     """Up to ``queries`` new tokens of each request, some of which are taken back, over every boundary of the window;
