@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.planning import CHUNKED, LocalLayers, ModelShape, model_shape, plan
 from tests import families
-from tests.families import MIXED
+from tests.families import MIXED, PLANNED
 from tests.models import write_config
 
 LLAMA_8B = ModelShape(num_layers=32, num_kv_heads=8, head_size=128)
@@ -94,7 +94,7 @@ def test_layers_of_several_kinds(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
 
     def shape(name: str) -> ModelShape:
-        return model_shape(str(write_config(tmp_path / name, **MIXED[name])))
+        return model_shape(str(write_config(tmp_path / name, **{**MIXED, **PLANNED}[name])))
 
     assert shape("Gemma 3") == ModelShape(1, 2, 64, local=(LocalLayers(5, 2, 64, 128),))
     assert shape("Gemma 4") == ModelShape(2, 1, 128, local=(LocalLayers(4, 2, 64, 128),))

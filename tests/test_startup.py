@@ -12,6 +12,7 @@ import torch
 
 from logquant_vllm import calibration
 from logquant_vllm.bench.calibrations import random_moments
+from tests import families
 from tests.families import SERVED
 from tests.models import write_config
 
@@ -72,6 +73,10 @@ CASES = {
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
         "beside layers that keep vLLM's own KV cache: leave --speculative-config out",
     ),
+    **{
+        name: (families.PLANNED[name], {}, f"layer 0 of the model is of the kind {kind}, which is not served yet: use")
+        for name, kind in (("Qwen3-Next", "linear_attention"), ("LFM2", "conv"), ("Llama 4", "chunked_attention"))
+    },
     "unknown layers": (
         {**QWEN2, "layer_types": ["full_attention", "compressed_sparse_attention"]},
         {},
