@@ -96,6 +96,7 @@ MIXED: dict[str, dict[str, Any]] = {
     },
     "gpt-oss": {
         "architectures": ["GptOssForCausalLM"],
+        "tie_word_embeddings": False,
         "model_type": "gpt_oss",
         "num_attention_heads": 16,
         "num_key_value_heads": 2,
@@ -110,6 +111,7 @@ MIXED: dict[str, dict[str, Any]] = {
 PLANNED: dict[str, dict[str, Any]] = {
     "Qwen3-Next": {
         "architectures": ["Qwen3NextForCausalLM"],
+        "tie_word_embeddings": False,
         "model_type": "qwen3_next",
         "head_dim": 256,
         "num_hidden_layers": 8,
@@ -137,6 +139,7 @@ PLANNED: dict[str, dict[str, Any]] = {
     },
     "Llama 4": {
         "architectures": ["Llama4ForCausalLM"],
+        "tie_word_embeddings": False,
         "model_type": "llama4_text",
         "num_hidden_layers": 4,
         "intermediate_size_mlp": 256,

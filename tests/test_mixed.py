@@ -29,6 +29,7 @@ pytestmark = pytest.mark.server
 OPTIONS = {"window_length": 128, "key_bits": 4, "value_bits": 4}
 LENGTH = 1024
 TOKENS = 4
+SHORT = (100, 40, 128)
 FAST = ("Gemma 3",)
 
 
@@ -59,7 +60,7 @@ def engine_of(path: Path, **arguments: Any) -> Iterator[Engine]:
 
 def answers(engine: Engine) -> Answers:
     free = engine.free_blocks
-    short, _ = engine.ask(prompts_of(100, 40, 128), TOKENS)
+    short, _ = engine.ask(prompts_of(*SHORT), TOKENS)
     prompts = prompts_of(380, 900)
     cold = [engine.ask([prompt], TOKENS)[0][0] for prompt in prompts]
     hits = [engine.ask([prompt], TOKENS) for prompt in prompts]
@@ -70,6 +71,15 @@ def answers(engine: Engine) -> Answers:
     evicted, left = engine.ask(prompts[:1], TOKENS)
     assert engine.free_blocks == free, "a block was never given back"
     return Answers(short, cold, [h[0][0] for h in hits], together, evicted, [*(h[1][0] for h in hits), *shared, *left])
+
+
+def transformers_answers(path: Path) -> list[Tensor]:
+    """First log-probabilities after :data:`SHORT`: without them two engines could agree on weights neither loaded."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return [model(torch.tensor([p])).logits[0, -1:].float().log_softmax(-1) for p in prompts_of(*SHORT)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,6 +125,8 @@ def test_answers(name: str, tmp_path: Path) -> None:
         assert_planned(engine)
         ours = answers(engine)
 
+    expected = transformers_answers(path)
+    assert divergence(expected, own.short) < divergence(expected, expected[1:] + expected[:1]) / 100
     assert distance(own.short, ours.short) < rounding
     assert distance(own.cold[:1], ours.cold[:1]) < rounding
     assert ours.cached[1] >= 512 and ours.cached[3] >= 512, ours.cached
