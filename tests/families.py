@@ -164,7 +164,10 @@ SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Qwen3": ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, {}),
     "Qwen3-MoE": ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "sliding_window": 4096}, {}),
     "GLM-4": ({"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"}, {}),
-    "GLM-4.5": ({"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe"}, {}),
+    "GLM-4.5": (
+        {"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "tie_word_embeddings": False},
+        {},
+    ),
     "OLMo 2": ({"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}, {}),
     "Granite": ({"architectures": ["GraniteForCausalLM"], "model_type": "granite"}, {}),
     "SmolLM3": ({"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}, {}),
