@@ -68,6 +68,13 @@ def test_recorded_prompts(tmp_path: Path) -> None:
     assert text.documents(str(path)) == [[{"role": "user", "content": "Hello"}], "p", "t"]
 
 
+def test_records_in_files_of_other_programs(tmp_path: Path) -> None:
+    """JSON lets a string hold what Unicode calls the end of a line, and some editors begin a file with a mark."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('\ufeff{"text": "a\u2028b\x85c"}\r\n{"prompt": "p"}\n'.encode())
+    assert text.documents(str(path)) == ["a\u2028b\x85c", "p"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [

@@ -89,13 +89,13 @@ def token_ids(document: Document, tokenizer: Any) -> list[int]:
 
 def _read(path: Path) -> Iterator[Document]:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the calibration text {shown(str(path))}: {error}") from None
     if path.suffix != ".jsonl":
         yield content
         return
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # strings of a record may hold other separators
         if line.strip():
             try:
                 yield _record(json.loads(line))
