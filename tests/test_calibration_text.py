@@ -75,6 +75,22 @@ def test_records_in_files_of_other_programs(tmp_path: Path) -> None:
     assert text.documents(str(path)) == ["a\u2028b\x85c", "p"]
 
 
+def test_no_more_is_tokenized_than_may_be_run() -> None:
+    """A text of gigabytes is not a reason to start for an hour."""
+
+    class Counting(Words):
+        characters = 0
+
+        def encode(self, content: str, add_special_tokens: bool = True) -> list[int]:
+            self.characters += len(content)
+            return super().encode(content, add_special_tokens)
+
+    for documents in (["word " * 1_000_000], ["word " * 300] * 10_000):
+        tokenizer = Counting()
+        found = text.sequences(documents, tokenizer, longest=300, tokens=1000)
+        assert sum(map(len, found)) == 900 and tokenizer.characters <= text.CHARACTERS * 1000
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [

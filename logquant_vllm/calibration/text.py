@@ -19,6 +19,8 @@ TOKENS = 16_384
 """Of all sequences, at most."""
 LONGEST, SHORTEST = 2048, 256
 """Tokens of a sequence; what is shorter says little of keys far back."""
+CHARACTERS = 32
+"""Of a text for each token that is asked for, more than any text has: what lies behind them is not tokenized."""
 
 FOLDER = Path(__file__).parent / "texts"
 
@@ -59,10 +61,14 @@ def sequences(
         ValueError: if there is no sequence that is long enough.
     """
     longest = min(longest, LONGEST)
-    chunks = []
+    chunks, missing = [], tokens
     for document in texts:
-        ids = token_ids(document, tokenizer)
+        ids = token_ids(document[: CHARACTERS * tokens] if isinstance(document, str) else document, tokenizer)
         chunks.append([ids[start : start + longest] for start in range(0, len(ids), longest)])
+        if (first := min(len(ids), longest)) >= SHORTEST:
+            missing -= first
+        if missing < SHORTEST:
+            break  # the beginnings are enough
     order = [of[i] for i in range(max(map(len, chunks), default=0)) for of in chunks if i < len(of)]
     found, left = list[list[int]](), tokens
     for ids in order:
