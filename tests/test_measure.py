@@ -205,6 +205,26 @@ def test_every_start_finds_the_same(engine: Engine) -> None:
     assert Path(path).read_bytes() == content
 
 
+def test_a_file_that_cannot_be_used_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer asks for it, and vLLM drops warnings that are the same."""
+    from types import SimpleNamespace
+
+    from logquant_vllm.calibration.lookup import cache_directory
+    from logquant_vllm.plugin import basis
+
+    path = cache_directory() / "damaged.logquant"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    model: Any = SimpleNamespace(
+        get_total_num_hidden_layers=lambda: 2, get_total_num_kv_heads=lambda: 2, get_head_size=lambda: 64
+    )
+    warnings = list[tuple[Any, ...]]()
+    monkeypatch.setattr(basis.logger, "warning_once", lambda *what: warnings.append(what))
+    assert [basis.load(path, model) for _ in range(3)] == [None] * 3
+    path.unlink()
+    assert len(warnings) == 3 and len(set(warnings)) == 1
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "other model"])
 def test_a_file_that_cannot_be_used_is_named_and_made_anew(
     damage: str, engine: Engine, model: Path, logged: Callable[[], str]

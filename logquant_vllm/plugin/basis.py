@@ -49,7 +49,8 @@ def load(path: Path, model: Any) -> list[Moments] | None:
     except (OSError, ValueError) as error:
         if not calibration.is_measured(path):
             raise
-        logger.warning_once("LogQuant: %s cannot be used and is made anew: %s", path, error)
+        # a text is the same for all layers, an exception is not
+        logger.warning_once("LogQuant: %s cannot be used and is made anew: %s", path, str(error))
         return None
 
 
