@@ -161,6 +161,38 @@ def test_smollm2_without_its_package(cache_home: Path, monkeypatch: pytest.Monke
     assert not cache_home.exists()
 
 
+def test_two_that_make_smollm2_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second finds the first's when it is done; whatever else is there is nobody's to replace."""
+    import transformers
+
+    from logquant_vllm.hf import smollm2
+
+    class Loaded:
+        def __init__(self, meanwhile: Path) -> None:
+            self.meanwhile = meanwhile
+
+        def from_pretrained(self, *_: Any, **__: Any) -> Loaded:
+            return self
+
+        def save_pretrained(self, directory: Path) -> None:
+            (directory / "config.json").write_text("mine")
+            self.meanwhile.parent.mkdir(exist_ok=True)
+            self.meanwhile.write_text("another's")
+
+    for name, fails in (("config.json", False), ("notes.txt", True)):
+        directory = tmp_path / name.partition(".")[0]
+        for loader in ("AutoTokenizer", "AutoModelForCausalLM"):
+            monkeypatch.setattr(transformers, loader, Loaded(directory / name))
+        if fails:
+            with pytest.raises(OSError, match="not empty"):
+                smollm2.make(directory, tmp_path / "x.gguf")
+        else:
+            smollm2.make(directory, tmp_path / "x.gguf")
+        assert [file.name for file in directory.iterdir()] == [name]
+        assert (directory / name).read_text() == "another's"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config", "notes"]  # nothing unfinished
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -37,7 +37,7 @@ def gguf_file() -> Path:
 
 
 def make(directory: Path, source: Path | None = None) -> None:
-    """Write the model to ``directory``, whole or not at all.
+    """Write the model to ``directory``, whole or not at all. Processes that start together may all do so.
 
     Args:
         source: the GGUF file; None: the installed package's.
@@ -64,6 +64,11 @@ def make(directory: Path, source: Path | None = None) -> None:
         )
         model.save_pretrained(unfinished)
         unfinished.chmod(0o755)
-        unfinished.rename(directory)
+        try:
+            unfinished.rename(directory)
+        except OSError:
+            if not (directory / "config.json").is_file():
+                raise
+            # another was quicker, and has made the same
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
