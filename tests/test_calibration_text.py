@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from logquant_vllm import calibration
 from logquant_vllm.calibration import text
@@ -156,6 +157,13 @@ def test_what_is_kept_follows_from_what_it_depends_on(tmp_path: Path, monkeypatc
         content = bytearray(file.read_bytes())
         content[-2] ^= 1
         file.write_bytes(content)
+        others.append(calibration.measured_path(config, str(copied)))
+    weights = load_file(next(model.glob("*.safetensors")))
+    for changed in ("model.layers.1.self_attn.q_proj.weight", "model.layers.5.self_attn.v_proj.weight"):
+        # as of a merged adapter
+        save_file(
+            {key: 0 * x if key == changed else x for key, x in weights.items()}, next(copied.glob("*.safetensors"))
+        )
         others.append(calibration.measured_path(config, str(copied)))
     assert len({name, *others}) == 1 + len(others)
     # how keys are stored does not change what is measured

@@ -340,6 +340,35 @@ def test_what_cannot_be_measured(engine: Engine, monkeypatch: pytest.MonkeyPatch
     assert "no tokenizer" in (obstacle(config) or "")
 
 
+def test_short_prompts_are_measured_for_one_start(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that takes longer ones would find what is worse for it."""
+    kept = engine.path.rename(tmp_path / "kept")
+    monkeypatch.setattr(engine.llm.llm_engine.vllm_config.scheduler_config, "max_num_batched_tokens", 400)
+    try:
+        path, note = engine.start_again()
+        assert path is None and "on prompts of 400 tokens, too short to be kept" in note
+        assert not engine.path.exists()
+    finally:
+        kept.rename(engine.path)
+
+
+def test_a_projection_that_cannot_be_asked(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from logquant_vllm.plugin import observe
+
+    def broken(*_: Any) -> torch.Tensor:
+        raise NotImplementedError("packed weights")
+
+    kept = engine.path.rename(tmp_path / "kept")
+    monkeypatch.setattr(observe, "_output_sizes", broken)
+    try:
+        path, note = engine.start_again()
+        assert path is None and "packed weights" in note
+    finally:
+        kept.rename(engine.path)
+
+
 def test_a_file_beside_the_model_comes_first(engine: Engine, model: Path, few_words: Path) -> None:
     """Unless the user names a text."""
     beside = model / calibration.FILE_NAME

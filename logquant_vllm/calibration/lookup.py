@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from logquant_vllm.calibration import text
 from logquant_vllm.calibration.file import FILE_NAME, save
@@ -27,6 +27,7 @@ VERSION = 1
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
+_TENSOR_BYTES = 256
 
 
 def find(
@@ -165,3 +166,18 @@ def _samples(path: Path, size: int) -> Iterator[bytes]:
         for i in range(_SAMPLES):
             file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
             yield file.read(_SAMPLE_BYTES)
+        for offset in sorted(_tensor_offsets(file, size)) if path.suffix == ".safetensors" else ():
+            file.seek(offset)
+            yield file.read(_TENSOR_BYTES)
+
+
+def _tensor_offsets(file: BinaryIO, size: int) -> list[int]:
+    """The middle of each tensor of a safetensors file: of a merged adapter some differ alone. None if it is damaged."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        header = json.loads(file.read(length if length < size else 0))
+        ends = [tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"]
+        return [8 + length + (begin + end) // 2 for begin, end in ends]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []

@@ -99,6 +99,8 @@ def calibrate(vllm_config: Any, executor: Any, kv_cache_config: Any) -> Status:
             return Status(None, f"none: {error}")
         executor.collective_rpc(observe.use, args=(moments, target))
         note = f"measured at this start in {time.monotonic() - began:.1f} s"
+        if (longest := _longest(vllm_config)) < text.KEPT:
+            return Status(None, f"{note}, on prompts of {longest} tokens, too short to be kept for other starts")
         if _keep(moments, target):
             return Status(str(target), note)
         return Status(None, f"{note}, and not kept: the next start measures again")
@@ -139,8 +141,10 @@ def _measure(config: LogQuantConfig, vllm_config: Any, executor: Any, kv_cache_c
         raise ValueError(f"its tokenizer cannot be used: {error!r}") from error
     tokens = sum(map(len, prompts))
     logger.info("LogQuant: measuring the model's queries and keys on %d tokens, once", tokens)
-    executor.collective_rpc(observe.begin)
+    problems = executor.collective_rpc(observe.begin)
     try:
+        for problem in filter(None, problems):
+            raise ValueError(problem)
         run = _runner(vllm_config, executor, kv_cache_config)
         with tqdm(total=tokens, desc="Measuring queries and keys", unit="tok") as progress:
             for i, prompt in enumerate(prompts):

@@ -104,15 +104,19 @@ def survey(worker: Any, found: bool) -> tuple[bool, bool]:
 
 
 @torch.inference_mode()
-def begin(worker: Any) -> None:
-    """Let all layers look at what they compute."""
+def begin(worker: Any) -> str | None:
+    """Let all layers look at what they compute; what is in the way, if anything."""
     model_config = worker.vllm_config.model_config
     parents = {id(child): parent for parent in worker.get_model().modules() for child in parent.children()}
-    for _, layer in _layers(worker):
+    for name, layer in _layers(worker):
         config, device = layer.impl.config, layer.logquant_key_basis.device
-        output = _output_sizes(parents.get(id(layer)), layer, model_config.dtype, device)
+        try:
+            output = _output_sizes(parents.get(id(layer)), layer, model_config.dtype, device)
+        except Exception as error:  # what a quantized projection raises is up to it
+            return f"the projection behind {name} cannot be asked: {error!r}"
         sums = MomentSums(config.key_group_size, config.window_length)
         layer.impl.observer = Observer(sums, layer.impl.scale, output)
+    return None
 
 
 def end(worker: Any) -> tuple[dict[int, tuple[int, Moments]], str | None]:
