@@ -1,0 +1,45 @@
+"""How layers of several kinds come to blocks of the same bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from logquant_vllm.config import PAGE_SIZE
+
+DEFAULT_BLOCK_SIZE = {"cuda": 16, "cpu": 128}
+"""vLLM's block size for its own KV cache formats."""
+MOST_TOKENS = 1024
+"""Of a block, if it is the state of a recurrent layer that makes it so large."""
+
+
+def kernel_block(block_size: int) -> int:
+    """The least tokens that vLLM's own attention takes as a block, on the platform with that default block size."""
+    return 32 if block_size == DEFAULT_BLOCK_SIZE["cpu"] else 16
+
+
+def layers_side_by_side(num_layers: int, page_bytes: int, state_bytes: int) -> int:
+    """How many of our layers have their pages in the same blocks, so that one holds a recurrent state in few tokens."""
+    divisors = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
+    most = MOST_TOKENS // PAGE_SIZE
+    return next((n for n in divisors if most * n * page_bytes >= state_bytes), num_layers)
+
+
+def pages_per_block(page_bytes: int, others: Iterable[tuple[int, int]]) -> int:
+    """Pages of a block that layers with our cache share with layers of other kinds.
+
+    Args:
+        page_bytes: bytes of a page.
+        others: of each of those layers the bytes of a token, and the least tokens that its kernel takes as a block; a
+            recurrent state is one token.
+    """
+    kinds = set(others)
+    step = math.lcm(*(kernel_block // math.gcd(kernel_block, PAGE_SIZE) for _, kernel_block in kinds))
+    least = max(1, *(-(-token_bytes * kernel_block // page_bytes) for token_bytes, kernel_block in kinds), 1)
+    return -(-least // step) * step
+
+
+def tokens_per_block(pages: int, page_bytes: int, token_bytes: int, kernel_block: int) -> int:
+    """Tokens of another kind of layer in a block of ``pages`` pages; the block's own tokens are a multiple of them."""
+    tokens = range(kernel_block, pages * page_bytes // token_bytes + 1, kernel_block)
+    return max(n for n in tokens if pages * PAGE_SIZE % n == 0)

@@ -1,0 +1,201 @@
+"""What the KV cache needs to know of a model, from its configuration."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+LOCAL = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}
+"""Kinds of layers that attend to nearby tokens only, and what tells how many."""
+LINEAR, CONVOLUTION = "linear_attention", "conv"
+STATES = (LINEAR, CONVOLUTION)
+"""Kinds of layers with a recurrent state whose size is known here."""
+STATES_PER_REQUEST = 2
+"""What vLLM keeps with a prefix cache: the state that it goes on from, and the one that it comes to."""
+
+
+@dataclass(frozen=True)
+class LocalLayers:
+    """Layers of a model that do not keep all tokens, or not in our cache, all with the same shape."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    window: int
+    """Tokens that they see: of a sliding window, or of a chunk."""
+    kind: str = SLIDING
+    state_bytes: int = 0
+    """Of a recurrent state, in all ranks."""
+
+    def blocks(self, block_size: int, max_model_len: int, in_flight_tokens: int) -> int:
+        """Blocks of a request: those that are given back are counted as long as a step may need them."""
+        if self.state_bytes:
+            return STATES_PER_REQUEST
+        if self.kind == FULL:
+            return -(-max_model_len // block_size)
+        sliding = self.kind == SLIDING
+        seen = self.window - sliding + in_flight_tokens
+        return -(-min(seen, max_model_len) // block_size) + sliding
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the KV cache needs to know of a model; ``num_kv_heads`` counts all tensor-parallel ranks."""
+
+    num_layers: int
+    """Of those that keep all tokens."""
+    num_kv_heads: int
+    head_size: int
+    dtype: str = "bfloat16"
+    num_heads: int | None = field(default=None, compare=False)
+    """Query heads; the cache does without, kernels differ by them."""
+    softcap: float = field(default=0.0, compare=False)
+    """Of attention scores; 0 if there is none."""
+    local: tuple[LocalLayers, ...] = ()
+    """The other layers that have a cache."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_kv_heads", "head_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
+
+    def state_bytes(self, tensor_parallel_size: int) -> int:
+        """The largest recurrent state of a layer, on one rank."""
+        return max((layers.state_bytes // tensor_parallel_size for layers in self.local), default=0)
+
+    def kv_heads_per_rank(self, tensor_parallel_size: int, layers: LocalLayers | None = None) -> int:
+        """KV heads of one rank; ranks beyond the number of heads hold copies.
+
+        Args:
+            layers: whose; by default of those that keep all tokens.
+
+        Raises:
+            ValueError: if the heads cannot be divided.
+        """
+        ranks, heads = tensor_parallel_size, (layers or self).num_kv_heads
+        if ranks < 1:
+            raise ValueError(f"tensor_parallel_size must be at least 1, got {ranks}")
+        if max(ranks, heads) % min(ranks, heads) != 0:
+            raise ValueError(
+                f"tensor_parallel_size {ranks} does not divide {heads} KV heads, nor is it a multiple of them: "
+                f"use one of {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}"
+            )
+        return max(1, heads // ranks)
+
+
+def model_shape(model: str, dtype: str = "auto", max_model_len: int | None = None) -> ModelShape:
+    """The shape of a model from its ``config.json``.
+
+    Args:
+        model: a local directory or a name on the model hub.
+        dtype: of activations; ``auto`` is what vLLM chooses: the model's own, or bfloat16 for a float32 model.
+        max_model_len: longest request; a sliding window that is no shorter makes no difference.
+
+    Raises:
+        ValueError: if there is no such model, or its attention is of a kind that LogQuant does not support.
+    """
+    from transformers import AutoConfig
+
+    local = model.startswith(("/", ".", "~")) or Path(model).is_dir()
+    if local and not (Path(model) / "config.json").is_file():
+        raise ValueError(f"no config.json in {model}: name the model's directory, or its name on the hub")
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except Exception as error:  # whatever a damaged file makes of the library that reads it
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"cannot read the configuration of model {model!r}: {reason}") from None
+    return shape_of_config(model, config.get_text_config(), dtype, max_model_len)
+
+
+def shape_of_config(
+    model: str,
+    config: Any,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    skipped: Collection[int] = (),
+) -> ModelShape:
+    """The shape of a model from its text configuration; arguments and errors as :func:`model_shape`.
+
+    Args:
+        skipped: layers that keep all tokens in vLLM's own cache.
+    """
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"{model} uses multi-head latent attention (MLA), which logquant does not support")
+    heads = getattr(config, "num_attention_heads", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(heads, int) or not isinstance(layers, int) or heads < 1:
+        raise ValueError(f"the configuration of {model} names no num_attention_heads or num_hidden_layers")
+    if dtype == "auto":
+        own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        dtype = "bfloat16" if own == "float32" else own
+    kinds = _layer_kinds(config, layers)
+    window = getattr(config, "sliding_window", None)
+    if set(kinds) == {SLIDING} and isinstance(window, int) and max_model_len is not None and window >= max_model_len:
+        kinds = [FULL] * len(kinds)
+    kinds = [kind for kind in kinds if kind not in ("moe", "sparse", "dense")]  # without a cache
+    if unknown := sorted({*kinds} - {FULL, *LOCAL, *STATES}):
+        raise ValueError(f"{model} has {', '.join(unknown)} layers, whose memory is not known here")
+    if FULL not in kinds:
+        raise ValueError(
+            f"all layers of {model} attend to the last {window} tokens only, so its KV cache does not grow: use "
+            f"--max-model-len {window}"
+        )
+
+    def shape(index: int) -> tuple[int, int]:
+        """KV heads of a layer, and their size."""
+        layers = getattr(config, "per_layer_config", None)
+        own = config if layers is None else layers[index]
+        size = getattr(own, "head_dim", None) or config.hidden_size // heads
+        return getattr(own, "num_key_value_heads", None) or heads, size
+
+    ours = [i for i, kind in enumerate(kinds) if kind == FULL and i not in skipped]
+    others = Counter((shape(i), kind) for i, kind in enumerate(kinds) if i not in ours)
+    local = []
+    for ((kv_heads, size), kind), count in others.items():
+        if kind in STATES:
+            local.append(LocalLayers(count, 0, 0, 0, kind, _state_bytes(config, kind, dtype)))
+        else:
+            seen = 0 if kind == FULL else getattr(config, LOCAL[kind])
+            local.append(LocalLayers(count, kv_heads, size, seen, kind))
+    return ModelShape(len(ours), *shape(ours[0]), dtype, heads, _softcap(config), tuple(local))
+
+
+def _state_bytes(config: Any, kind: str, dtype: str) -> int:
+    """Bytes of a layer's recurrent state, as vLLM computes them; of a convolution the last inputs."""
+    own = DTYPE_BYTES[dtype]
+    if kind == LINEAR and not hasattr(config, "linear_num_key_heads"):
+        raise ValueError(f"the memory of {config.model_type}'s {kind} layers is not known here")
+    if kind == CONVOLUTION:
+        return (config.conv_L_cache - 1) * (getattr(config, "conv_dim", None) or config.hidden_size) * own
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    inputs = (config.linear_conv_kernel_dim - 1) * (2 * keys + values) * own
+    matrix = DTYPE_BYTES[getattr(config, "mamba_ssm_dtype", None) or dtype]
+    return inputs + values * config.linear_key_head_dim * matrix
+
+
+def _softcap(config: Any) -> float:
+    return float(getattr(config, "attn_logit_softcapping", None) or 0.0)
+
+
+def is_mixed(config: Any) -> bool:
+    """Whether some layers of a model keep all tokens, and others do not; of its text configuration."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    return bool(kinds & {FULL, "attention"}) and len(kinds) > 1
+
+
+def _layer_kinds(config: Any, num_layers: int) -> list[str]:
+    """The kind of each layer that has a cache: the last ones of some models read those of others."""
+    kinds = [FULL if kind == "attention" else kind for kind in getattr(config, "layer_types", None) or []]
+    if kinds:
+        return kinds[: len(kinds) - (getattr(config, "num_kv_shared_layers", None) or 0)]
+    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return [SLIDING if sliding else FULL] * num_layers
