@@ -18,10 +18,10 @@ from logquant_vllm.core import operations as reference
 from logquant_vllm.core.calibration import rotation_basis
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.log_selection import num_compactions
-from logquant_vllm.core.operations import merge_states
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.core.past import gather_past, past_slices
+from logquant_vllm.core.states import merge_states
 from logquant_vllm.cpu import operations as cpp
 from tests.oracle import Sequence
 from tests.paging import PagedBatch, assert_close, random_qkv

@@ -13,7 +13,6 @@ and outputs are still (``core.calibration.Basis``): only :func:`step` has them a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -31,23 +30,17 @@ from logquant_vllm.core.paged import (
     gather_tokens,
     has_copy,
     page_views,
+    ranges,
     read_header,
     slot_address,
     slot_of_position,
     slot_positions,
-    split_at_compaction,
+    turns_of_step,
     window_slots_view,
     write_header,
 )
 from logquant_vllm.core.quantizer import pack, quantize_key_group, quantize_value_group
-
-
-def _ranges(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs ``(r, i)`` with ``first[r] <= i < last[r]``, as two int64 tensors."""
-    count = (last - first).clamp(min=0).long()
-    request = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-    start = torch.cumsum(count, 0) - count
-    return request, first.long()[request] + torch.arange(len(request), device=count.device) - start[request]
+from logquant_vllm.core.states import add_sinks
 
 
 def shared_prefix_end(window_start: Tensor, layout: CacheLayout) -> Tensor:
@@ -74,7 +67,7 @@ def quantize_pages(
     shared = shared_prefix_end(read_header(cache, computed, layout).window_start, layout)
     first = torch.maximum(computed // size, -(-shared // size))
     live = cache.own_blocks[:, 0] > 0
-    request, group = _ranges(first, torch.where(live, batch.seq_lens // size, 0))
+    request, group = ranges(first, torch.where(live, batch.seq_lens // size, 0))
     if len(request) == 0:
         return
     _copy_first_tokens(request[(group == 0) & (computed[request] == 0)], key, value, cache, batch)
@@ -228,17 +221,6 @@ def attention(
     return add_sinks(output, output_lse, sinks), output_lse
 
 
-def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
-    """Take the weight that sinks have from an output that was normalized without them, in place.
-
-    Args:
-        output: ``[num_tokens, num_heads, head_size]``, of all the keys.
-        lse: ``[num_tokens, num_heads]``.
-        sinks: ``[num_heads]``.
-    """
-    return output if sinks is None else output.mul_(torch.sigmoid(lse - sinks)[..., None])
-
-
 def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
     """Bring the full-precision slots from ``num_computed`` to ``seq_lens`` tokens, and the header with them.
 
@@ -275,7 +257,7 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
 
     # new tokens: the recent window, and the first W tokens before any compaction
     row_position = torch.maximum(computed, torch.where(after > 0, (after + 1) * window_length, 0))
-    owner, position = _ranges(row_position, torch.where(live, batch.seq_lens, 0))
+    owner, position = ranges(row_position, torch.where(live, batch.seq_lens, 0))
     row = (batch.query_start_loc[owner] + position - computed[owner]).long()
     block, offset = slot_address(slot_of_position(position, layout), owner, cache, slots.shape[1])
     slots[block, offset] = torch.stack([key[row], value[row]], -2)
@@ -400,27 +382,7 @@ def step(
     layout = layer.layout
     quantize_pages(key, value, cache, batch, layout, feedback)
     output.zero_()
-    for rows, part in _before_and_after_compaction(batch, layout):
+    for rows, part in turns_of_step(batch, layout):
         q, k, v = query[rows], key[rows], value[rows]
         output[rows] = _attend(layer, q, k, v, cache, part)
         update_window(k, v, cache, part, layout)
-
-
-def _before_and_after_compaction(batch: Batch, layout: CacheLayout) -> Iterator[tuple[Tensor, Batch]]:
-    """The one or two turns in which a step's tokens are attended to and enter the window, and their rows."""
-    computed, starts = batch.num_computed, batch.query_start_loc[:-1].long()
-    first, every = split_at_compaction(batch, layout), (batch.seq_lens - computed).long()
-    for begin, end in ((torch.zeros_like(first), first), (first, every)):
-        lengths = end - begin
-        if lengths.any():
-            _, rows = _ranges(starts + begin, starts + end)
-            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-            yield rows, Batch(offsets, (computed + end).int(), int(lengths.max()), batch.max_seq_len)
-
-
-def merge_states(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Combine attention over two disjoint sets of keys: ``[tokens, heads, head_size]`` and ``[tokens, heads]`` each."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    weight_a = torch.exp(lse_a - lse).nan_to_num(0.0)[..., None]
-    weight_b = torch.exp(lse_b - lse).nan_to_num(0.0)[..., None]
-    return (output_a * weight_a + output_b * weight_b).to(output_a.dtype), lse

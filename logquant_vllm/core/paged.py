@@ -6,7 +6,7 @@ tables), a :class:`Batch` (which tokens of which requests this step computes) an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -312,3 +312,23 @@ def dequantize_pages(blocks: Tensor, num_kv_heads: int, fmt: PageFormat) -> tupl
     codes = unpack(words, fmt.value_planes).flatten(-2).transpose(-1, -2)
     values = dequantize_values(Quantized(codes, views.value_scale, views.value_zero), fmt)
     return keys.transpose(-2, -3), values.transpose(-2, -3)
+
+
+def ranges(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs ``(r, i)`` with ``first[r] <= i < last[r]``, as two int64 tensors."""
+    count = (last - first).clamp(min=0).long()
+    request = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    start = torch.cumsum(count, 0) - count
+    return request, first.long()[request] + torch.arange(len(request), device=count.device) - start[request]
+
+
+def turns_of_step(batch: Batch, layout: CacheLayout) -> Iterator[tuple[Tensor, Batch]]:
+    """The one or two turns in which a step's tokens are attended to and enter the window, and their rows."""
+    computed, starts = batch.num_computed, batch.query_start_loc[:-1].long()
+    first, every = split_at_compaction(batch, layout), (batch.seq_lens - computed).long()
+    for begin, end in ((torch.zeros_like(first), first), (first, every)):
+        lengths = end - begin
+        if lengths.any():
+            _, rows = ranges(starts + begin, starts + end)
+            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+            yield rows, Batch(offsets, (computed + end).int(), int(lengths.max()), batch.max_seq_len)

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.operations import merge_states, read_cached_tokens
+from logquant_vllm.core.operations import read_cached_tokens
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
+from logquant_vllm.core.states import merge_states
 
 SLICE_STEP = 32
 """Slices begin at multiples of this: it divides every group of tokens."""

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from logquant_vllm.core.calibration import Basis, change_basis, rotate_back, rotate_values
 from logquant_vllm.core.layer import Layer
-from logquant_vllm.core.operations import add_sinks
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
 from logquant_vllm.core.parts import Part, Parts
 from logquant_vllm.core.past import PastSlice, past_of
+from logquant_vllm.core.states import add_sinks
 from logquant_vllm.kernels.arguments import Scores, Step
 from logquant_vllm.kernels.decode import launch
 from logquant_vllm.kernels.prefill.attention import DenseAttention
