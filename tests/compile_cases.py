@@ -33,8 +33,11 @@ FORMATS: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "d96": ({}, 96, 1, 4),
     "d192": ({}, 192, 12, 1),
     "d256": ({}, 256, 2, 3),
+    "d256-capped": ({}, 256, 2, 1),
     "gqa16": ({}, 128, 16, 5),
 }
+SOFTCAP = {"d256-capped": 50.0}
+"""Of scores, as in Gemma 2; 0 for the other formats."""
 LONGEST = 131072
 BATCHES = [(3, 4), (5, 8), (17, 24), (33, 40), (63, 64), (65, 72), (250, 256)]
 """Requests of a step, and of the CUDA graph that vLLM takes for it."""
@@ -45,6 +48,7 @@ class Case:
 
     def __init__(self, name: str, calibrated: bool) -> None:
         options, self.head_size, gqa, self.queries = FORMATS[name]
+        self.softcap = SOFTCAP.get(name, 0.0)
         self.heads = gqa * KV_HEADS
         config = LogQuantConfig.from_options(options)
         self.layout: CacheLayout = config.layout(self.head_size, decode_query_len=self.queries)
@@ -54,11 +58,10 @@ class Case:
             self._basis = Basis(basis.query.bfloat16(), basis.key.bfloat16(), basis.feedback, self._basis.value)
 
     def layer(self, device: torch.device) -> Layer:
-        """As a model in bfloat16 holds it; with sinks like gpt-oss, and soft-capping like Gemma 2."""
+        """As a model in bfloat16 holds it; with sinks like gpt-oss."""
         tensors = (None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device) for t in self._basis)
         sinks = torch.empty(self.heads, dtype=torch.bfloat16, device=device) if self.head_size == 64 else None
-        softcap = 50.0 if self.head_size == 256 else 0.0
-        return Layer(self.layout, 1.0, Basis(*tensors), softcap=softcap, sinks=sinks)  # type: ignore[arg-type]
+        return Layer(self.layout, 1.0, Basis(*tensors), softcap=self.softcap, sinks=sinks)  # type: ignore[arg-type]
 
     def warm_up(self, device: torch.device, requests: int = 2, length: int = 0) -> None:
         """What a server does before its first request."""

@@ -23,7 +23,7 @@ import torch
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.kernels.architecture import architecture_of
 from logquant_vllm.kernels.decode import choice
-from tests.compile_cases import FORMATS
+from tests.compile_cases import FORMATS, SOFTCAP
 from tests.compile_only import GPUS, Launch
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -89,7 +89,8 @@ def unused(gpu: str, name: str) -> set[str]:
     options, head_size, gqa, _ = FORMATS[name]
     layout = LogQuantConfig.from_options(options).layout(head_size)
     this = architecture_of(GPUS[gpu].capability, GPUS[gpu].multiprocessors)
-    decode = "triton_kernel" if choice.why_not_gluon(this, torch.bfloat16, layout, gqa) is None else "gluon.kernel"
+    why_not = choice.why_not_gluon(this, torch.bfloat16, layout, gqa, softcap=SOFTCAP.get(name, 0.0))
+    decode = "triton_kernel" if why_not is None else "gluon.kernel"
     kernels = {f"decode.{decode}.decode_kernel"}
     if launch.why_not_gluon(this, torch.bfloat16, layout.fmt):
         kernels.add("store.feedback.gluon_kernel.feedback_kernel")
