@@ -1,7 +1,7 @@
 """Conversations that take turns in random order: each turn's prompt is all that was said before, and some tokens more.
 
-This is what chats and agents ask for: nearly every prompt is a prefix that was computed once, if the
-cache still has it.
+This is what chats and agents ask for: nearly every prompt is a prefix that was computed once, if the cache still has
+it.
 """
 
 from __future__ import annotations
