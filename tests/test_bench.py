@@ -166,6 +166,7 @@ def test_shapes_are_models_that_are_served(name: str, tmp_path: Path) -> None:
         (["--at-once", "0"], "--at-once must be at least 1"),
         (["--shared", "-1"], "--shared must be at least 0"),
         (["--limits", "fast"], "two numbers of milliseconds"),
+        (["--at-most", "0"], "more than 0 seconds"),
         (["--workload", "1x2+3"], "one of the two"),
         (["--layers", "3"], "--layers is for a --shape"),
     ],
@@ -200,6 +201,7 @@ def test_conversations_on_this_machine(tmp_path: Path) -> None:
     for record, block in zip(found, (16, 128), strict=True):
         ends = [308 * turn // block * block for turn in (1, 2)]
         assert record.prefix_hit_rate == pytest.approx(sum(ends) / sum(300 + 308 * turn for turn in range(3)), abs=0.1)
+        assert record.finished == 9
         assert record.requests_per_s == pytest.approx(9 / record.total_s) == record.goodput_per_s
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from logquant_vllm.bench.records import ConversationRecord
 
 VOCABULARY = range(10, 1000)
+REPORT_TURNS = 32
 
 
 class Conversations(BaseModel):
@@ -32,6 +33,8 @@ class Conversations(BaseModel):
     """Tokens that all conversations begin with."""
     at_once: int = 16
     """Turns under way at a time."""
+    at_most_s: float | None = None
+    """Seconds after which the run ends, with what it has seen until then."""
     ttft_limit_ms: float | None = None
     tpot_limit_ms: float | None = None
 
@@ -56,6 +59,8 @@ class Conversations(BaseModel):
         for name, number in {"--conversations": conversations, "--turns": turns, "--at-once": other["at_once"]}.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
+        if (seconds := other.get("at_most_s")) is not None and not seconds > 0:
+            raise ValueError(f"--at-most must be more than 0 seconds, got {seconds}")
         if other["shared"] < 0:
             raise ValueError(f"--shared must be at least 0, got {other['shared']}")
         return cls(conversations=conversations, turns=turns, grow=int(added), answer=int(answer), **other)
@@ -90,7 +95,7 @@ class Run:
 
 
 def run(llm: Any, work: Conversations, seed: int = 0) -> Run:
-    """Let all conversations come to their end.
+    """Let all conversations come to their end, or as far as they get in time.
 
     Args:
         llm: ``vllm.LLM`` with log statistics.
@@ -118,6 +123,9 @@ def run(llm: Any, work: Conversations, seed: int = 0) -> Run:
             engine.add_request(name, {"prompt_token_ids": list(said[i])}, params)
             under_way[name] = i
             left[i] -= 1
+        if work.at_most_s is not None and time.perf_counter() - begin > work.at_most_s:
+            engine.abort_request(list(under_way))
+            break
         for output in engine.step():
             if output.finished:
                 i, m = under_way.pop(output.request_id), output.metrics
@@ -125,6 +133,8 @@ def run(llm: Any, work: Conversations, seed: int = 0) -> Run:
                 per_token = (m.last_token_ts - m.first_token_ts) / (work.answer - 1)
                 cached = output.num_cached_tokens or 0
                 found.turns.append(Turn(m.first_token_latency, per_token, len(output.prompt_token_ids), cached))
+                if len(found.turns) % REPORT_TURNS == 0:  # the engine's log says how far it has come
+                    print(f"{len(found.turns)} turns, {found.prefix_hit_rate:.0%} cached", flush=True)
     found.seconds = time.perf_counter() - begin
     return found
 
@@ -137,12 +147,15 @@ def measure(
     run(llm, small, seed=1)
     llm.reset_prefix_cache()
     found = run(llm, work)
+    if not found.turns:
+        raise RuntimeError(f"no turn ended within {work.at_most_s} seconds")
     return ConversationRecord(
         kv_cache_dtype=name,
         **work.model_dump(),
         kv_gib=kv_gib,
         host_gib=host_gib,
         capacity_tokens=capacity,
+        finished=len(found.turns),
         requests_per_s=len(found.turns) / found.seconds,
         goodput_per_s=found.within(work) / found.seconds,
         total_s=found.seconds,

@@ -95,12 +95,15 @@ class ConversationRecord(BaseModel):
     answer: int
     shared: int
     at_once: int
+    at_most_s: float | None
     ttft_limit_ms: float | None
     tpot_limit_ms: float | None
     kv_gib: float
     host_gib: float
     """Host memory that blocks are offloaded to."""
     capacity_tokens: int
+    finished: int
+    """Turns that ended: all of them, or those within ``at_most_s``."""
     requests_per_s: float
     goodput_per_s: float
     """Turns a second that kept both limits."""

@@ -49,6 +49,9 @@ def serve(
     grow: Annotated[str, typer.Option(help="TOKENS+ANSWER: what a turn adds, and what it asks for.")] = "1800+256",
     shared: Annotated[int, typer.Option(help="Tokens that all conversations begin with.")] = 0,
     at_once: Annotated[int, typer.Option(help="Turns under way at a time.")] = 16,
+    at_most: Annotated[
+        float | None, typer.Option(help="End the conversations after so many seconds; figures are of what ended.")
+    ] = None,
     limits: Annotated[str, typer.Option(help="TTFT,TPOT in ms: goodput counts the turns that keep both.")] = "",
     dtypes: Annotated[
         str,
@@ -78,7 +81,14 @@ def serve(
     if conversations and workload:
         raise ValueError("name --workload or --conversations, one of the two")
     work: Sequence[Workload | Conversations] = _workloads(
-        workload, conversations, turns=turns, grow=grow, shared=shared, at_once=at_once, limits=limits
+        workload,
+        conversations,
+        turns=turns,
+        grow=grow,
+        shared=shared,
+        at_once=at_once,
+        at_most_s=at_most,
+        limits=limits,
     )
     names = dtypes.split(",")
     if CALIBRATED in names and not shape:
@@ -145,9 +155,10 @@ def _described(record: ServeRecord | ConversationRecord) -> str:
 
     if isinstance(record, ConversationRecord):
         return (
-            f"{record.kv_cache_dtype:>9} {record.conversations} x {record.turns} turns: {record.total_s:.2f} s, "
-            f"{record.requests_per_s:.2f} requests/s, first token {record.ttft_ms_median:.0f} ms, then "
-            f"{record.tpot_ms_median:.2f} ms, {record.prefix_hit_rate:.0%} cached"
+            f"{record.kv_cache_dtype:>9} {record.conversations} x {record.turns} turns, {record.finished} ended: "
+            f"{record.total_s:.2f} s, {record.requests_per_s:.2f} requests/s, "
+            f"first token {record.ttft_ms_median:.0f} ms, then {record.tpot_ms_median:.2f} ms, "
+            f"{record.prefix_hit_rate:.0%} cached"
         )
     drafts = f", {record.acceptance_length:.2f} tokens a step" if record.num_speculative_tokens else ""
     return (
