@@ -13,7 +13,7 @@ from logquant_vllm import calibration
 from logquant_vllm.bench.conversations import Conversations, Run, Turn
 from logquant_vllm.bench.engine import Plan, Workload
 from logquant_vllm.bench.records import ConversationRecord, DecodeRecord, Results, ServeRecord, StoreRecord
-from logquant_vllm.bench.shapes import SHAPES, random_calibration, shape_config, shape_directory
+from logquant_vllm.bench.shapes import SHAPES, eagle3_head, random_calibration, shape_config, shape_directory
 from logquant_vllm.bench.timing import summarize
 from logquant_vllm.cli import app
 from logquant_vllm.cli.bench import parse_case
@@ -157,6 +157,17 @@ def test_shapes_are_models_that_are_served(name: str, tmp_path: Path) -> None:
         shape_config(name, 1000)
 
 
+def test_a_head_for_a_shape(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    head = AutoConfig.from_pretrained(eagle3_head("llama-3.1-8b", tmp_path))
+    assert head.architectures == ["LlamaForCausalLMEagle3"] and head.num_hidden_layers == 1
+    for same in ("hidden_size", "vocab_size", "num_key_value_heads", "head_dim"):
+        assert getattr(head, same) == SHAPES["llama-3.1-8b"][same]
+    with pytest.raises(ValueError, match="name a model in --speculative"):
+        eagle3_head("glm-4.5-air", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -213,6 +224,7 @@ def test_serve_on_this_machine(tmp_path: Path) -> None:
     gpu = torch.cuda.is_available()
     # a GPU has room for one of these engines: vLLM wants to find free nine tenths of its memory
     engine = json.dumps({"enforce_eager": True, "gpu_memory_utilization": 0.9 if gpu else 0.4, "max_model_len": 4096})
+    drafts = json.dumps({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3})
     arguments = [
         "serve",
         "demo",
@@ -223,10 +235,12 @@ def test_serve_on_this_machine(tmp_path: Path) -> None:
         "--kv-gib",
         "16" if gpu else "1",
     ]
-    code, output = run(*arguments, "--engine-args", engine, "--json", str(path))
+    code, output = run(*arguments, "--engine-args", engine, "--speculative", drafts, "--json", str(path))
     assert code == 0, output
     found = Results[ServeRecord].model_validate_json(path.read_text()).records
     assert [record.kv_cache_dtype for record in found] == ["auto", "logquant"]
+    assert all(record.method == "ngram" and record.num_speculative_tokens == 3 for record in found)
+    assert all(1 < record.acceptance_length < 4 for record in found)
     assert found[1].capacity_tokens > 2 * found[0].capacity_tokens
     assert all(0 < record.prefill_s < record.total_s for record in found)
 

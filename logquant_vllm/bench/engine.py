@@ -13,6 +13,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 from pydantic import BaseModel
@@ -105,11 +106,12 @@ def measure(llm: Any, plan: Plan, workload: Workload, capacity: int) -> ServeRec
     fitting = max(2, plan.engine.get("max_num_batched_tokens", 0) // workload.input_len)
     warmup = workload.model_copy(update={"requests": min(fitting, workload.requests)})
     run_once(llm, warmup, WARMUP_TOKENS, seed=1)
+    before = speculated(llm)
     repeats = plan.ttft_repeats if workload.output_len == 1 else 1
     runs = [run_once(llm, workload, workload.output_len, seed=2 + i) for i in range(repeats)]
+    accepted = acceptance(llm, before) if plan.engine.get("speculative_config") else {}
     total = statistics.median(seconds for seconds, _ in runs)
     prefill = total if workload.output_len == 1 else run_once(llm, workload, 1, seed=100)[0]
-    accepted = acceptance(llm) if plan.engine.get("speculative_config") else {}
     metrics = [output.metrics for _, outputs in runs for output in outputs]
     per_token = [(m.last_token_ts - m.first_token_ts) / max(workload.output_len - 1, 1) for m in metrics]
     tokens = workload.requests * workload.output_len
@@ -129,19 +131,27 @@ def measure(llm: Any, plan: Plan, workload: Workload, capacity: int) -> ServeRec
     )
 
 
-def acceptance(llm: Any) -> dict[str, Any]:
-    """What speculation did since the engine started: fields of a record."""
+def speculated(llm: Any) -> Counter[str]:
+    """What vLLM counts of speculation, since the engine started."""
+    return Counter(
+        {
+            metric.name.removeprefix("vllm:spec_decode_num_"): metric.value
+            for metric in llm.get_metrics()
+            if metric.name.startswith("vllm:spec_decode_num_") and hasattr(metric, "value")
+        }
+    )
+
+
+def acceptance(llm: Any, before: Counter[str]) -> dict[str, Any]:
+    """What speculation has done since ``before``: fields of a record."""
     config = llm.llm_engine.vllm_config.speculative_config
-    counted = {
-        metric.name: metric.value
-        for metric in llm.get_metrics()
-        if metric.name.startswith("vllm:spec_decode") and hasattr(metric, "value")
-    }
-    drafts = counted["vllm:spec_decode_num_drafts"]
+    counted = speculated(llm)
+    counted.subtract(before)
+    drafts, accepted = counted["drafts"], counted["accepted_tokens"]
     return {
         "method": config.method,
         "num_speculative_tokens": config.num_speculative_tokens,
-        "acceptance_length": 1 + counted["vllm:spec_decode_num_accepted_tokens"] / drafts if drafts else 1.0,
+        "acceptance_length": 1 + accepted / drafts if drafts else 1.0,
     }
 
 

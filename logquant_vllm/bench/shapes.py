@@ -155,6 +155,32 @@ def shape_directory(name: str, layers: int | None = None) -> Iterator[Path]:
         yield Path(folder)
 
 
+def eagle3_head(name: str, folder: Path) -> Path:
+    """A directory in ``folder`` with the configuration of an EAGLE-3 head for the shape ``name``.
+
+    It is one Llama layer of the shape's sizes, as published heads are, and shares embedding and output layer with the
+    model.
+
+    Raises:
+        ValueError: if transformers knows no Llama layer of such sizes.
+    """
+    shape = shape_config(name)
+    if shape["hidden_size"] % shape["num_attention_heads"]:
+        raise ValueError(f"no EAGLE-3 head has the sizes of {name}: name a model in --speculative, or another method")
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    kept = (*sizes, "max_position_embeddings", "rms_norm_eps", "rope_theta", "torch_dtype")
+    config = {key: shape[key] for key in kept} | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "tie_word_embeddings": False,
+    }
+    path = folder / "eagle3"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
 def random_calibration(name: str, folder: Path, layers: int | None = None) -> Path:
     """A calibration file for the shape ``name`` in ``folder``, where no engine looks for one by itself."""
     shape = shape_config(name, layers)

@@ -61,7 +61,13 @@ def serve(
     ] = "auto,fp8,logquant",
     kv_gib: Annotated[float, typer.Option(help="KV memory of every engine in GiB.")] = 16.0,
     host_gib: Annotated[float, typer.Option(help="Host memory of every engine to offload blocks to, in GiB.")] = 0.0,
-    speculative: Annotated[str, typer.Option(help="vLLM's speculative_config of every engine as JSON.")] = "{}",
+    speculative: Annotated[
+        str,
+        typer.Option(
+            help="vLLM's speculative_config of every engine as JSON. "
+            "With a --shape and method eagle3, a model left out is a head of that shape."
+        ),
+    ] = "{}",
     options: Annotated[str, typer.Option(help="LogQuant's options as JSON.")] = "{}",
     engine_args: Annotated[str, typer.Option(help="Further arguments of vllm.LLM as JSON.")] = "{}",
     together: Annotated[
@@ -106,6 +112,8 @@ def serve(
         if shape:
             folder = stack.enter_context(shapes.shape_directory(shape, layers))
             engine |= {"load_format": "dummy", "model": str(folder)}
+            if drafts.get("method") == "eagle3" and "model" not in drafts:
+                drafts["model"] = str(shapes.eagle3_head(shape, folder))
         else:
             engine["model"] = model_directory(model)
         plans = []

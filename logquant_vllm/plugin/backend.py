@@ -128,6 +128,8 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
     """Lengths stay on the device: with asynchronous scheduling the host knows only upper bounds."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    # so that the steps of a head that drafts are one CUDA graph, with nothing for the host to do between them
+    supports_draft_decode_metadata_update: bool = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -152,6 +154,9 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
             parts = parts_of(common, batch, room, self.decode_query_len, self.uncounted)
         block_table = page_table(common.block_table_tensor, self.kv_cache_spec)
         return LogQuantMetadata(common.num_actual_tokens, batch, block_table, parts)
+
+    def update_draft_decode_metadata(self, metadata: LogQuantMetadata) -> None:
+        """Nothing: a decode step's metadata are vLLM's own buffers, in which lengths and blocks are the newest."""
 
 
 _warmed_up = set[Any]()
