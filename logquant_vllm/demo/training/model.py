@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
@@ -47,19 +47,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention."""
+    """Grouped-query causal attention.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        inputs: channels of what is attended with, if they are not the hidden size.
+    """
+
+    def __init__(self, config: ModelConfig, inputs: int | None = None) -> None:
         super().__init__()
         self.config = config
         c, d = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(c, config.num_attention_heads * d, bias=False)
-        self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=False)
-        self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=False)
+        self.q_proj = nn.Linear(inputs or c, config.num_attention_heads * d, bias=False)
+        self.k_proj = nn.Linear(inputs or c, config.num_key_value_heads * d, bias=False)
+        self.v_proj = nn.Linear(inputs or c, config.num_key_value_heads * d, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``x [B, T, C]`` to ``[B, T, C]``."""
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of ``x [B, T, inputs]``, each ``[B, H, T, D]``."""
         b, t, _ = x.shape
         cfg = self.config
         q = self.q_proj(x).view(b, t, cfg.num_attention_heads, cfg.head_dim).transpose(1, 2)
@@ -68,9 +72,15 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         # Repeated rather than enable_gqa: every fused backend takes equal head counts.
         group = cfg.num_attention_heads // cfg.num_key_value_heads
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
+        return q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+
+    def output(self, attended: Tensor) -> Tensor:
+        """``[B, H, T, D]`` to ``[B, T, C]``."""
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``x [B, T, inputs]`` to ``[B, T, C]``."""
+        return self.output(F.scaled_dot_product_attention(*self.heads(x, cos, sin), is_causal=True))
 
 
 class MLP(nn.Module):
@@ -118,17 +128,30 @@ class Decoder(nn.Module):
                 scale = 1 / math.sqrt(2 * config.num_hidden_layers) if into_residual else 1.0
                 nn.init.normal_(parameter, std=0.02 * scale)
 
+    def states(self, tokens: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+        """Hidden states ``[B, T, C]`` of ``tokens [B, T]``: embedded, and after each layer."""
+        states = [self.embed_tokens(tokens)]
+        for layer in self.layers:
+            states.append(layer(states[-1], cos, sin))
+        return states
+
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy in nats of ``tokens [B, T + 1]``, each position predicting the next."""
-        x = self.embed_tokens(tokens[:, :-1])
-        cos, sin = rope_table(self.config, x.shape[1], x.device)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
-        return self._cross_entropy(x, tokens[:, 1:])
+        cos, sin = rope_table(self.config, tokens.shape[1] - 1, tokens.device)
+        return self._cross_entropy(self.states(tokens[:, :-1], cos, sin)[-1], tokens[:, 1:])
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(self.norm(x), self.embed_tokens.weight)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    @classmethod
+    def load(cls, directory: Path) -> Decoder:
+        """What :meth:`export` wrote, in float32."""
+        found = json.loads((directory / "config.json").read_text())
+        model = cls(ModelConfig(**{field.name: found[field.name] for field in fields(ModelConfig)}))
+        weights = load_file(directory / "model.safetensors")
+        model.load_state_dict({name.removeprefix("model."): x.float() for name, x in weights.items()})
+        return model
 
     def compile_parts(self) -> None:
         """Compile layer by layer: all layers share one graph, so start-up takes seconds, not a minute."""

@@ -24,6 +24,7 @@ from logquant_vllm.demo import corpus
 from logquant_vllm.demo.evaluate import Evaluator
 from logquant_vllm.demo.training.batches import Batches
 from logquant_vllm.demo.training.card import model_card
+from logquant_vllm.demo.training.eagle import Eagle3Head
 from logquant_vllm.demo.training.model import Decoder, ModelConfig
 from logquant_vllm.demo.training.muon import Muon
 from logquant_vllm.demo.training.tokenizer import train_tokenizer
@@ -49,7 +50,7 @@ class Schedule:
         return self.peak_lr * min(1.0, (step + 1) / self.warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimizers(model: Decoder) -> list[torch.optim.Optimizer]:
+def optimizers(model: Decoder | Eagle3Head) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the embedding and the norms."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
@@ -58,7 +59,7 @@ def optimizers(model: Decoder) -> list[torch.optim.Optimizer]:
 
 
 def fit(
-    model: Decoder,
+    model: Decoder | Eagle3Head,
     batches: Batches,
     schedule: Schedule,
     seconds: Callable[[], float],
