@@ -30,11 +30,15 @@ MODELS = {
     "openai/gpt-oss-20b": (ModelShape(12, 8, 64, local=(LocalLayers(12, 8, 64, 128),)), 20.91e9),
     "openai/gpt-oss-120b": (ModelShape(18, 8, 64, local=(LocalLayers(18, 8, 64, 128),)), 116.83e9),
     "mistralai/Mistral-7B-Instruct-v0.3": (ModelShape(32, 8, 128), 7.25e9),
+    "mistralai/Mistral-Medium-3.5-128B": (ModelShape(88, 8, 128), 128.0e9),
+    "MiniMaxAI/MiniMax-M2": (ModelShape(62, 8, 128), 228.7e9),
+    "google/gemma-3-27b-it": (ModelShape(10, 16, 128, local=(LocalLayers(52, 16, 128, 1024),)), 27.43e9),
 }
 """Shapes as in each model's ``config.json``, and the number of parameters as on its model card. No hub is asked."""
 
-WEIGHT_BYTES = {"FP8": 1.0, "oss": 0.66}
-"""Bytes of a parameter, by the words of a model's name: gpt-oss stores its experts in 4 bits; others take 2."""
+WEIGHT_BYTES = {"FP8": 1.0, "M2": 1.0, "Medium": 1.05, "oss": 0.66}
+"""Bytes of a parameter, by the words of a model's name: gpt-oss stores its experts in 4 bits, some are published in fp8
+(Mistral Medium without its embeddings and its vision tower); others take 2."""
 
 GPU_GIB = {
     "b200": 178.4,
