@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -46,6 +48,7 @@ def test_endpoint(server: Server) -> None:
     assert info["config"]["window_length"] == 64
     assert Path(info["calibration"]) == DEMO_MODEL / FILE_NAME
     assert info["calibration_note"] == "beside the model"
+    assert server.metric("logquant_calibrated") == 1
     assert info["page"]["num_blocks"] == BLOCKS
     assert info["capacity"]["max_model_len"] == MAX_LEN
     assert info["capacity"]["tokens"] == int(info["capacity"]["concurrency"] * MAX_LEN)
@@ -142,6 +145,30 @@ def test_an_error_ends_the_metrics_and_not_the_server(tmp_path: Path) -> None:
     recorder.log_engine_initialized()  # the number of blocks is not known
     assert not recorder.active
     assert not LogQuantStatLogger(object()).active
+
+
+@pytest.mark.parametrize(("asked", "shown"), [("auto", 0.0), (None, None)])
+def test_a_model_that_got_no_calibration(asked: str | None, shown: float | None, tmp_path: Path) -> None:
+    """What the alert watches: none was found and none measured; one that was not asked for is not missed."""
+    from prometheus_client import REGISTRY
+    from vllm.engine.arg_utils import EngineArgs
+
+    from logquant_vllm.plugin import register
+    from logquant_vllm.plugin.endpoint import LogQuantEndpoint
+
+    register()
+    model = write_config(tmp_path / str(asked))
+    options = {"logquant": {"calibration": asked}}
+    arguments = EngineArgs(str(model), skip_tokenizer_init=True, kv_cache_dtype="logquant", additional_config=options)
+
+    async def status(name: str) -> list[str | None]:
+        return [None, "no tokenizer"]
+
+    client = SimpleNamespace(
+        vllm_config=arguments.create_engine_config(), engine_core=SimpleNamespace(call_utility_async=status)
+    )
+    asyncio.run(LogQuantEndpoint().init_state(client, SimpleNamespace(), SimpleNamespace(api_key=None)))
+    assert REGISTRY.get_sample_value("logquant_calibrated", {"model_name": str(model)}) == shown
 
 
 def test_dashboard_and_alerts_ask_for_metrics_that_exist(server: Server) -> None:

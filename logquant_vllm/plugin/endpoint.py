@@ -11,7 +11,9 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 
+from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.plugin.introspection import LogQuantInfo, describe, is_active
+from logquant_vllm.plugin.metrics import calibrated
 
 PATH = "/logquant"
 CLOSE_SECONDS = 3
@@ -61,6 +63,8 @@ class LogQuantEndpoint:
             return  # nothing to tell, and nothing of vLLM that may have moved is touched
         path, note = await engine_client.engine_core.call_utility_async("logquant_calibration")
         state.logquant_calibration = path, note
+        if LogQuantConfig.from_additional_config(config.additional_config).calibration is not None:
+            calibrated().labels(str(config.model_config.served_model_name)).set(path is not None)
         import vllm.envs as envs
         from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 

@@ -32,13 +32,24 @@ class Metrics(NamedTuple):
     prefix_hit_tokens: Counter
 
 
+def gauge(name: str, documentation: str, labels: tuple[str, ...] = LABELS) -> Gauge:
+    """A gauge of ours, the same in all processes of a server."""
+    return Gauge(f"logquant_{name}", documentation, labels, multiprocess_mode="mostrecent")
+
+
+@cache
+def calibrated() -> Gauge:
+    """Whether a model got the calibration that was asked for, which the engine alone knows (``plugin/endpoint.py``)."""
+    return gauge(
+        "calibrated",
+        "1 if keys are in the model's own basis, 0 if there was no calibration and they are rotated.",
+        ("model_name",),
+    )
+
+
 @cache
 def metrics() -> Metrics:
     """The metrics, registered with the first engine."""
-
-    def gauge(name: str, documentation: str) -> Gauge:
-        return Gauge(f"logquant_{name}", documentation, LABELS, multiprocess_mode="mostrecent")
-
     return Metrics(
         gauge("capacity_tokens", "Tokens that fit, in requests of max_model_len tokens."),
         gauge("bytes_per_token", "Bytes of a token in a request of max_model_len tokens, window included."),
