@@ -382,6 +382,24 @@ def test_unsupported_layers(argument: dict[str, object], tmp_path: Path) -> None
         LogQuantImpl(4, 64, 0.125, 2, logits_soft_cap=0.0, sinks=None)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the operations of a CPU")
+def test_operations_are_compiled_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the first request, which would wait for it at a server that calls itself ready."""
+    from vllm.config import set_current_vllm_config
+
+    from logquant_vllm.cpu import build
+    from logquant_vllm.plugin.backend import LogQuantImpl
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("CXX", "missing-compiler")
+    build.load.cache_clear()
+    config = create_config(write_config(tmp_path / "model"))
+    with set_current_vllm_config(config), pytest.raises(RuntimeError, match="missing-compiler cannot be found"):
+        LogQuantImpl(4, 64, 0.125, 2)
+    monkeypatch.undo()
+    build.load()
+
+
 def attention_layer(
     index: int = 0, num_kv_heads: int = 2, kind: str = "attention.Attention", head_size: int = 64, **arguments: Any
 ) -> Any:

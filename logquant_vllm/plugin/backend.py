@@ -163,7 +163,7 @@ _warmed_up = set[Any]()
 
 
 def _warm_up(layer: Layer, num_heads: int, num_kv_heads: int, dtype: torch.dtype, vllm_config: Any) -> None:
-    """Compile the kernels, once for all layers of a shape; C++ is compiled when it is loaded."""
+    """Compile the kernels, once for all layers of a shape."""
     from logquant_vllm.kernels.warm_up import warm_up
 
     shape = (layer.layout, num_heads, num_kv_heads, dtype)
@@ -174,9 +174,11 @@ def _warm_up(layer: Layer, num_heads: int, num_kv_heads: int, dtype: torch.dtype
 
 
 def _operations() -> ModuleType:
-    """The operations for this platform: C++ on CPU, Triton on CUDA."""
+    """The operations for this platform: C++ on CPU, which may have to be compiled, Triton on CUDA."""
     if current_platform.is_cpu():
-        from logquant_vllm.cpu import operations
+        from logquant_vllm.cpu import build, operations
+
+        build.load()
     else:
         from logquant_vllm.kernels import operations  # type: ignore[no-redef]
     return operations
