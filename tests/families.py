@@ -9,13 +9,26 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from logquant_vllm.planning import ModelShape, plan
+from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
+from logquant_vllm.planning import LINEAR as DELTA_NET
+from logquant_vllm.planning import MAMBA2 as STATE_SPACE
+from logquant_vllm.planning import Engine, LocalLayers, ModelShape, growing
 
 PATH = Path(__file__).parent.parent / "docs" / "models.md"
 
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64, "sliding_window": 128}
+
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_d_state": 128,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 128,
+}
 
 MIXED: dict[str, dict[str, Any]] = {
     "Gemma 2": {
@@ -105,10 +118,6 @@ MIXED: dict[str, dict[str, Any]] = {
         "sliding_window": 128,
         "layer_types": [SLIDING, FULL],
     },
-}
-"""By name, what differs from :data:`tests.models.LLAMA`."""
-
-PLANNED: dict[str, dict[str, Any]] = {
     "Qwen3-Next": {
         "architectures": ["Qwen3NextForCausalLM"],
         "tie_word_embeddings": False,
@@ -126,15 +135,17 @@ PLANNED: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 64,
         "linear_value_head_dim": 64,
         "partial_rotary_factor": 0.25,
-        "layer_types": (["linear_attention"] * 3 + [FULL]) * 2,
+        "layer_types": ([LINEAR] * 3 + [FULL]) * 2,
     },
     "LFM2": {
         "architectures": ["Lfm2ForCausalLM"],
         "model_type": "lfm2",
         "num_hidden_layers": 6,
         "conv_L_cache": 3,
-        "layer_types": ["conv", "conv", FULL, "conv", "conv", FULL],
+        "conv_dim": 256,
+        "layer_types": ["conv", "conv", FULL] * 2,
         "block_ff_dim": 256,
+        "block_dim": 256,
         "block_auto_adjust_ff_dim": False,
     },
     "Llama 4": {
@@ -151,8 +162,84 @@ PLANNED: dict[str, dict[str, Any]] = {
         "layer_types": ["chunked_attention"] * 3 + [FULL],
         "pad_token_id": 2,
     },
+    "Qwen3.5": {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "tie_word_embeddings": False,
+        "model_type": "qwen3_5_text",
+        "head_dim": 256,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 1,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "partial_rotary_factor": 0.25,
+        "mamba_ssm_dtype": "float32",
+        "layer_types": ([LINEAR] * 3 + [FULL]) * 2,
+    },
+    "Granite 4 hybrid": {
+        **MAMBA2,
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "model_type": "granitemoehybrid",
+        "num_hidden_layers": 6,
+        "layer_types": ["mamba", "mamba", "attention"] * 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 256,
+        "position_embedding_type": "nope",
+        "embedding_multiplier": 12,
+        "logits_scaling": 6,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.015625,
+    },
+    "Nemotron-H": {
+        "architectures": ["NemotronHForCausalLM"],
+        "tie_word_embeddings": False,
+        "model_type": "nemotron_h",
+        "num_hidden_layers": 8,
+        "hybrid_override_pattern": "M-M*-M-*",
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 64,
+        "ssm_state_size": 128,
+        "n_groups": 2,
+        "conv_kernel": 4,
+        "chunk_size": 128,
+        "mlp_hidden_act": "relu2",
+        "mamba_hidden_act": "silu",
+    },
+    "Falcon-H1": {
+        **MAMBA2,
+        "architectures": ["FalconH1ForCausalLM"],
+        "tie_word_embeddings": False,
+        "model_type": "falcon_h1",
+        "num_hidden_layers": 2,
+        "mamba_d_ssm": 512,
+        "mamba_rms_norm": False,
+        "mamba_norm_before_gate": False,
+    },
 }
-"""Families that are planned and not served yet, likewise."""
+"""By name, what differs from :data:`tests.models.LLAMA`."""
+
+PLANNED: dict[str, dict[str, Any]] = {
+    "Jamba": {
+        "architectures": ["JambaForCausalLM"],
+        "tie_word_embeddings": False,
+        "model_type": "jamba",
+        "num_hidden_layers": 8,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_dt_rank": 16,
+    },
+}
+"""Families that no CPU engine runs, likewise."""
 
 SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "StarCoder2": (
@@ -206,7 +293,19 @@ class Public(NamedTuple):
     layers: str
     """All of them, by kind."""
     shape: ModelShape
-    """Of those in our cache."""
+    """Of those in our cache, and of recurrent states, which blocks have to hold."""
+
+
+def _states(kind: str, count: int, inputs: int, matrix: int, matrix_bytes: int = 2) -> tuple[LocalLayers, ...]:
+    """Args:
+    inputs, matrix: elements of a state: of the last inputs, in bfloat16, and of the matrix.
+    """
+    return (LocalLayers(count, 0, 0, 0, kind, 2 * inputs + matrix_bytes * matrix),)
+
+
+def _delta_nets(count: int, key_heads: int, value_heads: int, matrix_bytes: int) -> tuple[LocalLayers, ...]:
+    inputs, matrix = 3 * (2 * key_heads + value_heads) * 128, value_heads * 128 * 128
+    return _states(DELTA_NET, count, inputs, matrix, matrix_bytes)
 
 
 PUBLIC = {
@@ -218,17 +317,67 @@ PUBLIC = {
     "EXAONE 4 32B": Public("EXAONE-4.0-32B", "16 full, 48 sliding (4,096)", ModelShape(16, 8, 128)),
     "Ministral": Public("Ministral-8B-Instruct-2410", "9 full, 27 sliding (32,768)", ModelShape(9, 8, 128)),
     "gpt-oss": Public("gpt-oss-20b", "12 full, 12 sliding (128), all with sinks", ModelShape(12, 8, 64)),
+    "Llama 4": Public("Llama-4-Scout-17B-16E, as text", "12 full, 36 in chunks (8,192)", ModelShape(12, 8, 128)),
+    "Qwen3-Next": Public(
+        "Qwen3-Next-80B-A3B",
+        "12 full, 36 gated delta nets",
+        ModelShape(12, 2, 256, local=_delta_nets(36, 16, 32, 2)),
+    ),
+    "Qwen3.5": Public(
+        "Qwen3.5-27B, as text",
+        "16 full, 48 gated delta nets",
+        ModelShape(16, 4, 256, local=_delta_nets(48, 16, 48, 4)),
+    ),
+    "Granite 4 hybrid": Public(
+        "granite-4.0-h-small",
+        "4 full, 36 Mamba-2",
+        ModelShape(4, 8, 128, local=_states(STATE_SPACE, 36, 3 * (8192 + 2 * 128), 8192 * 128)),
+    ),
+    "Nemotron-H": Public(
+        "Nemotron-3-Nano-30B-A3B",
+        "6 full, 23 Mamba-2, 23 without a cache",
+        ModelShape(6, 2, 128, local=_states(STATE_SPACE, 23, 3 * (4096 + 2 * 8 * 128), 4096 * 128, 4)),
+    ),
+    "Falcon-H1": Public(
+        "Falcon-H1-7B",
+        "44 with full attention and Mamba-2",
+        ModelShape(44, 2, 128, local=_states(STATE_SPACE, 44, 3 * (3072 + 2 * 256), 3072 * 256)),
+    ),
+    "LFM2": Public(
+        "LFM2-1.2B", "6 full, 10 convolutions", ModelShape(6, 8, 64, local=_states("conv", 10, 2 * 2048, 0))
+    ),
 }
+
+
+class Row(NamedTuple):
+    """Of a public model."""
+
+    bfloat16: int
+    """Bytes of its growing layers for a token."""
+    logquant: float
+    """Likewise, of a request of 8,192 tokens with its window blocks."""
+    grain: int
+    """Tokens of a block, whole ones of which are found by a prefix hit."""
+
+
+def row(public: Public) -> Row:
+    """What the table says of a model."""
+    shape, engine = public.shape, Engine(1 << 40, 8192)
+    ours = growing(LogQuantConfig(), shape, engine)
+    token = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_size
+    return Row(token, ours.request_bytes / engine.max_model_len, ours.block.pages * PAGE_SIZE)
 
 
 def table() -> str:
     """The table of :data:`PUBLIC`."""
-    rows = ["| family | public model | its layers | bfloat16 | fp8 | logquant |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| family | public model | its layers | bfloat16 | fp8 | logquant | block |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for family, public in PUBLIC.items():
-        bf16, fp8, ours = plan(public.shape, 1 << 40, 8192)
-        figures = " | ".join(f"{capacity.bytes_per_token:,.0f}" for capacity in (bf16, fp8, ours))
-        ratio = bf16.bytes_per_token / ours.bytes_per_token
-        rows.append(f"| {family} | {public.name} | {public.layers} | {figures} ({ratio:.1f}x) |")
+        bf16, ours, grain = row(public)
+        figures = f"{bf16:,} | {bf16 // 2:,} | {ours:,.0f} ({bf16 / ours:.1f}x) | {grain:,}"
+        rows.append(f"| {family} | {public.name} | {public.layers} | {figures} |")
     return "\n".join(rows)
 
 

@@ -59,6 +59,12 @@ WHISPER = {
     "max_source_positions": 1500,
     "max_target_positions": 448,
 }
+ZAMBA2 = {
+    "architectures": ["Zamba2ForCausalLM"],
+    "model_type": "zamba2",
+    "layers_block_type": ["mamba", "hybrid"],
+    "hybrid_layer_ids": [1],
+}
 ALIBI = {"position_embedding_type": "alibi"}
 
 
@@ -73,10 +79,21 @@ CASES = {
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
         "beside layers that keep vLLM's own KV cache: leave --speculative-config out",
     ),
+    "Mamba on a CPU": (families.PLANNED["Jamba"], {}, "no kernel for the model's Mamba layers, .*: use a GPU"),
     **{
-        name: (families.PLANNED[name], {}, f"layer 0 of the model is of the kind {kind}, which is not served yet: use")
-        for name, kind in (("Qwen3-Next", "linear_attention"), ("LFM2", "conv"), ("Llama 4", "chunked_attention"))
+        f"a prefix cache of {name} on a CPU": (families.MIXED[name], {}, "no states .*: use --no-enable-prefix-caching")
+        for name in ("Granite 4 hybrid", "Nemotron-H", "Falcon-H1")
     },
+    "delta nets in float32 on a CPU": (
+        families.MIXED["Qwen3-Next"],
+        {"dtype": "float32"},
+        "--dtype is torch.float32: vLLM's CPU engine .*: use --dtype bfloat16",
+    ),
+    "unknown recurrent states": (
+        ZAMBA2,
+        {},
+        "the memory of .*'s linear_attention layers is not known here: use --kv-cache-dtype auto",
+    ),
     "unknown layers": (
         {**QWEN2, "layer_types": ["full_attention", "compressed_sparse_attention"]},
         {},

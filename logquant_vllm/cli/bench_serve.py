@@ -121,7 +121,8 @@ def serve(
             chosen = dict(logquant)
             if name == CALIBRATED:
                 chosen["calibration"] = str(shapes.random_calibration(shape, folder, layers))
-            ours = {"additional_config": {"logquant": chosen}} if name in ("logquant", CALIBRATED) else {}
+            given = engine.get("additional_config", {})
+            ours = {"additional_config": given | {"logquant": chosen}} if name in ("logquant", CALIBRATED) else {}
             plans.append(
                 Plan(
                     name=name,

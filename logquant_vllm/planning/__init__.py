@@ -1,9 +1,10 @@
 """How many tokens and requests fit, without vLLM and without a GPU."""
 
-from logquant_vllm.planning.blocks import DEFAULT_BLOCK_SIZE, layers_side_by_side, pages_per_block, tokens_per_block
+from logquant_vllm.planning.blocks import DEFAULT_BLOCK_SIZE, BlockShape, block_shape, tokens_per_block
 from logquant_vllm.planning.capacity import (
     Capacity,
     Engine,
+    growing,
     logquant_capacity,
     plain_capacity,
     plan,
@@ -13,30 +14,37 @@ from logquant_vllm.planning.capacity import (
 from logquant_vllm.planning.shape import (
     CHUNKED,
     LINEAR,
+    MAMBA,
+    MAMBA2,
     LocalLayers,
     ModelShape,
     is_mixed,
     model_shape,
     shape_of_config,
+    state_kinds,
 )
 
 __all__ = [
     "CHUNKED",
     "DEFAULT_BLOCK_SIZE",
     "LINEAR",
+    "MAMBA",
+    "MAMBA2",
+    "BlockShape",
     "Capacity",
     "Engine",
     "LocalLayers",
     "ModelShape",
+    "block_shape",
+    "growing",
     "is_mixed",
-    "layers_side_by_side",
     "logquant_capacity",
     "model_shape",
-    "pages_per_block",
     "plain_capacity",
     "plan",
     "preset_capacities",
     "rollback_tokens",
     "shape_of_config",
+    "state_kinds",
     "tokens_per_block",
 ]

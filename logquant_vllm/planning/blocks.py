@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from logquant_vllm.config import PAGE_SIZE
 
@@ -11,6 +12,13 @@ DEFAULT_BLOCK_SIZE = {"cuda": 16, "cpu": 128}
 """vLLM's block size for its own KV cache formats."""
 MOST_TOKENS = 1024
 """Of a block, if it is the state of a recurrent layer that makes it so large."""
+
+
+class BlockShape(NamedTuple):
+    """A block of ours: pages of tokens one after another, in each place those of several layers side by side."""
+
+    pages: int = 1
+    layers: int = 1
 
 
 def kernel_block(block_size: int) -> int:
@@ -37,6 +45,21 @@ def pages_per_block(page_bytes: int, others: Iterable[tuple[int, int]]) -> int:
     step = math.lcm(*(kernel_block // math.gcd(kernel_block, PAGE_SIZE) for _, kernel_block in kinds))
     least = max(1, *(-(-token_bytes * kernel_block // page_bytes) for token_bytes, kernel_block in kinds), 1)
     return -(-least // step) * step
+
+
+def block_shape(
+    num_layers: int, page_bytes: int, others: Sequence[tuple[int, int]] = (), state_bytes: int = 0
+) -> BlockShape:
+    """The blocks of layers with our cache.
+
+    Args:
+        num_layers: so many.
+        page_bytes: bytes of a page of one of them.
+        others: as in :func:`pages_per_block`, without states.
+        state_bytes: of the largest recurrent state.
+    """
+    beside = layers_side_by_side(num_layers, page_bytes, state_bytes)
+    return BlockShape(pages_per_block(beside * page_bytes, [*others, (state_bytes, 1)]), beside)
 
 
 def tokens_per_block(pages: int, page_bytes: int, token_bytes: int, kernel_block: int) -> int:

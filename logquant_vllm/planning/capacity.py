@@ -16,13 +16,14 @@ then sorts layers into groups of equal size, each with blocks of its own; a bloc
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from logquant_vllm.config import PAGE_SIZE, PRESETS, LogQuantConfig
 from logquant_vllm.planning.blocks import (
     DEFAULT_BLOCK_SIZE,
+    BlockShape,
+    block_shape,
     kernel_block,
-    layers_side_by_side,
-    pages_per_block,
     tokens_per_block,
 )
 from logquant_vllm.planning.shape import CHUNKED, DTYPE_BYTES, SLIDING, LocalLayers, ModelShape
@@ -148,8 +149,33 @@ def plain_capacity(name: str, element_bytes: int, shape: ModelShape, engine: Eng
     return _capacity(name, least * largest, kinds, engine)
 
 
-def logquant_capacity(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Capacity:
-    """LogQuant: pages and window blocks of one size, drawn from one pool, with other layers' blocks.
+class Growing(NamedTuple):
+    """What the layers in our cache hold."""
+
+    block: BlockShape
+    block_bytes: int
+    """Of a block in the layers side by side, on one rank."""
+    owners: int
+    """Blocks of all layers, one beside the other."""
+    pages: int
+    """Blocks of pages that a request holds."""
+    window: int
+    """Window blocks that it holds."""
+
+    @property
+    def request_bytes(self) -> int:
+        """Of one request, in all layers."""
+        return self.owners * (self.pages + self.window) * self.block_bytes
+
+
+def _token_of(layers: LocalLayers, shape: ModelShape, engine: Engine) -> tuple[int, int]:
+    """Bytes of a token of attention layers in vLLM's own cache, and the least tokens that their kernel takes."""
+    heads = shape.kv_heads_per_rank(engine.tensor_parallel_size, layers)
+    return 2 * heads * layers.head_size * DTYPE_BYTES[shape.dtype], kernel_block(engine.block_size)
+
+
+def growing(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Growing:
+    """What a request of ``max_model_len`` tokens holds in our cache, in blocks that other layers' blocks fit.
 
     Raises:
         ValueError: if heads of that size cannot be stored.
@@ -159,26 +185,35 @@ def logquant_capacity(config: LogQuantConfig, shape: ModelShape, engine: Engine)
     layout = config.layout(shape.head_size, rollback_tokens=engine.rollback_tokens)
     heads, length = shape.kv_heads_per_rank(engine.tensor_parallel_size), engine.max_model_len
     page_bytes = layout.fmt.page_bytes(heads)
+    attention = [_token_of(layers, shape, engine) for layers in shape.local if not layers.state_bytes]
+    block = block_shape(shape.num_layers, page_bytes, attention, shape.state_bytes(engine.tensor_parallel_size))
+    layout = replace(layout, window_pages=block.pages)
+    return Growing(
+        block,
+        block.pages * block.layers * page_bytes,
+        shape.num_layers // block.layers,
+        -(-length // (block.pages * PAGE_SIZE)),
+        layout.num_window_blocks(length, heads, getattr(torch, shape.dtype)),
+    )
 
-    def block(layers: LocalLayers) -> tuple[int, int]:
-        rank_heads = shape.kv_heads_per_rank(engine.tensor_parallel_size, layers)
-        return 2 * rank_heads * layers.head_size * DTYPE_BYTES[shape.dtype], kernel_block(engine.block_size)
 
-    state_bytes = shape.state_bytes(engine.tensor_parallel_size)
-    beside = layers_side_by_side(shape.num_layers, page_bytes, state_bytes)
-    place_bytes = beside * page_bytes
-    attention = [block(layers) for layers in shape.local if not layers.state_bytes]
-    pages = pages_per_block(place_bytes, [*attention, (state_bytes, 1)])
-    layout = replace(layout, window_pages=pages)
-    window = layout.num_window_blocks(length, heads, getattr(torch, shape.dtype))
-    ours = shape.num_layers // beside
-    kinds = [(ours, -(-length // (pages * PAGE_SIZE))), (ours, window)]
+def logquant_capacity(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Capacity:
+    """LogQuant: pages and window blocks of one size, drawn from one pool, with other layers' blocks.
+
+    Raises:
+        ValueError: if heads of that size cannot be stored.
+    """
+    ours = growing(config, shape, engine)
+    kinds = [(ours.owners, ours.pages), (ours.owners, ours.window)]
+    place_bytes = ours.block_bytes // ours.block.pages
     for layers in shape.local:
-        tokens = 0 if layers.state_bytes else tokens_per_block(pages, place_bytes, *block(layers))
+        tokens = 0
+        if not layers.state_bytes:
+            tokens = tokens_per_block(ours.block.pages, place_bytes, *_token_of(layers, shape, engine))
         if layers.kind == CHUNKED:  # kept like a window, see plugin/pool.py
             layers = replace(layers, kind=SLIDING)
-        kinds.append((layers.num_layers, layers.blocks(tokens, length, engine.in_flight_tokens)))
-    return _capacity("logquant", pages * place_bytes, kinds, engine)
+        kinds.append((layers.num_layers, layers.blocks(tokens, engine.max_model_len, engine.in_flight_tokens)))
+    return _capacity("logquant", ours.block_bytes, kinds, engine)
 
 
 def preset_capacities(

@@ -13,11 +13,15 @@ DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 LOCAL = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}
 """Kinds of layers that attend to nearby tokens only, and what tells how many."""
-LINEAR, CONVOLUTION = "linear_attention", "conv"
-STATES = (LINEAR, CONVOLUTION)
-"""Kinds of layers with a recurrent state whose size is known here."""
-STATES_PER_REQUEST = 2
-"""What vLLM keeps with a prefix cache: the state that it goes on from, and the one that it comes to."""
+LINEAR, MAMBA, MAMBA2, CONVOLUTION = "linear_attention", "mamba", "mamba2", "conv"
+STATES_PER_REQUEST = {LINEAR: 2, MAMBA: 2, MAMBA2: 3, CONVOLUTION: 2}
+"""Kinds of layers with a recurrent state, and what vLLM keeps with a prefix cache: the state that it goes on from, the
+one that it comes to, and for kernels that can the one at the end of the prompt's last whole block."""
+HYBRID = "hybrid"
+"""A layer that has attention and a state."""
+WITH_STATE = (HYBRID, *STATES_PER_REQUEST)
+NO_CACHE = ("moe", "sparse", "dense", "mlp")
+"""Kinds of layers without a cache."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class LocalLayers:
     def blocks(self, block_size: int, max_model_len: int, in_flight_tokens: int) -> int:
         """Blocks of a request: those that are given back are counted as long as a step may need them."""
         if self.state_bytes:
-            return STATES_PER_REQUEST
+            return STATES_PER_REQUEST[self.kind]
         if self.kind == FULL:
             return -(-max_model_len // block_size)
         sliding = self.kind == SLIDING
@@ -140,10 +144,9 @@ def shape_of_config(
     window = getattr(config, "sliding_window", None)
     if set(kinds) == {SLIDING} and isinstance(window, int) and max_model_len is not None and window >= max_model_len:
         kinds = [FULL] * len(kinds)
-    kinds = [kind for kind in kinds if kind not in ("moe", "sparse", "dense")]  # without a cache
-    if unknown := sorted({*kinds} - {FULL, *LOCAL, *STATES}):
+    if unknown := sorted({*kinds} - {FULL, HYBRID, *LOCAL, *STATES_PER_REQUEST, *NO_CACHE}):
         raise ValueError(f"{model} has {', '.join(unknown)} layers, whose memory is not known here")
-    if FULL not in kinds:
+    if FULL not in kinds and HYBRID not in kinds:
         raise ValueError(
             f"all layers of {model} attend to the last {window} tokens only, so its KV cache does not grow: use "
             f"--max-model-len {window}"
@@ -156,30 +159,56 @@ def shape_of_config(
         size = getattr(own, "head_dim", None) or config.hidden_size // heads
         return getattr(own, "num_key_value_heads", None) or heads, size
 
-    ours = [i for i, kind in enumerate(kinds) if kind == FULL and i not in skipped]
-    others = Counter((shape(i), kind) for i, kind in enumerate(kinds) if i not in ours)
+    attention = {i: FULL if kind == HYBRID else kind for i, kind in enumerate(kinds) if kind in {FULL, HYBRID, *LOCAL}}
+    ours = [i for i, kind in attention.items() if kind == FULL and i not in skipped]
+    others = Counter((shape(i), kind) for i, kind in attention.items() if i not in ours)
     local = []
     for ((kv_heads, size), kind), count in others.items():
-        if kind in STATES:
-            local.append(LocalLayers(count, 0, 0, 0, kind, _state_bytes(config, kind, dtype)))
-        else:
-            seen = 0 if kind == FULL else getattr(config, LOCAL[kind])
-            local.append(LocalLayers(count, kv_heads, size, seen, kind))
+        seen = 0 if kind == FULL else getattr(config, LOCAL[kind])
+        local.append(LocalLayers(count, kv_heads, size, seen, kind))
+    states = Counter(_state(config, kind, dtype) for kind in kinds if kind in WITH_STATE)
+    local += [LocalLayers(count, 0, 0, 0, *state) for state, count in states.items()]
     return ModelShape(len(ours), *shape(ours[0]), dtype, heads, _softcap(config), tuple(local))
 
 
-def _state_bytes(config: Any, kind: str, dtype: str) -> int:
-    """Bytes of a layer's recurrent state, as vLLM computes them; of a convolution the last inputs."""
+def _state(config: Any, kind: str, dtype: str) -> tuple[str, int]:
+    """Of a layer with a recurrent state its kind, which configurations call by one name, and the state's bytes as vLLM
+    computes them: a convolution's last inputs, and a matrix."""
+
+    def field(*names: str) -> int:
+        return next(value for name in names if (value := getattr(config, name, None)) is not None)
+
     own = DTYPE_BYTES[dtype]
-    if kind == LINEAR and not hasattr(config, "linear_num_key_heads"):
-        raise ValueError(f"the memory of {config.model_type}'s {kind} layers is not known here")
     if kind == CONVOLUTION:
-        return (config.conv_L_cache - 1) * (getattr(config, "conv_dim", None) or config.hidden_size) * own
-    keys = config.linear_num_key_heads * config.linear_key_head_dim
-    values = config.linear_num_value_heads * config.linear_value_head_dim
-    inputs = (config.linear_conv_kernel_dim - 1) * (2 * keys + values) * own
-    matrix = DTYPE_BYTES[getattr(config, "mamba_ssm_dtype", None) or dtype]
-    return inputs + values * config.linear_key_head_dim * matrix
+        return kind, (config.conv_L_cache - 1) * (getattr(config, "conv_dim", None) or config.hidden_size) * own
+    if hasattr(config, "linear_num_key_heads"):
+        kind, kernel, depth = LINEAR, config.linear_conv_kernel_dim, config.linear_key_head_dim
+        values = config.linear_num_value_heads * config.linear_value_head_dim
+        inputs = 2 * config.linear_num_key_heads * depth + values
+    elif hasattr(config, "mamba_n_heads") or hasattr(config, "mamba_num_heads"):
+        values = field("mamba_n_heads", "mamba_num_heads") * field("mamba_d_head", "mamba_head_dim")
+        kind, kernel, depth = MAMBA2, field("mamba_d_conv", "conv_kernel"), field("mamba_d_state", "ssm_state_size")
+        inputs = values + 2 * field("mamba_n_groups", "n_groups") * depth
+    elif hasattr(config, "mamba_dt_rank"):
+        values = inputs = config.mamba_expand * config.hidden_size
+        kind, kernel, depth = MAMBA, config.mamba_d_conv, config.mamba_d_state
+    else:
+        raise ValueError(f"the memory of {config.model_type}'s {kind} layers is not known here")
+    stored = getattr(config, "mamba_ssm_dtype", None) or getattr(config, "mamba_ssm_cache_dtype", None)
+    return kind, (kernel - 1) * inputs * own + values * depth * DTYPE_BYTES[stored or dtype]
+
+
+def state_kinds(config: Any) -> set[str]:
+    """Kinds of a model's recurrent states, keys of :data:`STATES_PER_REQUEST`; of its text configuration.
+
+    Raises:
+        ValueError: if one is not known here.
+    """
+    return {
+        _state(config, kind, "bfloat16")[0]
+        for kind in _layer_kinds(config, config.num_hidden_layers)
+        if kind in WITH_STATE
+    }
 
 
 def _softcap(config: Any) -> float:

@@ -31,13 +31,14 @@ from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.paged import Batch, PagedCache
 from logquant_vllm.core.parts import Parts
+from logquant_vllm.planning import BlockShape
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.basis import load_basis
 from logquant_vllm.plugin.measure import obstacle
 from logquant_vllm.plugin.observe import Observer
 from logquant_vllm.plugin.parts import parts_of
 from logquant_vllm.plugin.speculation import decode_query_len, is_draft_model, options_of, rollback_tokens
-from logquant_vllm.plugin.window_layer import BlockShape, WindowLayer, page_table, pages_of
+from logquant_vllm.plugin.window_layer import WindowLayer, page_table, pages_of
 
 WINDOW_SUFFIX = ".logquant_window"
 

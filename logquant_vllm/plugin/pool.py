@@ -28,9 +28,8 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, SlidingWindowSpec, replace_as
 
 from logquant_vllm.config import PAGE_SIZE
-from logquant_vllm.planning import layers_side_by_side, pages_per_block, tokens_per_block
+from logquant_vllm.planning import BlockShape, block_shape, tokens_per_block
 from logquant_vllm.plugin.validation import Layers
-from logquant_vllm.plugin.window_layer import BlockShape
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 
@@ -93,18 +92,17 @@ def share_pool(vllm_config: Any, layers: Layers) -> None:
     tokens = {name: _smallest_block(layer, vllm_config) for name, layer in layers.attention.items()}
     states = [replace(layer.get_kv_cache_spec(vllm_config), page_size_padded=None) for layer in layers.states.values()]
     state_bytes = max((spec.page_size_bytes for spec in states), default=0)
-    beside = layers_side_by_side(len(impls), page_bytes, state_bytes)
-    pages = pages_per_block(beside * page_bytes, [*tokens.values(), (state_bytes, 1)])
-    block_bytes = pages * beside * page_bytes
-    cache.block_size = pages * PAGE_SIZE
+    block = block_shape(len(impls), page_bytes, list(tokens.values()), state_bytes)
+    block_bytes = block.pages * block.layers * page_bytes
+    cache.block_size = block.pages * PAGE_SIZE
     if states:
         cache.mamba_page_size_padded = block_bytes
         if cache.mamba_cache_mode == "align":
             cache.mamba_block_size = cache.block_size
     alone = not (tokens or states)
-    _settle(vllm_config, impls, BlockShape(pages, beside), alone)
+    _settle(vllm_config, impls, block, alone)
     for name, layer in layers.attention.items():
-        block_size = tokens_per_block(pages, beside * page_bytes, *tokens[name])
+        block_size = tokens_per_block(block.pages, block.layers * page_bytes, *tokens[name])
         layer.attn_backend = sized_backend(layer.get_attn_backend(), block_size, block_bytes)
     if not alone:
         logger.info(
@@ -113,5 +111,5 @@ def share_pool(vllm_config: Any, layers: Layers) -> None:
             len(impls),
             len(tokens) + len(states),
             cache.block_size,
-            beside,
+            block.layers,
         )

@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 
 from logquant_vllm import calibration
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig, unsupported_head_size
+from logquant_vllm.planning import LINEAR, MAMBA, MAMBA2, state_kinds
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.model import SLIDING_WINDOW, has_other_kinds, shape_of, skipped_layers, where
 from logquant_vllm.plugin.specs import WindowSpec
@@ -39,6 +40,7 @@ def validate_config(vllm_config: Any) -> LogQuantConfig:
     problems = [*_engine_problems(vllm_config)]
     if vllm_config.model_config is not None:
         problems += _model_problems(vllm_config.model_config, config)
+        problems += _state_problems(vllm_config)
         problems += speculation_problems(vllm_config, config)
         if vllm_config.speculative_config is not None and has_other_kinds(vllm_config):
             problems.append(DRAFTS_BESIDE_OTHERS)
@@ -101,11 +103,6 @@ def _model_problems(model: Any, config: LogQuantConfig) -> Iterator[str]:
         yield f"layer {index} of the model is of the kind {kind}, which is not known here: {FALLBACK}"
     if model.is_encoder_decoder:
         yield f"the model is an encoder-decoder; only decoder-only models work: {FALLBACK}"
-    if unproven := [layer for layer in kinds if layer[1] in UNPROVEN_KINDS]:
-        index, kind = unproven[0]
-        yield f"layer {index} of the model is of the kind {kind}, which is not served yet: {FALLBACK}"
-    elif model.is_hybrid:
-        yield f"the model has layers with a recurrent state (state-space or linear), not served yet: {FALLBACK}"
     if model.is_attention_free:
         yield f"the model has no attention layer, whose cache would grow: {FALLBACK}"
     else:
@@ -132,16 +129,39 @@ def _model_problems(model: Any, config: LogQuantConfig) -> Iterator[str]:
         yield str(error)
 
 
+def _state_problems(vllm_config: Any) -> Iterator[str]:
+    """Layers with a recurrent state: those that are not known, and what vLLM's CPU engine lacks, which would end at a
+    request with any KV cache."""
+    model = vllm_config.model_config
+    if model.use_mla or not model.is_hybrid:
+        return
+    try:
+        kinds = state_kinds(model.hf_text_config)
+    except ValueError as error:
+        yield f"{error}: {FALLBACK}"
+        return
+    if not current_platform.is_cpu():
+        return
+    if MAMBA in kinds:
+        yield "vLLM's CPU engine has no kernel for the model's Mamba layers, with any KV cache: use a GPU"
+    if MAMBA2 in kinds and vllm_config.cache_config.enable_prefix_caching:
+        yield (
+            "vLLM's CPU engine keeps no states of Mamba-2 layers for a prefix cache, with any KV cache: "
+            "use --no-enable-prefix-caching"
+        )
+    if LINEAR in kinds and model.dtype != torch.bfloat16:
+        yield (
+            f"--dtype is {model.dtype}: vLLM's CPU engine computes gated delta nets in bfloat16 alone, with any KV "
+            "cache: use --dtype bfloat16"
+        )
+
+
 KNOWN_KINDS = {
     *("full_attention", "attention", "sliding_attention", "chunked_attention"),
     *("linear_attention", "mamba", "mamba2", "conv", "hybrid"),
-    *("moe", "sparse", "dense"),
+    *("moe", "sparse", "dense", "mlp"),
 }
 """What configurations call layers that are ours, have vLLM's own cache beside ours, or have none."""
-
-
-UNPROVEN_KINDS = {"chunked_attention", "linear_attention", "mamba", "mamba2", "conv", "hybrid"}
-"""Those whose blocks are planned beside ours (``plugin/pool.py``), but whose answers were not compared yet."""
 
 
 def _layer_kinds(model: Any) -> list[str]:

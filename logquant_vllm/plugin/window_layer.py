@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from vllm.v1.attention.backend import (
 
 from logquant_vllm.config import PAGE_SIZE
 from logquant_vllm.core.paged import CacheLayout
+from logquant_vllm.planning import BlockShape
 from logquant_vllm.plugin.specs import WindowSpec
 
 
@@ -31,13 +32,6 @@ class WindowMetadata:
     """The window blocks of the step's requests: int32 ``[num_reqs, max_blocks]``."""
 
     block_table: torch.Tensor
-
-
-class BlockShape(NamedTuple):
-    """A block of ours: pages of tokens one after another, in each place those of several layers side by side."""
-
-    pages: int = 1
-    layers: int = 1
 
 
 class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
