@@ -16,13 +16,13 @@ from typing import Annotated
 import torch
 import typer
 
-from logquant_vllm.cli.models import DEMO_MODEL
 from logquant_vllm.demo import corpus
 from logquant_vllm.demo.training.batches import Batches
 from logquant_vllm.demo.training.eagle import Eagle3Head
 from logquant_vllm.demo.training.model import Decoder, ModelConfig
 from logquant_vllm.demo.training.train import Schedule, fit
 
+DEMO_MODEL = Path(corpus.__file__).parent / "model"
 DRAFT_MODEL = ModelConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=2)
 KINDS = ("draft_model", "eagle3")
 
