@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from logquant_vllm.bench.calibrations import random_moments
 from logquant_vllm.core import operations as reference
-from logquant_vllm.core.calibration import rotation_basis
+from logquant_vllm.core.calibration import Basis, calibrated_basis, rotation_basis
+from logquant_vllm.core.hadamard import hadamard_matrix
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.log_selection import num_compactions
 from logquant_vllm.core.page_format import PageFormat
@@ -185,14 +187,37 @@ def test_step_leaves_the_basis(ops: ModuleType, keys: bool, values: bool) -> Non
     """As long as all tokens have a copy, rotations make no difference; the matrix is not its own transpose."""
     layout, size, scale = CacheLayout(PageFormat(96)), 96, 96**-0.5
     basis = rotation_basis(size, torch.float32, "cpu", keys=keys, values=values)
-    plain, turned = (PagedBatch(layout, 2, 2, 180, torch.float32) for _ in range(2))
+    plain, turned, read = (PagedBatch(layout, 2, 2, 180, torch.float32) for _ in range(3))
+    layer = Layer(layout, scale, basis)
     for step, new in enumerate([[130, 60], [1, 1], [1, 100], [40, 1]]):
         qkv = random_qkv(sum(new), 6, 2, size, torch.float32, seed=step)
-        expected, actual = (torch.full_like(qkv[0], torch.nan) for _ in range(2))
+        expected, *actual = (torch.full_like(qkv[0], torch.nan) for _ in range(4))
         ops.step(Layer(layout, scale), *qkv, plain.cache, plain.batch(new), expected)
-        ops.step(Layer(layout, scale, basis), *qkv, turned.cache, turned.batch(new), actual)
-        assert_close(actual, expected, 1e-5, f"step {step}")
+        ops.step(layer, *qkv, turned.cache, turned.batch(new), actual[0])
+        batch = read.batch(new)  # a layer that another one reads, with the same queries
+        stored = ops.begin_step(layer, *qkv, read.cache, batch, actual[1])
+        ops.attend_stored(layer, qkv[0], *stored, read.cache, batch, actual[2])
+        ops.update_window(*stored, read.cache, batch, layout)
+        for output, what in zip(actual, ("step", "begin_step", "attend_stored"), strict=True):
+            assert_close(output, expected, 1e-5, f"{what} {step}")
         assert torch.equal(turned.cache.pages, plain.cache.pages) == (not keys and not values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpp_takes_each_head_to_its_basis(dtype: torch.dtype) -> None:
+    """Requests that begin, that go on and that decode in one step; stored tokens are those of the reference."""
+    layout, heads, size = DEFAULT, 2, 64
+    query, key, _, _ = calibrated_basis(random_moments(size, heads, 1))
+    basis = Basis(query.to(dtype), key.to(dtype), None, hadamard_matrix(size, dtype)[None])
+    layer = Layer(layout, size**-0.5, basis)
+    expected, actual = (PagedBatch(layout, heads, 3, 700, dtype) for _ in range(2))
+    for step, new in enumerate([[400, 300, 0], [1, 130, 200], [1, 1, 1], [1, 64, 1]]):
+        qkv = random_qkv(sum(new), 3 * heads, heads, size, dtype, seed=step)
+        output, cpp_output = torch.empty_like(qkv[0]), torch.empty_like(qkv[0])
+        reference.step(layer, *qkv, expected.cache, expected.batch(new), output)
+        cpp.step(layer, *qkv, actual.cache, actual.batch(new), cpp_output)
+        assert torch.equal(actual.cache.pages, expected.cache.pages)
+        assert_close(cpp_output, output, 2e-2 if dtype == torch.bfloat16 else 1e-4, f"step {step}")
 
 
 @pytest.mark.parametrize(("head_size", "threads"), [(16, 1), (80, 1), (96, 2), (128, 1), (160, 1), (192, 2), (256, 2)])

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 #include "cache.h"
@@ -100,9 +101,9 @@ void dispatch(const Tensor& key, F&& f) {
 #define LOGQUANT_ARGS \
     read_args(key, value, pages, window, block_table, window_table, query_start_loc, seq_lens, constants, factors)
 
-using Feedback = std::optional<Tensor>;
+using Matrix = std::optional<Tensor>;
 
-const float* feedback_of(const Feedback& feedback, const Args& a) {
+const float* feedback_of(const Matrix& feedback, const Args& a) {
     if (!feedback) return nullptr;
     const int64_t heads = a.cache.num_kv_heads, size = a.layout.head_size;
     TORCH_CHECK(feedback->sizes() == at::IntArrayRef({heads, size, size}) && feedback->is_contiguous() &&
@@ -112,7 +113,7 @@ const float* feedback_of(const Feedback& feedback, const Args& a) {
     return feedback->const_data_ptr<float>();
 }
 
-void quantize_pages_op(const Tensor& key, const Tensor& value, LOGQUANT_CACHE, const Feedback& feedback) {
+void quantize_pages_op(const Tensor& key, const Tensor& value, LOGQUANT_CACHE, const Matrix& feedback) {
     Args a = LOGQUANT_ARGS;
     a.cache.feedback = feedback_of(feedback, a);
     dispatch(key, [&](auto zero) {
@@ -129,43 +130,66 @@ void update_window_op(const Tensor& key, const Tensor& value, LOGQUANT_CACHE) {
     });
 }
 
-using Sinks = std::optional<Tensor>;
+// Of attention: what becomes of scores, and the bases that queries are taken to and outputs back from.
+using Options = std::tuple<double, double, Matrix, Matrix, Matrix>;  // scale, softcap, sinks, query's and value's basis
 
-struct Results {
-    Tensor output, lse;
-
-    // rows of no request stay as they are here
-    Results(const Tensor& query, const Tensor& key, const Args& a, const Sinks& sinks)
-        : output(at::zeros(query.sizes(), query.options())),
-          lse(at::full({query.size(0), query.size(1)}, -std::numeric_limits<float>::infinity(),
-                       query.options().dtype(at::kFloat))) {
-        TORCH_CHECK(query.size(0) == key.size(0) && query.size(2) == a.layout.head_size &&
-                        query.size(1) % key.size(1) == 0 && query.scalar_type() == key.scalar_type(),
-                    "logquant: queries ", query.sizes(), " do not fit keys ", key.sizes());
-        TORCH_CHECK(!sinks || (sinks->sizes() == at::IntArrayRef({query.size(1)}) && sinks->is_contiguous() &&
-                               sinks->scalar_type() == at::kFloat),
-                    "logquant: sinks must be contiguous float32 [", query.size(1), "]");
-    }
-};
-
-template <typename T>
-void attend(const Tensor& query, const Tensor& key, const Tensor& value, const Args& a, const Scores& scores,
-            Results& to) {
-    attention<T>(rows_of<T>(query), rows_of<T>(key), rows_of<T>(value), a.cache, a.layout, query.size(1), scores,
-                 to.output.mutable_data_ptr<T>(), to.lse.mutable_data_ptr<float>());
-}
-
-Scores scores_of(double scale, double softcap, const Sinks& sinks) {
+Scores scores_of(const Options& options, int64_t num_heads) {
+    const auto& [scale, softcap, sinks, query_basis, value_basis] = options;
+    TORCH_CHECK(!sinks || (sinks->sizes() == at::IntArrayRef({num_heads}) && sinks->is_contiguous() &&
+                           sinks->scalar_type() == at::kFloat),
+                "logquant: sinks must be contiguous float32 [", num_heads, "]");
     return {scale, softcap, sinks ? sinks->const_data_ptr<float>() : nullptr};
 }
 
-std::pair<Tensor, Tensor> attention_op(const Tensor& query, const Tensor& key, const Tensor& value, LOGQUANT_CACHE,
-                                       double scale, double softcap, const Sinks& sinks) {
+const void* basis_of(const Matrix& basis, const Tensor& query, int64_t heads) {
+    if (!basis) return nullptr;
+    const int64_t size = query.size(2);
+    TORCH_CHECK(basis->dim() == 3 && (basis->size(0) == 1 || basis->size(0) == heads) && basis->size(1) == size &&
+                    basis->size(2) == size && basis->is_contiguous() && basis->scalar_type() == query.scalar_type(),
+                "logquant: a basis must be contiguous [1 or ", heads, ", ", size, ", ", size, "] like queries, got ",
+                basis->sizes());
+    return basis->const_data_ptr();
+}
+
+using Own = std::optional<std::pair<Tensor, Tensor>>;  // keys and values as the model has them, if they are at hand
+
+// Attention into output and lse; key and value are as they are stored.
+template <typename T>
+void attend(const Tensor& query, const Tensor& key, const Tensor& value, const Own& own, const Args& a,
+            const Options& options, const Tensor& output, const Tensor& lse) {
+    const auto& [scale, softcap, sinks, query_basis, value_basis] = options;
+    Tokens<T> tokens{rows_of<T>(query), rows_of<T>(key), rows_of<T>(value), {}, {}};
+    if (own) tokens.own_key = rows_of<T>(own->first), tokens.own_value = rows_of<T>(own->second);
+    tokens.query_basis = static_cast<const T*>(basis_of(query_basis, query, key.size(1)));
+    tokens.value_basis = static_cast<const T*>(basis_of(value_basis, query, 1));
+    tokens.query_groups = query_basis ? query_basis->size(0) : 0;
+    tokens.num_heads = query.size(1);
+    attention<T>(tokens, a.cache, a.layout, scores_of(options, query.size(1)),
+                 {output.mutable_data_ptr<T>(), output.stride(0), output.stride(1), lse.mutable_data_ptr<float>()});
+}
+
+// Rows of no request stay as they are here; the lse.
+Tensor clear(const Tensor& query, const Tensor& key, const Own& own, const Tensor& output, const Args& a) {
+    TORCH_CHECK(query.size(0) == key.size(0) && query.size(2) == a.layout.head_size &&
+                    query.size(1) % key.size(1) == 0 && query.scalar_type() == key.scalar_type(),
+                "logquant: queries ", query.sizes(), " do not fit keys ", key.sizes());
+    TORCH_CHECK(!own || (own->first.sizes() == key.sizes() && own->first.scalar_type() == key.scalar_type() &&
+                         own->second.sizes() == key.sizes() && own->second.scalar_type() == key.scalar_type()),
+                "logquant: the model's own keys and values must be like those that are stored, ", key.sizes());
+    TORCH_CHECK(output.sizes() == query.sizes() && output.stride(2) == 1 &&
+                    output.scalar_type() == query.scalar_type(),
+                "logquant: the output must be like the queries ", query.sizes(), ", got ", output.sizes());
+    output.zero_();
+    return at::full({query.size(0), query.size(1)}, -std::numeric_limits<float>::infinity(),
+                    query.options().dtype(at::kFloat));
+}
+
+Tensor attend_op(const Tensor& query, const Tensor& key, const Tensor& value, const Own& own, LOGQUANT_CACHE,
+                 const Options& options, const Tensor& output) {
     const Args a = LOGQUANT_ARGS;
-    Results to(query, key, a, sinks);
-    const Scores scores = scores_of(scale, softcap, sinks);
-    dispatch(key, [&](auto zero) { attend<decltype(zero)>(query, key, value, a, scores, to); });
-    return {to.output, to.lse};
+    const Tensor lse = clear(query, key, own, output, a);
+    dispatch(key, [&](auto zero) { attend<decltype(zero)>(query, key, value, own, a, options, output, lse); });
+    return lse;
 }
 
 // Cuts requests in a decode step off where they reach the next compaction, and returns the tokens behind: they see the
@@ -194,24 +218,23 @@ std::vector<Request> cut_at_compaction(std::vector<Request>& requests, const Lay
     return behind;
 }
 
-Tensor step_op(const Tensor& query, const Tensor& key, const Tensor& value, LOGQUANT_CACHE, double scale,
-               double softcap, const Sinks& sinks, const Feedback& feedback) {
+void step_op(const Tensor& query, const Tensor& key, const Tensor& value, const Own& own, LOGQUANT_CACHE,
+             const Options& options, const Matrix& feedback, const Tensor& output) {
     Args a = LOGQUANT_ARGS;
     a.cache.feedback = feedback_of(feedback, a);
-    Results to(query, key, a, sinks);
-    const Scores scores = scores_of(scale, softcap, sinks);
+    const Tensor lse = clear(query, key, own, output, a);
     dispatch(key, [&](auto zero) {
         using T = decltype(zero);
-        quantize_pages<T>(rows_of<T>(key), rows_of<T>(value), a.cache, a.layout, a.quantizer);
+        const Rows<T> keys = rows_of<T>(key), values = rows_of<T>(value);
+        quantize_pages<T>(keys, values, a.cache, a.layout, a.quantizer);
         std::vector<Request> behind = cut_at_compaction(a.cache.requests, a.layout);
         for (;;) {
-            attend<T>(query, key, value, a, scores, to);
-            update_window<T>(rows_of<T>(key), rows_of<T>(value), a.cache, a.layout);
+            attend<T>(query, key, value, own, a, options, output, lse);
+            update_window<T>(keys, values, a.cache, a.layout);
             if (behind.empty()) break;
             a.cache.requests = std::exchange(behind, {});
         }
     });
-    return to.output;
 }
 
 }  // namespace
@@ -221,6 +244,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("quantize_pages", &logquant::quantize_pages_op, release());
     m.def("update_window", &logquant::update_window_op, release());
-    m.def("attention", &logquant::attention_op, release());
+    m.def("attend", &logquant::attend_op, release());
     m.def("step", &logquant::step_op, release());
 }

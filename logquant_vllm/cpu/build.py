@@ -26,7 +26,7 @@ import torch
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 
 SOURCES = ("binding.cpp", "attention.cpp", "storage.cpp")
-HEADERS = ("cache.h", "vec.h", "dequantize.h")
+HEADERS = ("cache.h", "dequantize.h", "matrix.h", "softmax.h", "tokens.h", "vec.h")
 DIGEST = ".sha256"
 """Suffix of the file that says what a finished library holds."""
 # the quantizer must round as torch does, hence no contraction; attention asks for fused multiply-adds by name

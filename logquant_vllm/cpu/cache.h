@@ -167,11 +167,27 @@ struct Scores {
     const float* sinks;
 };
 
-// output [num_tokens, num_heads, head_size] and lse [num_tokens, num_heads], contiguous; rows of no request are left
-// alone
+// A step's tokens: queries as the model has them, keys and values as they are stored, and, where they are at hand (else
+// null), as the model has them, too. What leads from one to the other (core/calibration.py) is query_basis
+// [query_groups, head_size, head_size] and value_basis [head_size, head_size], null if that is nothing.
 template <typename T>
-void attention(const Rows<T>& query, const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f,
-               int64_t num_heads, const Scores& scores, T* output, float* lse);
+struct Tokens {
+    Rows<T> query, key, value, own_key, own_value;
+    const T *query_basis, *value_basis;
+    int64_t query_groups, num_heads;
+};
+
+// output [num_tokens, num_heads, head_size] and lse [num_tokens, num_heads]; rows of no request are left alone
+template <typename T>
+struct Results {
+    T* output;
+    int64_t token_stride, head_stride;
+    float* lse;
+};
+
+template <typename T>
+void attention(const Tokens<T>& tokens, const Cache& cache, const Layout& f, const Scores& scores,
+               const Results<T>& results);
 
 template <typename T>
 void update_window(const Rows<T>& key, const Rows<T>& value, const Cache& cache, const Layout& f);

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.calibration import change_basis, rotate_back, rotate_heads
+from logquant_vllm.core.calibration import change_basis, rotate_values
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.page_format import HEADER_CHANNELS, HEADER_SLOTS, Plane
 from logquant_vllm.core.paged import SINK_COLUMNS, Batch, CacheLayout, PagedCache
@@ -67,14 +67,46 @@ def attention(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`logquant_vllm.core.operations.attention`; float32 sums for bfloat16, float16 and float32."""
-    lengths, sinks = (batch.query_start_loc, batch.seq_lens), None if sinks is None else sinks.float()
-    result, lse = load().attention(query, key, value, *cache, *lengths, *_constants(layout), scale, softcap, sinks)
-    return result if output is None else output.copy_(result), lse
+    output = torch.empty(query.shape, dtype=query.dtype) if output is None else output
+    layer = Layer(layout, scale, softcap=softcap, sinks=sinks)
+    return output, _attend(layer, query, (key, value), None, cache, batch, output)
+
+
+def _options(layer: Layer) -> tuple[float, float, Tensor | None, Tensor | None, Tensor | None]:
+    """What attention does to scores, and the bases of queries and values."""
+    sinks = None if layer.sinks is None else layer.sinks.float()
+    basis = (None, None) if layer.basis is None else (layer.basis.query, layer.basis.value)
+    return layer.scale, layer.softcap, sinks, *basis
+
+
+def _attend(
+    layer: Layer,
+    query: Tensor,
+    stored: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor] | None,
+    cache: PagedCache,
+    batch: Batch,
+    output: Tensor,
+) -> Tensor:
+    """Attention of queries into ``output``, both as the model has them; the lse.
+
+    Args:
+        stored: new keys and values in the layer's basis.
+        own: those as the model has them, for requests that begin: these read nothing that is stored.
+    """
+    tables = batch.query_start_loc, batch.seq_lens, *_constants(layer.layout)
+    return load().attend(query, *stored, own, *cache, *tables, _options(layer), output)
 
 
 def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> None:
     """See :func:`logquant_vllm.core.operations.update_window`; the bytes are the same."""
     load().update_window(key, value, *cache, batch.query_start_loc, batch.seq_lens, *_constants(layout))
+
+
+def _stored(layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values in the layer's basis, by the same products as in the reference: what is stored is to be equal."""
+    basis = layer.basis
+    return (key, value) if basis is None else (change_basis(key, basis.key), rotate_values(value, basis))
 
 
 def begin_step(
@@ -88,22 +120,10 @@ def begin_step(
     parts: object = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`logquant_vllm.core.operations.begin_step`."""
-    feedback = None
-    if layer.basis is not None:
-        query, key, value = rotate_heads(query, key, value, layer.basis)
-        feedback = layer.basis.feedback
-    quantize_pages(key, value, cache, batch, layer.layout, feedback)
-    _attend(layer, query, key, value, cache, batch, output)
-    return key, value
-
-
-def _attend(
-    layer: Layer, query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, output: Tensor
-) -> None:
-    """Attention of rotated tokens, into ``output``, which is not."""
-    arguments = query, key, value, cache, batch, layer.layout, layer.scale
-    result, _ = attention(*arguments, softcap=layer.softcap, sinks=layer.sinks)
-    output.copy_(rotate_back(result, layer.basis))
+    stored = _stored(layer, key, value)
+    quantize_pages(*stored, cache, batch, layer.layout, None if layer.basis is None else layer.basis.feedback)
+    _attend(layer, query, stored, (key, value), cache, batch, output)
+    return stored
 
 
 def attend_stored(
@@ -117,9 +137,7 @@ def attend_stored(
     parts: object = None,
 ) -> None:
     """See :func:`logquant_vllm.core.operations.attend_stored`."""
-    if layer.basis is not None:
-        query = change_basis(query, layer.basis.query)
-    _attend(layer, query, key, value, cache, batch, output)
+    _attend(layer, query, (key, value), None, cache, batch, output)
 
 
 def step(
@@ -133,12 +151,7 @@ def step(
     parts: object = None,
 ) -> None:
     """See :func:`logquant_vllm.core.operations.step`. One call: a decode step is short enough for Python to show."""
-    feedback = None
-    if layer.basis is not None:
-        query, key, value = rotate_heads(query, key, value, layer.basis)
-        feedback = layer.basis.feedback
-    constants = _constants(layer.layout)
-    lengths = batch.query_start_loc, batch.seq_lens
-    scores = layer.scale, layer.softcap, None if layer.sinks is None else layer.sinks.float()
-    result = load().step(query, key, value, *cache, *lengths, *constants, *scores, feedback)
-    output.copy_(rotate_back(result, layer.basis))
+    feedback = None if layer.basis is None else layer.basis.feedback
+    tables = batch.query_start_loc, batch.seq_lens, *_constants(layer.layout)
+    stored, own = _stored(layer, key, value), (key, value)
+    load().step(query, *stored, own, *cache, *tables, _options(layer), feedback, output)

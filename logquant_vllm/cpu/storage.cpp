@@ -9,14 +9,17 @@
 #include <limits>
 
 #include "cache.h"
+#include "matrix.h"
 
 namespace logquant {
 namespace {
 
 constexpr uint8_t kNanE4m3 = 0x7F;
 constexpr uint16_t kNanHalf = 0x7E00;
+constexpr int64_t kMaxRows = 512;  // tokens of a group, or channels
 
 // One group of core/quantizer.py, operation by operation: no fused multiply-add, round half to even, IEEE division.
+// Values and codes are contiguous, their count is a multiple of kLanes.
 struct GroupQuantizer {
     int64_t bits, scale_bits;
     float spread_factor, stretch, bias, floor_factor, scale_min, scale_max;
@@ -26,18 +29,26 @@ struct GroupQuantizer {
         float scale, zero;
     };
 
-    // count values, stride apart, become codes, stride apart; scale and zero are stored
-    Stored operator()(const float* x, uint8_t* codes, int64_t count, int64_t stride, uint8_t* scale_out,
-                      uint8_t* zero_out) const {
-        const float levels = static_cast<float>((1 << bits) - 1);
-        float low = x[0], high = x[0];
-        bool finite = true;
-        for (int64_t i = 0; i < count; ++i) {
-            const float v = x[i * stride];
-            finite &= std::isfinite(v);
-            low = v < low ? v : low;
-            high = v > high ? v : high;
+    vf levels() const { return splat(static_cast<float>((1 << bits) - 1)); }
+
+    // codes of values, not limited to those that there are
+    vf code(vf x, const Stored& s) const {
+        return nearest((x - splat(s.zero)) * splat(1.0f / s.scale * stretch) + splat(bias));
+    }
+
+    // count values become codes; scale and zero are stored
+    Stored operator()(const float* x, uint8_t* codes, int64_t count, uint8_t* scale_out, uint8_t* zero_out) const {
+        vf least = load(x), most = least;
+        vi odd = {};
+        for (int64_t i = 0; i < count; i += kLanes) {
+            const vf v = load(x + i);
+            odd |= (v - v) != splat(0.0f);
+            least = v < least ? v : least;
+            most = larger(v, most);
         }
+        bool finite = true;
+        for (int i = 0; i < kLanes; ++i) finite &= odd[i] == 0;
+        const float high = largest(most), low = -largest(-least), top_code = levels()[0];
         const float spread = finite ? (high - low) * spread_factor : 0.0f;
         const float middle = finite ? (high + low) * 0.5f : 0.0f;
         float scale, zero;
@@ -45,7 +56,7 @@ struct GroupQuantizer {
             const float wanted = std::max(spread, std::fabs(middle) * floor_factor);
             const c10::Float8_e4m3fn stored(std::min(std::max(wanted, scale_min), scale_max));
             scale = static_cast<float>(stored);
-            const float quarters = std::nearbyint(middle * 4.0f / scale - 2.0f * levels);
+            const float quarters = std::nearbyint(middle * 4.0f / scale - 2.0f * top_code);
             const auto stored_zero = static_cast<int8_t>(std::min(std::max(quarters, -128.0f), 127.0f));
             zero = scale * (static_cast<float>(stored_zero) * 0.25f);
             *scale_out = finite ? stored.x : kNanE4m3;
@@ -53,68 +64,61 @@ struct GroupQuantizer {
         } else {
             const c10::Half stored(std::min(std::max(spread, scale_min), scale_max));
             scale = static_cast<float>(stored);
-            const float wanted = middle - scale * (0.5f * levels);
+            const float wanted = middle - scale * (0.5f * top_code);
             const c10::Half stored_zero(std::min(std::max(wanted, -scale_max), scale_max));
             zero = static_cast<float>(stored_zero);
             const uint16_t scale_word = finite ? stored.x : kNanHalf;
             std::memcpy(scale_out, &scale_word, 2);
             std::memcpy(zero_out, &stored_zero.x, 2);
         }
-        const float inverse = 1.0f / scale * stretch;
-        for (int64_t i = 0; i < count; ++i) {
-            const float code = std::nearbyint((x[i * stride] - zero) * inverse + bias);
-            codes[i * stride] = finite ? static_cast<uint8_t>(std::min(std::max(code, 0.0f), levels)) : 0;
+        for (int64_t i = 0; i < count; i += kLanes) {
+            const vf c = finite ? code(load(x + i), {scale, zero}) : splat(0.0f);
+            store_codes(codes + i, smaller(larger(c, splat(0.0f)), levels()));
         }
         return {finite ? scale : std::numeric_limits<float>::quiet_NaN(), zero};
     }
 };
 
 // core/quantizer.py's round_with_feedback for one group and head: other codes, each channel taking up errors of those
-// before it. x and codes are [tokens, channels]; errors is scratch, [channels, tokens].
+// before it. x and codes are [channels, tokens]; errors is scratch of the same shape.
 void round_with_feedback(const float* x, uint8_t* codes, const GroupQuantizer::Stored* stored, const float* feedback,
-                         int64_t tokens, int64_t channels, const GroupQuantizer& q, std::vector<float>& errors) {
-    const float levels = static_cast<float>((1 << q.bits) - 1);
-    errors.resize(channels * tokens);
-    for (int64_t c = 0; c < channels; ++c) {
-        float* wanted = &errors[c * tokens];
-        for (int64_t t = 0; t < tokens; ++t) wanted[t] = x[t * channels + c];
-        for (int64_t b = 0; b < c; ++b) {
-            const float share = feedback[c * channels + b];
-            const float* error = &errors[b * tokens];
-            for (int64_t t = 0; t < tokens; ++t) wanted[t] -= share * error[t];
+                         int64_t tokens, int64_t channels, const GroupQuantizer& q, float* errors) {
+    for (int64_t c = 0; c < channels; ++c)
+        for (int64_t t = 0; t < tokens; t += kLanes) {
+            vf wanted = load(x + c * tokens + t);
+            for (int64_t b = 0; b < c; ++b)
+                wanted -= splat(feedback[c * channels + b]) * load(errors + b * tokens + t);
+            const vf code = q.code(wanted, stored[c]);
+            const vf clamped = code >= splat(0.0f) ? smaller(code, q.levels()) : splat(0.0f);  // a NaN is not
+            store_codes(codes + c * tokens + t, clamped);
+            const vf error = wanted - (clamped * splat(stored[c].scale) + splat(stored[c].zero));
+            store(errors + c * tokens + t, (error - error) == splat(0.0f) ? error : splat(0.0f));
         }
-        const auto [scale, zero] = stored[c];
-        const float inverse = 1.0f / scale * q.stretch;
-        for (int64_t t = 0; t < tokens; ++t) {
-            const float code = std::nearbyint((wanted[t] - zero) * inverse + q.bias);
-            const float clamped = code >= 0.0f ? std::min(code, levels) : 0.0f;  // a NaN is not
-            codes[t * channels + c] = static_cast<uint8_t>(clamped);
-            const float error = wanted[t] - (clamped * scale + zero);
-            wanted[t] = std::isfinite(error) ? error : 0.0f;
-        }
-    }
 }
 
-// A row of codes, or one of the groups that a row consists of. Word w holds codes w, w + words, w + 2 * words, ...
-void pack_row(const uint8_t* codes, int64_t stride, const Plane (&planes)[kPlanes], int64_t row, int64_t group,
-              int64_t groups, uint8_t* slab) {
+// Rows of words, or one of the groups that rows consist of, from codes [codes of a row, rows]. Word w of a row holds
+// codes w, w + words, w + 2 * words, ...
+void pack(const uint8_t* codes, int64_t rows, const Plane (&planes)[kPlanes], int64_t first_row, int64_t group,
+          int64_t groups, uint8_t* slab) {
     for (const Plane& plane : planes) {
         if (plane.bits == 0) break;
         const int64_t words = plane.words / groups;
-        uint8_t* out = slab + plane.offset + 2 * (row * plane.words + group * words);
-        const unsigned mask = (1u << plane.bits) - 1;
-        for (int64_t w = 0; w < words; ++w) {
-            unsigned word = 0;
-            for (int64_t j = 0; j < plane.slots(); ++j)
-                word |= ((codes[(j * words + w) * stride] >> plane.shift) & mask) << (plane.bits * j);
-            const auto stored = static_cast<uint16_t>(word);
-            std::memcpy(out + 2 * w, &stored, 2);
+        uint8_t* out = slab + plane.offset + 2 * (first_row * plane.words + group * words);
+        const int mask = (1 << plane.bits) - 1;
+        for (int64_t w = 0; w < words; ++w, out += 2) {
+            uint16_t word[kMaxRows] = {};
+            for (int64_t j = 0; j < plane.slots(); ++j) {
+                const uint8_t* code = codes + (j * words + w) * rows;
+                const int64_t place = plane.bits * j;
+                for (int64_t r = 0; r < rows; ++r) word[r] |= ((code[r] >> plane.shift) & mask) << place;
+            }
+            for (int64_t r = 0; r < rows; ++r) std::memcpy(out + 2 * r * plane.words, &word[r], 2);
         }
     }
 }
 
 struct Scratch {
-    std::vector<float> x, errors;
+    AlignedFloats x, errors;
     std::vector<GroupQuantizer::Stored> stored;
     std::vector<uint8_t> codes;
 };
@@ -140,39 +144,39 @@ void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>&
                               float(q.key_bias), float(q.key_floor), lowest,              highest};
     const GroupQuantizer values{f.value_bits,        f.scale_bits,         float(q.value_spread), float(q.value_stretch),
                                 float(q.value_bias), float(q.value_floor), lowest,                highest};
-    scratch.x.resize(tokens * channels);
+    scratch.x.grow(tokens * channels);
+    scratch.errors.grow(tokens * channels);
     scratch.codes.resize(tokens * channels);
     scratch.stored.resize(channels);
     float* x = scratch.x.data();
     uint8_t* codes = scratch.codes.data();
+    const auto token = [&](int64_t t) { return find_token(group * tokens + t, request, head, key, value, cache, f); };
 
-    auto read = [&](bool want_value) {
-        for (int64_t t = 0; t < tokens; ++t) {
-            const Token<T> token = find_token(group * tokens + t, request, head, key, value, cache, f);
-            const T* row = want_value ? token.value : token.key;
-            for (int64_t c = 0; c < channels; ++c) x[t * channels + c] = static_cast<float>(row[c]);
-        }
-    };
-
-    read(false);
+    for (int64_t t = 0; t < tokens; t += 8) {  // [channels, tokens]
+        const T* rows[8];
+        for (int64_t i = 0; i < 8; ++i) rows[i] = token(t + i).key;
+        transpose_rows(rows, channels, x + t, tokens);
+    }
     for (int64_t c = 0; c < channels; ++c) {
-        const int64_t at = (in_page * channels + c) * scale_bytes;
-        scratch.stored[c] = keys(x + c, codes + c, tokens, channels, slab + f.key_scale + at, slab + f.key_zero + at);
+        const int64_t at = (in_page * channels + c) * scale_bytes, from = c * tokens;
+        scratch.stored[c] = keys(x + from, codes + from, tokens, slab + f.key_scale + at, slab + f.key_zero + at);
     }
     if (cache.feedback != nullptr)
         round_with_feedback(x, codes, scratch.stored.data(), cache.feedback + head * channels * channels, tokens,
-                            channels, keys, scratch.errors);
-    for (int64_t t = 0; t < tokens; ++t) pack_row(codes + t * channels, 1, f.key_planes, first + t, 0, 1, slab);
+                            channels, keys, scratch.errors.data());
+    pack(codes, tokens, f.key_planes, first, 0, 1, slab);
 
-    read(true);
+    for (int64_t t = 0; t < tokens; ++t) {  // [tokens, channels]
+        const T* row = token(t).value;
+        for (int64_t c = 0; c < channels; c += kLanes) store(x + t * channels + c, load(row + c));
+    }
     for (int64_t t = 0; t < tokens; ++t)
         for (int64_t g = 0; g < f.value_groups; ++g) {
             const int64_t start = g * f.value_group_size, count = std::min(f.value_group_size, channels - start);
             const int64_t at = (g * f.page_size + first + t) * scale_bytes, from = t * channels + start;
-            values(x + from, codes + from, count, 1, slab + f.value_scale + at, slab + f.value_zero + at);
+            values(x + from, codes + from, count, slab + f.value_scale + at, slab + f.value_zero + at);
         }
-    for (int64_t c = 0; c < channels; ++c)
-        pack_row(codes + c, channels, f.value_planes, c, in_page, f.groups_per_page, slab);
+    pack(codes, channels, f.value_planes, 0, in_page, f.groups_per_page, slab);
 }
 
 template <typename T>
