@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from logquant_vllm.planning import Capacity, LocalLayers, ModelShape, plan, rollback_tokens
+from logquant_vllm.planning import CHUNKED, Capacity, LocalLayers, ModelShape, plan, rollback_tokens
+from tests.families import PUBLIC
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GIB = 1 << 30
@@ -32,6 +33,12 @@ MODELS = {
     "mistralai/Mistral-7B-Instruct-v0.3": (ModelShape(32, 8, 128), 7.25e9),
     "mistralai/Mistral-Medium-3.5-128B": (ModelShape(88, 8, 128), 128.0e9),
     "MiniMaxAI/MiniMax-M2": (ModelShape(62, 8, 128), 228.7e9),
+    "Qwen/Qwen3.5-27B": (PUBLIC["Qwen3.5"].shape, 27.78e9),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct-FP8": (PUBLIC["Qwen3-Next"].shape, 81.32e9),
+    "RedHatAI/Llama-4-Scout-17B-16E-Instruct-FP8-dynamic": (
+        ModelShape(12, 8, 128, local=(LocalLayers(36, 8, 128, 8192, CHUNKED),)),
+        108.64e9,
+    ),
     "google/gemma-3-27b-it": (ModelShape(10, 16, 128, local=(LocalLayers(52, 16, 128, 1024),)), 27.43e9),
 }
 """Shapes as in each model's ``config.json``, and the number of parameters as on its model card. No hub is asked."""

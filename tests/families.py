@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
 from logquant_vllm.planning import LINEAR as DELTA_NET
+from logquant_vllm.planning import MAMBA, Engine, LocalLayers, ModelShape, growing
 from logquant_vllm.planning import MAMBA2 as STATE_SPACE
-from logquant_vllm.planning import Engine, LocalLayers, ModelShape, growing
 
 PATH = Path(__file__).parent.parent / "docs" / "models.md"
 
@@ -221,7 +221,7 @@ MIXED: dict[str, dict[str, Any]] = {
 }
 """By name, what differs from :data:`tests.models.LLAMA`."""
 
-PLANNED: dict[str, dict[str, Any]] = {
+GPU_ONLY: dict[str, dict[str, Any]] = {
     "Jamba": {
         "architectures": ["JambaForCausalLM"],
         "tie_word_embeddings": False,
@@ -239,7 +239,7 @@ PLANNED: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 16,
     },
 }
-"""Families that no CPU engine runs, likewise."""
+"""Families that vLLM's CPU engine does not run, likewise."""
 
 SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "StarCoder2": (
@@ -342,6 +342,11 @@ PUBLIC = {
         "Falcon-H1-7B",
         "44 with full attention and Mamba-2",
         ModelShape(44, 2, 128, local=_states(STATE_SPACE, 44, 3 * (3072 + 2 * 256), 3072 * 256)),
+    ),
+    "Jamba": Public(
+        "AI21-Jamba-Mini-1.7",
+        "4 full, 28 Mamba",
+        ModelShape(4, 8, 128, local=_states(MAMBA, 28, 3 * 8192, 8192 * 16)),
     ),
     "LFM2": Public(
         "LFM2-1.2B", "6 full, 10 convolutions", ModelShape(6, 8, 64, local=_states("conv", 10, 2 * 2048, 0))

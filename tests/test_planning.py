@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.planning import CHUNKED, MAMBA, MAMBA2, LocalLayers, ModelShape, model_shape, plan
 from tests import families
-from tests.families import MIXED, PLANNED
+from tests.families import GPU_ONLY, MIXED
 from tests.models import write_config
 
 LLAMA_8B = ModelShape(num_layers=32, num_kv_heads=8, head_size=128)
@@ -91,7 +91,7 @@ def test_layers_of_several_kinds(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
 
     def shape(name: str) -> ModelShape:
-        return model_shape(str(write_config(tmp_path / name, **{**MIXED, **PLANNED}[name])))
+        return model_shape(str(write_config(tmp_path / name, **{**MIXED, **GPU_ONLY}[name])))
 
     assert shape("Gemma 3") == ModelShape(1, 2, 64, local=(LocalLayers(5, 2, 64, 128),))
     assert shape("Gemma 4") == ModelShape(2, 1, 128, local=(LocalLayers(4, 2, 64, 128),))
@@ -113,7 +113,7 @@ def test_layers_of_several_kinds(tmp_path: Path) -> None:
 def test_the_table_of_models_is_current() -> None:
     """``python -m tests.families`` writes it."""
     assert families.PATH.read_text(encoding="utf-8") == families.document()
-    assert {*MIXED} - {*families.PUBLIC} == {"Gemma 4"}  # whose public models have heads of 512 channels
+    assert {*MIXED, *GPU_ONLY} - {*families.PUBLIC} == {"Gemma 4"}  # whose public models have heads of 512 channels
     rows = {name: families.row(public) for name, public in families.PUBLIC.items()}
     # a state of Nemotron's is larger than 1,024 tokens of all of its attention layers
     assert {name for name, row in rows.items() if row.grain > 1024} == {"Nemotron-H"}

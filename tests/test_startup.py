@@ -79,7 +79,7 @@ CASES = {
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
         "beside layers that keep vLLM's own KV cache: leave --speculative-config out",
     ),
-    "Mamba on a CPU": (families.PLANNED["Jamba"], {}, "no kernel for the model's Mamba layers, .*: use a GPU"),
+    "Mamba on a CPU": (families.GPU_ONLY["Jamba"], {}, "no kernel for the model's Mamba layers, .*: use a GPU"),
     **{
         f"a prefix cache of {name} on a CPU": (families.MIXED[name], {}, "no states .*: use --no-enable-prefix-caching")
         for name in ("Granite 4 hybrid", "Nemotron-H", "Falcon-H1")
