@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -532,9 +533,10 @@ def test_layers_of_several_kinds_share_blocks(dtype: str, tmp_path: Path) -> Non
         assert layer.impl.window_layer.layout.prefix_replay_tokens == 0
 
 
-def test_recurrent_states_share_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["linear_attention", "mamba2"])
+def test_recurrent_states_share_blocks(kind: str, tmp_path: Path) -> None:
     """With the shapes of Qwen3-Next-80B a block has 1,024 tokens and at most a tenth of padding, and what fits is what
-    the planner says."""
+    the planner says. With Mamba-2 a request keeps one state more."""
     from torch import nn
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -543,7 +545,7 @@ def test_recurrent_states_share_blocks(tmp_path: Path) -> None:
     from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
     from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
-    from logquant_vllm.planning import LINEAR, LocalLayers, ModelShape, plan
+    from logquant_vllm.planning import LocalLayers, ModelShape, plan
 
     try:
         from vllm.v1.core.kv_cache_planning import get_kv_cache_config_from_groups, get_kv_cache_groups
@@ -560,6 +562,9 @@ def test_recurrent_states_share_blocks(tmp_path: Path) -> None:
 
         def get_state_dtype(self) -> Any:
             return torch.bfloat16, torch.bfloat16
+
+        def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+            return replace(super().get_kv_cache_spec(vllm_config), num_prefill_checkpoint_blocks=int(kind == "mamba2"))
 
     path = write_config(tmp_path / "model", head_dim=256, num_attention_heads=4)
     config = create_config(path, max_model_len=8192)
@@ -585,7 +590,7 @@ def test_recurrent_states_share_blocks(tmp_path: Path) -> None:
 
     memory = 1 << 30
     found = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), memory)
-    shape = ModelShape(12, 2, 256, "bfloat16", local=(LocalLayers(36, 0, 0, 0, LINEAR, state_bytes),))
+    shape = ModelShape(12, 2, 256, "bfloat16", local=(LocalLayers(36, 0, 0, 0, kind, state_bytes),))
     planned = plan(shape, memory, 8192, block_size=128, in_flight_tokens=config.max_in_flight_tokens)[2]
     assert (planned.tokens, planned.concurrency) == get_kv_cache_capacity(config, found)
     assert planned.num_blocks == found.num_blocks
