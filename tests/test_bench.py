@@ -11,13 +11,23 @@ from typer.testing import CliRunner
 
 from logquant_vllm import calibration
 from logquant_vllm.bench.conversations import Conversations, Run, Turn
+from logquant_vllm.bench.decode import random_inputs
 from logquant_vllm.bench.engine import Plan, Workload
 from logquant_vllm.bench.records import ConversationRecord, DecodeRecord, Results, ServeRecord, StoreRecord
-from logquant_vllm.bench.shapes import SHAPES, eagle3_head, random_calibration, shape_config, shape_directory
+from logquant_vllm.bench.shapes import (
+    HEADS,
+    SHAPES,
+    Shape,
+    eagle3_head,
+    random_calibration,
+    shape_config,
+    shape_directory,
+)
 from logquant_vllm.bench.timing import summarize
 from logquant_vllm.cli import app
 from logquant_vllm.cli.bench import parse_case
 from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.core.paged import dequantize_pages
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -155,6 +165,24 @@ def test_shapes_are_models_that_are_served(name: str, tmp_path: Path) -> None:
     assert config.num_attention_heads % config.num_key_value_heads == 0
     with pytest.raises(ValueError, match="it must be from 1 to"):
         shape_config(name, 1000)
+
+
+def test_heads_of_shapes() -> None:
+    """Whatever is served can be timed alone, and a name that is unknown is answered by those that are known."""
+    assert set(SHAPES) < set(HEADS) and HEADS["glm-4.5-air"] == Shape(96, 8, 128)
+    assert all(heads % kv_heads == 0 for heads, kv_heads, _ in HEADS.values())
+    code, output = run("decode", "--shapes", "llama-9")
+    assert code == 2 and "llama-9" in output and "qwen3-next" in output
+
+
+@pytest.mark.parametrize("options", [{}, {"preset": "k4v2"}, {"scale_bits": 16}], ids=str)
+def test_cached_keys_have_the_size_of_queries(options: dict[str, object]) -> None:
+    """Scores far apart are work that no model causes: each new largest one has what was summed scaled anew."""
+    layout = LogQuantConfig.from_options(options).layout(64)
+    x = random_inputs(2, 300, Shape(2, 1, 64), layout, 0, device="cpu")
+    pages = x.cache.pages[x.cache.block_table.long().flatten()]
+    for cached in dequantize_pages(pages, 1, layout.fmt):
+        assert abs(cached.mean()) < 0.1 and abs(cached.std() - x.query.float().std()) < 0.15
 
 
 def test_a_head_for_a_shape(tmp_path: Path) -> None:

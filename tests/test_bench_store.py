@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from logquant_vllm.bench import store
-from logquant_vllm.bench.decode import Shape
+from logquant_vllm.bench.shapes import Shape
 from logquant_vllm.config import LogQuantConfig
 from tests.calibrations import feedback_of
 from tests.test_triton import DEVICE

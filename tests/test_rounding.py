@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from logquant_vllm.bench.decode import Inputs, Shape
+from logquant_vllm.bench.decode import Inputs
+from logquant_vllm.bench.shapes import Shape
 from logquant_vllm.bench.store import inputs_of, store
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core import operations as reference

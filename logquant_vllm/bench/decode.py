@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from logquant_vllm.bench.records import DecodeRecord
+from logquant_vllm.bench.shapes import Shape
 from logquant_vllm.bench.timing import time_in_turns
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core import operations as reference
@@ -32,37 +33,6 @@ L2_BYTES = 120 * 2**20
 TOLERANCE = 5e-3
 
 
-class Shape(NamedTuple):
-    """Heads of the attention layer."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-
-SHAPES = {
-    "llama-3.1-8b": Shape(32, 8, 128),  # Mistral 7B, Ministral, Qwen3-8B, Granite
-    "llama-3.1-70b": Shape(64, 8, 128),  # Qwen2.5-72B, Qwen3-32B
-    "qwen3-14b": Shape(40, 8, 128),
-    "qwen2.5-7b": Shape(28, 4, 128),
-    "qwen3-30b-a3b": Shape(32, 4, 128),
-    "qwen3-235b": Shape(64, 4, 128),
-    "glm-4-9b": Shape(32, 2, 128),
-    "glm-4.5": Shape(96, 8, 128),  # GLM-4.5-Air, 4.6, 4.7
-    "olmo-2-7b": Shape(32, 32, 128),
-    "llama-3.2-1b": Shape(32, 8, 64),
-    "gpt-oss": Shape(64, 8, 64),  # without its sinks
-    "qwen2.5-0.5b": Shape(14, 2, 64),
-    "phi-3-mini": Shape(32, 32, 96),
-    "phi-3-heads-of-96": Shape(32, 8, 96),
-    "gemma-3-12b": Shape(16, 8, 256),
-    "qwen3-next": Shape(16, 2, 256),
-    "qwen3.5-27b": Shape(24, 4, 256),
-    "nemotron-4-15b": Shape(48, 8, 128),
-}
-"""Attention of models that are in use."""
-
-
 class Inputs(NamedTuple):
     """What ``decode`` takes for a step of some new tokens for each request."""
 
@@ -76,7 +46,7 @@ class Inputs(NamedTuple):
 def random_inputs(
     batch: int, context: int, shape: Shape, layout: CacheLayout, seed: int, device: str = "cuda", queries: int = 1
 ) -> Inputs:
-    """A cache of random codes, random valid scales and random copies, over shuffled blocks.
+    """A cache of random codes and copies, whose keys and values have the size of the queries, over shuffled blocks.
 
     Args:
         context: tokens of a request, the last ``queries`` of them new.
@@ -90,8 +60,13 @@ def random_inputs(
         0, 256, (total, fmt.page_bytes(shape.num_kv_heads)), dtype=torch.uint8, device=device, generator=g
     )
     views = page_views(memory.unflatten(1, (shape.num_kv_heads, fmt.head_bytes)), fmt)
-    for scale in (views.key_scale, views.value_scale):
-        scale.copy_(torch.rand(scale.shape, device=device, generator=g) + 0.1)
+    kinds = (views.key_scale, views.key_zero, fmt.key_bits), (views.value_scale, views.value_zero, fmt.value_bits)
+    for scale, zero, bits in kinds:
+        # codes of any kind are as likely: this gives them mean 0 and standard deviation 1, as bfloat16's side has them
+        step = (0.9 + 0.2 * torch.rand(scale.shape, device=device, generator=g)) * 12**0.5 / 2**bits
+        middle = (2**bits - 1) / 2
+        scale.copy_(step)
+        zero.copy_(torch.full_like(step, -4 * middle) if fmt.scale_bits == 8 else -middle * step)
     blocks = (torch.randperm(total - 1, device=device, generator=g) + 1).int().view(batch, pages + window)
     copies = blocks[:, pages:].long().flatten()
     # a random bit pattern may be a NaN

@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from logquant_vllm import calibration
 from logquant_vllm.bench.calibrations import random_moments
@@ -174,6 +174,34 @@ SHAPES: dict[str, Config] = {
         "torch_dtype": "bfloat16",
     },
 }
+
+
+class Shape(NamedTuple):
+    """Heads of an attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+HEADS: dict[str, Shape] = {
+    name: Shape(config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"])
+    for name, config in SHAPES.items()
+} | {
+    "qwen3-14b": Shape(40, 8, 128),
+    "qwen2.5-7b": Shape(28, 4, 128),
+    "qwen3-235b": Shape(64, 4, 128),
+    "glm-4-9b": Shape(32, 2, 128),
+    "olmo-2-7b": Shape(32, 32, 128),
+    "nemotron-4-15b": Shape(48, 8, 128),
+    "llama-3.2-1b": Shape(32, 8, 64),
+    "gpt-oss": Shape(64, 8, 64),  # without its sinks
+    "qwen2.5-0.5b": Shape(14, 2, 64),
+    "phi-3-mini": Shape(32, 32, 96),
+    "phi-3-heads-of-96": Shape(32, 8, 96),
+    "qwen3-next": Shape(16, 2, 256),
+}
+"""Attention of models that are in use: all of :data:`SHAPES`, and some of which nothing else is needed."""
 
 
 def shape_config(name: str, layers: int | None = None) -> Config:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from logquant_vllm.bench.calibrations import random_moments
-from logquant_vllm.bench.decode import Inputs, Shape, random_inputs
+from logquant_vllm.bench.decode import Inputs, random_inputs
 from logquant_vllm.bench.records import StoreRecord
+from logquant_vllm.bench.shapes import Shape
 from logquant_vllm.bench.timing import time_in_turns
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core import operations as reference

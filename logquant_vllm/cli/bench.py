@@ -70,14 +70,16 @@ def decode(
     Every case is checked against the reference before it is timed. Both sides run from CUDA graphs, in turns.
     """
     from logquant_vllm.bench import decode as bench
+    from logquant_vllm.bench.shapes import HEADS, Shape
 
     pairs = [parse_case(case) for case in cases.split(",")]
     counts = parse_counts("--queries", queries)
     config = LogQuantConfig.from_options(parse_json("--options", options))
-    names = list(bench.SHAPES) if shapes == "all" else [name.strip() for name in shapes.split(",") if shapes]
-    if unknown := [name for name in names if name not in bench.SHAPES]:
-        raise ValueError(f"unknown --shapes {shown(unknown[0])}; the shapes are {', '.join(bench.SHAPES)}")
-    heads = [bench.SHAPES[name] for name in names] or [bench.Shape(num_heads, num_kv_heads, head_dim)]
+    names = list(HEADS) if shapes == "all" else [name.strip() for name in shapes.split(",") if shapes]
+    if unknown := [name for name in names if name not in HEADS]:
+        raise ValueError(f"unknown --shapes {shown(unknown[0])}; the shapes are {', '.join(HEADS)}")
+    # some models have the same heads
+    heads = list(dict.fromkeys(HEADS[name] for name in names)) or [Shape(num_heads, num_kv_heads, head_dim)]
     for shape in heads:
         config.page_format(shape.head_dim)
     need_gpu("bench decode")
@@ -121,7 +123,7 @@ def store(
     need_gpu("bench store")
     from logquant_vllm.bench import records
     from logquant_vllm.bench import store as bench
-    from logquant_vllm.bench.decode import Shape
+    from logquant_vllm.bench.shapes import Shape
 
     console = Console()
     results = records.Results[records.StoreRecord].begin(context=float(bench.CONTEXT), options=options)
