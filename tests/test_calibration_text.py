@@ -146,7 +146,7 @@ def test_what_is_kept_follows_from_what_it_depends_on(tmp_path: Path, monkeypatc
     words = tmp_path / "words.txt"
     words.write_text("Other text.")
     others = [
-        calibration.measured_path(config, str(model), quantization="fp8"),
+        calibration.measured_path(config, str(model), changes="fp8"),
         calibration.measured_path(LogQuantConfig(calibration_text=str(words)), str(model)),
         calibration.measured_path(LogQuantConfig(window_length=128), str(model)),
         calibration.measured_path(LogQuantConfig(key_group_size=32), str(model)),

@@ -322,6 +322,10 @@ def test_plan_table(tmp_path: Path) -> None:
         (["--memory", "1GiB", "--options", "window_length=7"], "--options must be a JSON object"),
         (["--memory", "1GiB", "--tensor-parallel-size", "3"], "tensor_parallel_size 3"),
         (["--memory", "1GiB", "--dtype", "int4"], "dtype must be one of"),
+        (
+            ["--memory", "1GiB", "--num-speculative-tokens", "60"],
+            "with num_speculative_tokens 60 up to 121 tokens are taken back, and window_length is 64: use fewer, or",
+        ),
     ],
 )
 def test_plan_errors(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from logquant_vllm import calibration
 from logquant_vllm.bench.calibrations import random_moments
+from logquant_vllm.config import LogQuantConfig
 from tests import families
 from tests.families import SERVED
 from tests.models import write_config
@@ -266,6 +267,22 @@ def test_accepted(name: str, tmp_path: Path) -> None:
     # nothing is left that a layer could take for a window
     assert config.cache_config.sliding_window is None
     assert config.model_config.get_sliding_window() is None
+
+
+def test_what_changes_a_model_changes_where_its_calibration_is_kept(tmp_path: Path) -> None:
+    """An engine that overrides a model's configuration measures another model."""
+    from logquant_vllm.plugin.model import where
+
+    path, other = write_config(tmp_path / "model"), write_config(tmp_path / "other", rope_theta=500.0)
+    arguments: list[dict[str, Any]] = [
+        {},
+        {"hf_overrides": {"rope_theta": 1000.0}},
+        {"hf_overrides": {"rope_theta": 2000.0}},
+        {"hf_config_path": str(other)},
+    ]
+    asked = [where(create_config(path, **given).model_config) for given in arguments]
+    assert asked[0] == where(create_config(path).model_config) == (str(path), None, None)
+    assert len({calibration.measured_path(LogQuantConfig(), *what) for what in asked}) == len(asked)
 
 
 def test_configuration_is_checked_again_in_a_worker(tmp_path: Path) -> None:

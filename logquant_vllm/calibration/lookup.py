@@ -30,14 +30,12 @@ _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _TENSOR_BYTES = 256
 
 
-def find(
-    config: LogQuantConfig, model: str, revision: str | None = None, quantization: str | None = None
-) -> Path | None:
+def find(config: LogQuantConfig, model: str, revision: str | None = None, changes: str | None = None) -> Path | None:
     """The calibration to use for a model directory or name; None for none (yet).
 
     Args:
         revision: of a name on the hub; None for the newest that is cached.
-        quantization: that an engine does when it loads weights which are not quantized.
+        changes: that an engine makes when it loads the model: quantization, another configuration.
 
     Raises:
         ValueError: if the options ask for a file that is not there.
@@ -45,7 +43,7 @@ def find(
     if config.calibration is None or not config.rotation:
         return None
     if config.calibration == "auto":
-        candidates = [measured_path(config, model, revision, quantization)]
+        candidates = [measured_path(config, model, revision, changes)]
         if config.calibration_text is None and (beside := _local_file(model, FILE_NAME, revision)) is not None:
             candidates.insert(0, beside)
         return next((path for path in candidates if _is_file(path)), None)
@@ -95,9 +93,7 @@ def origin(config: LogQuantConfig, path: Path) -> str:
     return "measured at an earlier start" if is_measured(path) else "beside the model"
 
 
-def measured_path(
-    config: LogQuantConfig, model: str, revision: str | None = None, quantization: str | None = None
-) -> Path:
+def measured_path(config: LogQuantConfig, model: str, revision: str | None = None, changes: str | None = None) -> Path:
     """Where an engine keeps what it measures of a model; arguments as in :func:`find`.
 
     Raises:
@@ -106,7 +102,7 @@ def measured_path(
     depends_on = {
         "version": VERSION,
         "model": _identity(model, revision),
-        "quantization": quantization,
+        "changes": changes,
         "text": text.digest(config.calibration_text),
         "key_group_size": config.key_group_size,
         "window_length": config.window_length,

@@ -22,6 +22,7 @@ from logquant_vllm.planning import (
     model_shape,
     preset_capacities,
     rollback_tokens,
+    too_many_drafts,
 )
 from logquant_vllm.planning import plan as plan_capacity
 
@@ -68,6 +69,8 @@ def plan(
         shape = model_shape(model_directory(model), dtype, max_model_len)
         with_drafts = replace(shape, num_layers=shape.num_layers + draft_layers)
         taken_back = rollback_tokens(num_speculative_tokens, draft_layers=draft_layers > 0)
+        if (problem := too_many_drafts(num_speculative_tokens, taken_back, config.window_length)) is not None:
+            raise ValueError(problem)
         engine = {
             "tensor_parallel_size": tensor_parallel_size,
             "block_size": block_size,

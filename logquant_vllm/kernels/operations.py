@@ -251,24 +251,24 @@ def _attend_parts(
     if decoding is None and continued is None and begun is None:
         batch = Batch(args.batch.query_start_loc, args.batch.seq_lens, args.max_query_len, 0)
         decoding = Part(slice(args.num_tokens), 0, batch)
-    if begun is not None and new is not None:  # it reads no cache: its attention is the same in either basis
-        t = begun.tokens
-        lse = layer.dense.attend_new(output[t], query[t], new[0][t], new[1][t], begun.batch, layer.scale)
-        add_sinks(output[t], lse.T, layer.sinks)
-        query, begun = query[: t.start], None
-    rotated = query if basis is None else change_basis(query, basis.query)
-    for part in (begun, continued):
-        if part is None:
-            continue
-        t = part.tokens
-        if part is begun:
-            lse = layer.dense.attend_new(output[t], rotated[t], key[t], value[t], part.batch, layer.scale)
-        else:
-            rows = rotated[t], key[t], value[t]
-            lse = layer.dense.attend_with_past(output[t], *rows, args, part, layer.scale)
-        add_sinks(output[t], lse.T, layer.sinks)
+    # a prompt's first chunk reads no cache: its attention is the same in either basis, and needs none as it comes
+    turned = query if begun is None or new is None else query[: begun.tokens.start]
+    rotated = turned if basis is None else change_basis(turned, basis.query)
+
+    def finish(rows: Tensor, lse: Tensor, basis: Basis | None) -> None:
+        add_sinks(rows, lse.T, layer.sinks)
         if basis is not None and basis.value is not None:
-            output[t] = rotate_back(output[t], basis)
+            rows.copy_(rotate_back(rows, basis))
+
+    if begun is not None:
+        t = begun.tokens
+        q, k, v = (rotated, key, value) if new is None else (query, *new)
+        lse = layer.dense.attend_new(output[t], q[t], k[t], v[t], begun.batch, layer.scale)
+        finish(output[t], lse, basis if new is None else None)
+    if continued is not None:
+        t = continued.tokens
+        lse = layer.dense.attend_with_past(output[t], rotated[t], key[t], value[t], args, continued, layer.scale)
+        finish(output[t], lse, basis)
     if decoding is not None:
         t, n = decoding.tokens, len(decoding.batch.seq_lens)
         tables = cache._replace(block_table=cache.block_table[:n], window_block_table=cache.window_block_table[:n])

@@ -10,6 +10,7 @@ from logquant_vllm.planning.capacity import (
     plan,
     preset_capacities,
     rollback_tokens,
+    too_many_drafts,
 )
 from logquant_vllm.planning.shape import (
     CHUNKED,
@@ -47,4 +48,5 @@ __all__ = [
     "shape_of_config",
     "state_kinds",
     "tokens_per_block",
+    "too_many_drafts",
 ]

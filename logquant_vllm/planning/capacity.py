@@ -82,6 +82,20 @@ def rollback_tokens(drafts: int, *, draft_layers: bool = False, asynchronous: bo
     return max(steps_in_flight * (drafts + 1) - 1 + (drafts if draft_layers else 0), 1)
 
 
+def too_many_drafts(drafts: int, taken_back: int, window_length: int) -> str | None:
+    """Why so many drafts do not work, and what would; None if they do.
+
+    Args:
+        taken_back: :func:`rollback_tokens` with them.
+    """
+    if taken_back <= window_length:
+        return None
+    return (
+        f"with num_speculative_tokens {drafts} up to {taken_back} tokens are taken back, and window_length is "
+        f"{window_length}: use fewer, or a window_length of at least {taken_back}"
+    )
+
+
 @dataclass(frozen=True)
 class Engine:
     """What of an engine decides how much fits.

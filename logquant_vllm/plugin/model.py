@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from logquant_vllm.planning import is_mixed
@@ -11,9 +12,16 @@ SLIDING_WINDOW = "sliding_window"
 
 
 def where(model: Any) -> tuple[str, str | None, str | None]:
-    """What :func:`logquant_vllm.calibration.find` asks of a model: name, revision, and what loading quantizes it to."""
+    """What :func:`logquant_vllm.calibration.find` asks of a model: name, revision, and what loading makes of it."""
     stored = getattr(model.hf_config, "quantization_config", None)
-    return str(model.model), model.revision, None if stored else model.quantization
+    changes = {
+        "quantization": None if stored else model.quantization,
+        "hf_overrides": model.hf_overrides,
+        "hf_config_path": model.hf_config_path,
+    }
+    changes = {name: value for name, value in changes.items() if value}
+    # overrides may be a function, which no other process finds again: then each start measures
+    return str(model.model), model.revision, json.dumps(changes, sort_keys=True, default=repr) if changes else None
 
 
 def shape_of(model: Any) -> tuple[int, int, int]:

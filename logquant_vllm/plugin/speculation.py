@@ -106,11 +106,9 @@ def speculation_problems(vllm_config: Any, config: LogQuantConfig) -> Iterator[s
         if speculative.draft_parallel_config.tensor_parallel_size != ranks:
             yield f"the draft needs the model's tensor parallel size: use draft_tensor_parallel_size {ranks}"
         yield from _draft_too_large(vllm_config, config)
-    if (needed := rollback_tokens(vllm_config)) > config.window_length:
-        yield (
-            f"with num_speculative_tokens {speculative.num_speculative_tokens} up to {needed} tokens are taken back, "
-            f"and window_length is {config.window_length}: use fewer, or a window_length of at least {needed}"
-        )
+    drafts, needed = speculative.num_speculative_tokens, rollback_tokens(vllm_config)
+    if (problem := planning.too_many_drafts(drafts, needed, config.window_length)) is not None:
+        yield problem
 
 
 def _draft_too_large(vllm_config: Any, config: LogQuantConfig) -> Iterator[str]:
