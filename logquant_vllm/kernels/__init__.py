@@ -4,9 +4,8 @@
 operation              file                            launches  which GPUs and formats
 =====================  ==============================  ========  =======================================================
 basis of q, k and v    ``rotate``                      1         all; ``combine`` takes outputs back
-decode attention       ``decode.gluon.kernel``         2         ``decode.choice``: Ada and later; heads of 64 and 128,
-                                                                 up to 8 query heads to a KV head; 8-bit scales, groups
-                                                                 of 64 and more
+decode attention       ``decode.gluon.kernel``         2         ``decode.choice``: Ada and later; 8-bit scales, groups
+                                                                 of 64 and more, scores that are not capped
                        ``decode.triton_kernel``        2         all others, and the interpreter
 combine                ``decode.combine``              (second)  all: the second launch of either decode kernel
 store, one token each  ``store.step``                  1         all
