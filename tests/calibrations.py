@@ -13,8 +13,8 @@ def feedback_of(head_size: int, num_kv_heads: int, dense: bool) -> tuple[Tensor,
     """float32 feedback and the query moments that it is for.
 
     Args:
-        dense: of uneven moments. Otherwise every second channel takes half the error of the one before: with keys that
-            are multiples of 1/8 no sum is rounded then, whatever its order.
+        dense: of uneven moments. Otherwise a few channels take up halves and quarters of what others lose, of their own
+            block of 16 and of others: with keys that are multiples of 1/8 no sum is rounded then, whatever its order.
     """
     moments = random_moments(head_size, num_kv_heads)
     basis = calibrated_basis(moments)
@@ -23,6 +23,10 @@ def feedback_of(head_size: int, num_kv_heads: int, dense: bool) -> tuple[Tensor,
     if dense:
         return basis.feedback, weight
     sparse = torch.zeros(num_kv_heads, head_size, head_size)
-    pairs = torch.arange(0, head_size, 2)
-    sparse[:, pairs + 1, pairs] = 0.5
+    channel = torch.arange(head_size)
+    for distance, share in ((1, 0.5), (6, -0.25), (19, 0.25)):
+        one = channel[: head_size - distance : 2]
+        sparse[:, one + distance, one] = share  # the first round
+        sparse[:, one, one + distance] = -share  # the second
+    sparse[:, channel, channel] = 0.5
     return sparse, weight

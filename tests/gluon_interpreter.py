@@ -193,7 +193,7 @@ def mma_v2(a: tl.tensor, b: tl.tensor, c: tl.tensor) -> tl.tensor:
 
 # -- the stand-in -----------------------------------------------------------------------------------------------------
 SAME = "load store where maximum minimum sum max abs join split permute reshape broadcast expand_dims multiple_of log2 "
-SAME += "program_id num_programs cdiv static_range"
+SAME += "program_id num_programs cdiv static_range reduce zeros_like"
 LAYOUTS = (
     "BlockedLayout SliceLayout DotOperandLayout NVMMADistributedLayout SwizzledSharedLayout DistributedLinearLayout"
 )
@@ -214,12 +214,13 @@ def stand_in(late: bool) -> dict[str, ModuleType]:
         setattr(language, name, later(name))
     for name in LAYOUTS.split():
         setattr(language, name, Layout)
-    for name in ("uint16", "int32", "int64", "float16", "float32", "pointer_type"):
+    for name in ("uint16", "int8", "int32", "int64", "float16", "bfloat16", "float32", "pointer_type"):
         setattr(language, name, getattr(tl, name))
     language.constexpr = lambda x: x if isinstance(x, (int, float)) else tl.constexpr(x)
     language.arange = lambda first, end, layout: tl.arange(*map(number, (first, end)))
     language.zeros = lambda shape, dtype, layout: tl.zeros([*map(number, shape)], dtype)
     language.full = lambda shape, value, dtype, layout: tl.full([*map(number, shape)], value, dtype)
+    language.barrier, language.num_warps = lambda: None, lambda: 4
     language.convert_layout = lambda x, layout, assert_trivial=False: x
     language.inline_asm_elementwise = inline_asm_elementwise
     language.allocate_shared_memory = Shared.allocate
@@ -228,18 +229,19 @@ def stand_in(late: bool) -> dict[str, ModuleType]:
 
 
 @contextlib.contextmanager
-def imported(name: str, late: bool) -> Iterator[ModuleType]:
+def imported(name: str, late: bool, *others: str) -> Iterator[ModuleType]:
     """A module of kernels, and those below its package, for the interpreter.
 
     Args:
         late: copies happen when they are waited for, and not when they are asked for.
+        others: packages that it imports Gluon's functions from.
     """
     assert triton.knobs.runtime.interpret
-    package = name.rpartition(".")[0]
+    packages = name.rpartition(".")[0], *others
     modules = stand_in(late)
     gluon = modules["triton.experimental.gluon"]
     with mock.patch.dict(sys.modules, modules), mock.patch.object(triton.experimental, "gluon", gluon, create=True):
-        for known in [known for known in sys.modules if known.startswith(package)]:
+        for known in [known for known in sys.modules if known.startswith(packages)]:
             del sys.modules[known]
         module = importlib.import_module(name)
     with mock.patch.object(tl.dtype, "layout", None, create=True):

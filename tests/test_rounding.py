@@ -17,7 +17,8 @@ from logquant_vllm.kernels.architecture import Architecture, architecture
 from logquant_vllm.kernels.store.feedback import launch
 from logquant_vllm.kernels.store.feedback.rounding import round_with_feedback
 from tests.calibrations import feedback_of
-from tests.test_triton import DEVICE, SMALL, Pair, needs_gpu, small_layout
+from tests.gluon_interpreter import imported
+from tests.test_triton import DEVICE, ON_GPU, SMALL, Pair, needs_gpu, small_layout
 
 # formats whose keys the Gluon kernel quantizes with feedback
 GLUON = [
@@ -71,6 +72,26 @@ def test_no_groups() -> None:
 )
 @pytest.mark.parametrize("new", [[130, 70], [1, 1]])
 def test_feedback(case, new: list[int]) -> None:
+    check_pages(case, new)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the kernel runs compiled: test_feedback")
+@pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("new", [pytest.param([130, 70], marks=pytest.mark.slow), [1, 1]])
+@pytest.mark.parametrize("case", [GLUON[3], *(pytest.param(c, marks=pytest.mark.slow) for c in GLUON if c != GLUON[3])])
+def test_feedback_in_gluon(monkeypatch: pytest.MonkeyPatch, case, new: list[int], late: bool) -> None:
+    """The Gluon kernel in the interpreter.
+
+    Args:
+        late: when copies to shared memory happen (``tests.gluon_interpreter``).
+    """
+    package = "logquant_vllm.kernels"
+    with imported(f"{package}.store.feedback.gluon_kernel", late, f"{package}.decode.gluon") as kernel:
+        monkeypatch.setattr(launch, "_choose", lambda *_: kernel)
+        check_pages(case, new)
+
+
+def check_pages(case, new: list[int]) -> None:
     """Bytes of the reference, where no sum is rounded; nearly all of them, where sums are. NaN stays in its channel."""
     layout = small_layout(case)
     group = layout.fmt.key_group_size

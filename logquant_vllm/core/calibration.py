@@ -8,6 +8,8 @@ as much as others. Two things follow, neither of which changes the stored format
   follow, as far as ``S`` ties them together (the rounding of GPTQ, arXiv 2210.17323, with queries in place of
   activations). A key that is written once is worth that much work. What is left of channel ``c`` costs ``d_c`` times
   its squared error, ``d_c`` being the pivots of ``S`` (of a channel, given those that follow).
+- **A second round.** The first channels were rounded without knowing what the last ones would lose. So each is chosen
+  once more, given the others as they are (a sweep of coordinate descent on ``e' S e``).
 - **Basis.** Scores are unchanged if keys are multiplied by ``A`` and queries by ``A^-T``. Errors grow with a channel's
   spread, so the sum of ``d_c`` times the variance of ``c`` is to be least. The product of the pivots is ``det S``, that
   of the variances at least ``det C`` with the keys' covariance ``C`` about their group means. So nothing is better than
@@ -50,7 +52,10 @@ class Basis(NamedTuple):
     query: Tensor
     key: Tensor
     feedback: Tensor | None = None
-    """float32, zero but below the diagonal: ``[d, c]`` is the share of the error in channel ``c`` that ``d`` takes."""
+    """float32, what :func:`logquant_vllm.core.quantizer.round_with_feedback` needs of ``S``, the queries' moments in
+    this basis, in units of their pivots. Below the diagonal, ``[d, c]`` is the share of what channel ``c`` lost that
+    ``d`` takes up in the first round; above it lies ``S``, and on it one over the diagonal of ``S``. All zero: plain
+    rounding."""
     value: Tensor | None = None
     """The Hadamard matrix, one for all heads, whose transpose takes outputs back; None: values stay as they come."""
 
@@ -113,11 +118,13 @@ def calibrated_basis(moments: Moments, damping: float = DAMPING) -> Basis:
     rotation = _equal_pivots(half @ weight @ half)
     query, key = half @ rotation, inverse_half @ rotation
     seen = query.mT @ weight @ query
-    # the inverse of what is seen is upper' upper; Cholesky's factor from the last channel on is the inverse of upper
-    factor = torch.linalg.cholesky(((seen + seen.mT) / 2).flip(-2, -1)).flip(-2, -1)
-    upper = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=True)
-    feedback = (upper / upper.diagonal(dim1=-2, dim2=-1)[..., None]).triu(1)
-    return Basis(query, key, feedback.mT.float().contiguous())
+    # seen is upper upper', and what a channel costs given the others, later ones still free, the square of (upper' e)
+    upper = torch.linalg.cholesky(((seen + seen.mT) / 2).flip(-2, -1)).flip(-2, -1)
+    pivots = upper.diagonal(dim1=-2, dim2=-1)
+    shares = (upper / pivots[..., None, :]).mT
+    seen = seen / pivots.square().log().mean(-1).exp()[..., None, None]
+    feedback = shares.tril(-1) + seen.triu(1) + torch.diag_embed(1 / seen.diagonal(dim1=-2, dim2=-1))
+    return Basis(query, key, feedback.float().contiguous())
 
 
 def change_basis(x: Tensor, matrices: Tensor) -> Tensor:

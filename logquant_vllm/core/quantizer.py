@@ -93,7 +93,8 @@ def quantize(x: Tensor, dim: int, bits: int, scale_bits: int, range_shrink: floa
 
 
 def round_with_feedback(x: Tensor, q: Quantized, bits: int, feedback: Tensor, stretch: float = 1.0) -> Quantized:
-    """Other codes for what :func:`quantize` made of ``x``: each channel takes up errors of those before it.
+    """Other codes for what :func:`quantize` made of ``x``: each channel takes up what those before it lost, and in a
+    second round what all others did.
 
     A group with a NaN or an infinity keeps its codes.
 
@@ -102,17 +103,28 @@ def round_with_feedback(x: Tensor, q: Quantized, bits: int, feedback: Tensor, st
         q: its quantization, scales ``[..., heads, channels]``.
         feedback: float32 ``[heads, channels, channels]``, see :class:`logquant_vllm.core.calibration.Basis`.
     """
-    scale, zero = q.scale.float(), dequantized_zero(q.scale, q.zero)
+    scale, zero = q.scale.float()[..., None, :], dequantized_zero(q.scale, q.zero)[..., None, :]
     inverse, bias, levels = 1.0 / scale * stretch, code_bias(bits, stretch), (1 << bits) - 1
-    codes, errors = q.codes.clone(), torch.zeros_like(x, dtype=torch.float32)
-    for c in range(x.shape[-1]):
-        wanted = x[..., c].float() - (errors[..., :c] @ feedback[:, c, :c, None])[..., 0]
-        code = (wanted - zero[..., c, None]) * inverse[..., c, None] + bias
+    x = x.float()
+    codes, lost = q.codes.clone(), torch.zeros_like(x)
+
+    def choose(c: int, taken_up: Tensor) -> None:
+        code = (x[..., c] + taken_up - zero[..., c]) * inverse[..., c] + bias
         code = code.round().clamp(0, levels).nan_to_num(0.0)
-        error = wanted - (code * scale[..., c, None] + zero[..., c, None])
+        left = x[..., c] - (code * scale[..., c] + zero[..., c])
         codes[..., c] = code.to(torch.int32)
         # what is not finite must not reach other channels
-        errors[..., c] = torch.where(torch.isfinite(error), error, 0.0)
+        lost[..., c] = torch.where(torch.isfinite(left), left, 0.0)
+
+    def sum_of_lost(shares: Tensor) -> Tensor:
+        return (lost @ shares[..., None])[..., 0]
+
+    channels = range(x.shape[-1])
+    earlier, others = feedback.tril(-1), feedback.triu(1) + feedback.triu(1).mT
+    for c in channels:
+        choose(c, sum_of_lost(earlier[:, c]))
+    for c in channels:
+        choose(c, sum_of_lost(others[:, c]) * feedback[:, c, c, None])
     return Quantized(codes, q.scale, q.zero)
 
 

@@ -79,21 +79,32 @@ struct GroupQuantizer {
     }
 };
 
-// core/quantizer.py's round_with_feedback for one group and head: other codes, each channel taking up errors of those
-// before it. x and codes are [channels, tokens]; errors is scratch of the same shape.
+// core/quantizer.py's round_with_feedback for one group and head: other codes, each channel taking up what those before
+// it lost, and in a second round what all others did. x and codes are [channels, tokens]; lost is scratch of the same
+// shape.
 void round_with_feedback(const float* x, uint8_t* codes, const GroupQuantizer::Stored* stored, const float* feedback,
-                         int64_t tokens, int64_t channels, const GroupQuantizer& q, float* errors) {
-    for (int64_t c = 0; c < channels; ++c)
-        for (int64_t t = 0; t < tokens; t += kLanes) {
-            vf wanted = load(x + c * tokens + t);
-            for (int64_t b = 0; b < c; ++b)
-                wanted -= splat(feedback[c * channels + b]) * load(errors + b * tokens + t);
-            const vf code = q.code(wanted, stored[c]);
+                         int64_t tokens, int64_t channels, const GroupQuantizer& q, float* lost) {
+    for (int64_t t = 0; t < tokens; t += kLanes) {
+        const auto taken_up = [&](int64_t c, float share, vf sum) { return sum + splat(share) * load(lost + c * tokens + t); };
+        const auto choose = [&](int64_t c, vf more) {
+            const vf key = load(x + c * tokens + t), code = q.code(key + more, stored[c]);
             const vf clamped = code >= splat(0.0f) ? smaller(code, q.levels()) : splat(0.0f);  // a NaN is not
             store_codes(codes + c * tokens + t, clamped);
-            const vf error = wanted - (clamped * splat(stored[c].scale) + splat(stored[c].zero));
-            store(errors + c * tokens + t, (error - error) == splat(0.0f) ? error : splat(0.0f));
+            const vf left = key - (clamped * splat(stored[c].scale) + splat(stored[c].zero));
+            store(lost + c * tokens + t, (left - left) == splat(0.0f) ? left : splat(0.0f));
+        };
+        for (int64_t c = 0; c < channels; ++c) {
+            vf sum = splat(0.0f);
+            for (int64_t b = 0; b < c; ++b) sum = taken_up(b, feedback[c * channels + b], sum);
+            choose(c, sum);
         }
+        for (int64_t c = 0; c < channels; ++c) {
+            vf sum = splat(0.0f);
+            for (int64_t b = 0; b < c; ++b) sum = taken_up(b, feedback[b * channels + c], sum);
+            for (int64_t b = c + 1; b < channels; ++b) sum = taken_up(b, feedback[c * channels + b], sum);
+            choose(c, sum * splat(feedback[c * channels + c]));
+        }
+    }
 }
 
 // Rows of words, or one of the groups that rows consist of, from codes [codes of a row, rows]. Word w of a row holds
@@ -118,7 +129,7 @@ void pack(const uint8_t* codes, int64_t rows, const Plane (&planes)[kPlanes], in
 }
 
 struct Scratch {
-    AlignedFloats x, errors;
+    AlignedFloats x, lost;
     std::vector<GroupQuantizer::Stored> stored;
     std::vector<uint8_t> codes;
 };
@@ -145,7 +156,7 @@ void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>&
     const GroupQuantizer values{f.value_bits,        f.scale_bits,         float(q.value_spread), float(q.value_stretch),
                                 float(q.value_bias), float(q.value_floor), lowest,                highest};
     scratch.x.grow(tokens * channels);
-    scratch.errors.grow(tokens * channels);
+    scratch.lost.grow(tokens * channels);
     scratch.codes.resize(tokens * channels);
     scratch.stored.resize(channels);
     float* x = scratch.x.data();
@@ -163,7 +174,7 @@ void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>&
     }
     if (cache.feedback != nullptr)
         round_with_feedback(x, codes, scratch.stored.data(), cache.feedback + head * channels * channels, tokens,
-                            channels, keys, scratch.errors.data());
+                            channels, keys, scratch.lost.data());
     pack(codes, tokens, f.key_planes, first, 0, 1, slab);
 
     for (int64_t t = 0; t < tokens; ++t) {  // [tokens, channels]

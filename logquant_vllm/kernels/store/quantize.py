@@ -155,8 +155,8 @@ def quantize_keys_with_feedback(group, key, feedback, cache, LAYOUT: tl.constexp
     finite = tl.min(is_finite(x).to(tl.int32), 0) > 0
     ROUNDING: tl.constexpr = FMT.key_rounding
     scale, zero, _, offset = scale_and_zero(tl.min(x, 0), tl.max(x, 0), finite, FMT.key_bits, ROUNDING, FMT)
-    shares = feedback + group.head.to(tl.int64) * (HEAD_SIZE * HEAD_SIZE)
-    packed = choose_codes(x, read_scale(scale, FMT), offset, shares, FMT, ROUNDING.stretch)
+    of_head = feedback + group.head.to(tl.int64) * (HEAD_SIZE * HEAD_SIZE)
+    packed = choose_codes(x, read_scale(scale, FMT), offset, of_head, FMT, ROUNDING.stretch)
     for p in tl.static_range(len(FMT.key_planes)):
         store_key_words(group, packed[p], token, FMT, p)
     store_key_scales(group, channel, scale, zero, exists, FMT)

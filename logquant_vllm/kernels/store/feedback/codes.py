@@ -1,9 +1,9 @@
 """``core.quantizer.round_with_feedback`` on a tile of tokens: other key codes under the same scales.
 
-Channels follow one another, tokens do not depend on each other. Within a block of channels what one loses is taken up
-by those behind it at once; what a whole block has lost is taken up by all channels behind the block in one product with
-the feedback matrix. Only the error of a channel passes between the lanes that share a token, and nothing between warps
-(:func:`feedback_warps`): what a channel costs is waiting for that.
+Channels follow one another, in two rounds, and tokens do not depend on each other. Within a block of channels what one
+loses is taken up by those behind it at once; what a whole block has lost is taken up by all other channels in one
+product with a part of the feedback matrix. Only what a channel loses passes between the lanes that share a token, and
+nothing between warps (:func:`feedback_warps`): what a channel costs is waiting for that.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ TOKENS_PER_WARP = 16  # rows of a matrix instruction
 
 
 @triton.jit
-def choose_code(x, scale, zero, inverse, BITS: tl.constexpr, STRETCH: tl.constexpr):
-    """The nearest code of ``x``, and what it is too large by, 0 where that is not finite; all float32."""
+def choose_code(x, taken_up, scale, zero, inverse, BITS: tl.constexpr, STRETCH: tl.constexpr):
+    """The nearest code of ``x`` and what it takes up, and how much of ``x`` that loses, 0 where it is not finite; all
+    float32."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     # the larger of NaN and 0 is 0
-    wanted = (x - zero) * inverse + code_bias(BITS, STRETCH)
+    wanted = (x + taken_up - zero) * inverse + code_bias(BITS, STRETCH)
     code = round_half_even(tl.minimum(tl.maximum(wanted, 0.0), 1.0 * LEVELS))
     # rounded twice: a code times a scale is exact
-    error = tl.fma(code, scale, zero) - x
-    return code, tl.where(tl.abs(error) < float("inf"), error, 0.0)
+    lost = x - tl.fma(code, scale, zero)
+    return code, tl.where(tl.abs(lost) < float("inf"), lost, 0.0)
 
 
 @triton.jit
@@ -66,13 +67,16 @@ def no_words(TOKENS: tl.constexpr, PLANE: tl.constexpr):
 
 
 @triton.jit
-def choose_codes(x, scale, zero, shares, FMT: tl.constexpr, STRETCH: tl.constexpr):
+def choose_codes(x, scale, zero, feedback, FMT: tl.constexpr, STRETCH: tl.constexpr):
     """Codes of keys, rounded with error feedback.
+
+    What the channels of a block take up is counted in ``taken_up`` until their turn comes, in the first round of those
+    before; from then on for the second round, of those behind, and then of those before as they are by then.
 
     Args:
         x: float32 ``[tokens, channels]``, channels padded to a power of two, at least ``BLOCK``.
         scale, zero: float32 ``[channels]``; scales are NaN for channels whose codes are 0.
-        shares: pointer to this head's float32 feedback ``[head_size, head_size]``, contiguous.
+        feedback: pointer to this head's, float32 ``[head_size, head_size]``, contiguous.
         STRETCH: of ``core.page_format.Rounding``.
 
     Returns:
@@ -83,30 +87,39 @@ def choose_codes(x, scale, zero, shares, FMT: tl.constexpr, STRETCH: tl.constexp
     PLANES: tl.constexpr = len(FMT.key_planes)
     LOW: tl.constexpr = FMT.key_planes[0]
     HIGH: tl.constexpr = FMT.key_planes[PLANES - 1]
-    channel, index = tl.arange(0, x.shape[1]), tl.arange(0, BLOCK)
+    channel, index = tl.arange(0, x.shape[1])[None, :], tl.arange(0, BLOCK)
     low, high = no_words(TOKENS, LOW), no_words(TOKENS, HIGH)
     inverse = tl.div_rn(1.0, scale) * STRETCH
+    taken_up = tl.zeros_like(x)
     # not pipelined: many small loads would each wait for their turn in shared memory
-    for first in tl.range(0, HEAD_SIZE, BLOCK, num_stages=1):
+    for turn in tl.range(0, 2 * HEAD_SIZE, BLOCK, num_stages=1):
+        again = turn >= HEAD_SIZE
+        first = turn % HEAD_SIZE
         c = first + index
-        behind = (channel >= first + BLOCK) & (channel < HEAD_SIZE)
-        later = tl.load(shares + channel[None, :] * HEAD_SIZE + c[:, None], mask=behind[None, :], other=0.0)
-        tile = pick_block(x, first)
+        # of what a channel loses to one that takes it up
+        from_stride, to_stride = tl.where(again, HEAD_SIZE, 1), tl.where(again, 1, HEAD_SIZE)
+        takes = (channel >= first + BLOCK) | ((channel < c[:, None]) & (not again))
+        share = feedback + channel * to_stride + c[:, None] * from_stride
+        share = tl.load(share, mask=takes & (channel < HEAD_SIZE), other=0.0)
+        weight = tl.where(again, tl.load(feedback + c * (HEAD_SIZE + 1)), 1.0)[None, :]
+        tile, taken = pick_block(x, first), pick_block(taken_up, first)
         tile_scale, tile_zero = pick_block(scale[None, :], first), pick_block(zero[None, :], first)
         tile_inverse = pick_block(inverse[None, :], first)
         codes = tl.zeros((TOKENS, BLOCK), tl.float32)
-        errors = tl.zeros((TOKENS, BLOCK), tl.float32)
+        lost = tl.zeros((TOKENS, BLOCK), tl.float32)
         for k in tl.static_range(BLOCK):
             # of all columns, but only what is chosen of the k-th is used, and so computed
             mine = (index == k)[None, :]
-            code, error = choose_code(tile, tile_scale, tile_zero, tile_inverse, FMT.key_bits, STRETCH)
-            codes, errors = tl.where(mine, code, codes), tl.where(mine, error, errors)
-            share = tl.load(shares + c * HEAD_SIZE + first + k, mask=index > k, other=0.0)
-            tile = tl.fma(pick(error, mine, 1)[:, None], share[None, :], tile)
-        x = tl.dot(errors, later, acc=x, input_precision="tf32x3")
-        low = place_codes(low, codes, c, LOW)
-        if PLANES == 2:
-            high = place_codes(high, codes, c, HIGH)
+            code, left = choose_code(tile, taken * weight, tile_scale, tile_zero, tile_inverse, FMT.key_bits, STRETCH)
+            codes, lost = tl.where(mine, code, codes), tl.where(mine, left, lost)
+            within = tl.load(feedback + c * to_stride + (first + k) * from_stride, mask=index > k, other=0.0)
+            taken = tl.fma(pick(left, mine, 1)[:, None], within[None, :], taken)
+        ours = (channel >= first) & (channel < first + BLOCK)
+        taken_up = tl.dot(lost, share, acc=tl.where(ours, 0.0, taken_up), input_precision="tf32x3")
+        if again:
+            low = place_codes(low, codes, c, LOW)
+            if PLANES == 2:
+                high = place_codes(high, codes, c, HIGH)
     if PLANES == 2:
         return low.to(tl.int32), high.to(tl.int32)
     else:

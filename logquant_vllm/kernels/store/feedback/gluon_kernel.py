@@ -2,14 +2,15 @@
 
 A kernel of its own for the keys of all groups that a step completes, in place of
 ``store.quantize.quantize_keys_with_feedback``. It reads nothing that storing writes, so both can run at a time. A
-program takes a group of tokens of one KV head, a warp 16 tokens. Channels go block by block:
+program takes a group of tokens of one KV head, a warp 16 tokens. Channels go block by block, in two rounds:
 
-1. What all blocks before have lost reaches the tokens of a block in products with the feedback matrix. Both operands
-   are cut into two bfloat16 each; what their three products leave out is below 2**-14 of a share.
+1. What other blocks have lost reaches the tokens of a block in products with parts of the feedback matrix. Both
+   operands are cut into two bfloat16 each; what their three products leave out is below 2**-14 of a share.
 2. One lane holds a token's channels of the block (``BY_TOKEN``), so nothing passes between lanes while channels follow
    one another.
 
-The feedback of a head and all keys of a group lie in shared memory; a block's keys give way to its errors.
+The feedback of a head and all keys of a group lie in shared memory. What a block's keys have lost takes their place, so
+in the second round they are what their codes stand for and what these lost.
 """
 
 from __future__ import annotations
@@ -75,14 +76,14 @@ def copy_keys(memory, group, key, cache, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def copy_feedback(memory, shares, CHANNELS: gl.constexpr):
-    """Start to copy the shares of a head to ``[blocks * blocks, 16, 16]``.
+def copy_feedback(memory, feedback, CHANNELS: gl.constexpr):
+    """Start to copy the matrix of a head to ``[blocks * blocks, 16, 16]``.
 
-    Tile ``blocks * k + c`` holds what channels of block ``c`` (rows) take up of those of block ``k`` (columns), where
-    ``c > k``; the tiles ``c == k`` are transposed, the others are left out.
+    Tile ``blocks * k + c`` holds the rows of block ``c`` and the columns of block ``k``; the tiles ``c == k`` are
+    transposed.
 
     Args:
-        shares: pointer to float32 ``[channels, channels]``.
+        feedback: pointer to float32 ``[channels, channels]``.
     """
     BLOCKS: gl.constexpr = CHANNELS // BLOCK
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [gl.num_warps(), 1], [1, 0])
@@ -94,12 +95,10 @@ def copy_feedback(memory, shares, CHANNELS: gl.constexpr):
     columns = memory._reinterpret(gl.float32, [BLOCKS, CHANNELS, BLOCK], plain(2))
     for b in gl.static_range(BLOCKS):
         async_copy.async_copy_global_to_shared(
-            columns.index(b),
-            shares + (row * CHANNELS + b * BLOCK + column),
-            mask=row >= (b + 1) * BLOCK,
+            columns.index(b), feedback + (row * CHANNELS + b * BLOCK + column), mask=row // BLOCK != b
         )
         async_copy.async_copy_global_to_shared(
-            memory.index(b * BLOCKS + b), shares + ((b * BLOCK + later) * CHANNELS + b * BLOCK + earlier)
+            memory.index(b * BLOCKS + b), feedback + ((b * BLOCK + later) * CHANNELS + b * BLOCK + earlier)
         )
 
 
@@ -132,29 +131,30 @@ def cut(x):
 
 
 @gluon.jit
-def choose_block(tile, scales, zeros, inverses, shares, BITS: gl.constexpr, STRETCH: gl.constexpr):
-    """Codes (float32) of a block of channels, and their errors, by token.
+def choose_block(x, taken_up, of_channels, within, BITS: gl.constexpr, STRETCH: gl.constexpr):
+    """Codes (float32) of a block of channels, and what they lose, by token.
 
     Args:
-        tile: float32 ``[tokens, 16]`` by token.
-        scales, zeros, inverses: ``[16]``.
-        shares: shared memory ``[16, 16]``: what later channels take up of each.
+        x, taken_up: float32 ``[tokens, 16]`` by token.
+        of_channels: their scales, zeros, inverse scales and weights, ``[16]`` each.
+        within: shared memory ``[16, 16]``: what later channels take up of each.
     """
-    LAYOUT: gl.constexpr = tile.type.layout
+    LAYOUT: gl.constexpr = x.type.layout
     BY_CHANNEL: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     index = gl.arange(0, BLOCK, layout=BY_CHANNEL)
-    codes, errors = gl.zeros_like(tile), gl.zeros_like(tile)
+    codes, lost = gl.zeros_like(x), gl.zeros_like(x)
     for k in gl.static_range(BLOCK):
         one = index == k
         mine = one[None, :]
-        of_channel = pick(scales, one, 0), pick(zeros, one, 0), pick(inverses, one, 0)
-        code, error = choose_code(pick(tile, mine, 1), of_channel[0], of_channel[1], of_channel[2], BITS, STRETCH)
-        codes, errors = gl.where(mine, code[:, None], codes), gl.where(mine, error[:, None], errors)
+        scale, zero = pick(of_channels[0], one, 0), pick(of_channels[1], one, 0)
+        inverse, weight = pick(of_channels[2], one, 0), pick(of_channels[3], one, 0)
+        taken = pick(taken_up, mine, 1) * weight
+        code, left = choose_code(pick(x, mine, 1), taken, scale, zero, inverse, BITS, STRETCH)
+        codes, lost = gl.where(mine, code[:, None], codes), gl.where(mine, left[:, None], lost)
         if k + 1 < BLOCK:
-            share = shares.index(k).load(BY_CHANNEL)
-            taken = tl.fma(error[:, None], share[None, :], tile)
-            tile = gl.where((index > k)[None, :], taken, tile)
-    return codes, errors
+            share = within.index(k).load(BY_CHANNEL)
+            taken_up = gl.where((index > k)[None, :], tl.fma(left[:, None], share[None, :], taken_up), taken_up)
+    return codes, lost
 
 
 @gluon.jit
@@ -181,9 +181,9 @@ def store_plane(group, codes, FMT: gl.constexpr, P: gl.constexpr):
 
 
 @gluon.jit
-def choose_scales(memory, keys, group, FMT: gl.constexpr):
-    """Scales and zeros of a group's keys, to its page, and to ``memory``, float32 ``[3, channels]``, with the inverse
-    scales behind."""
+def choose_scales(memory, keys, group, feedback, FMT: gl.constexpr):
+    """Scales and zeros of a group's keys, to its page, and to ``memory``, float32 ``[4, channels]``, with the inverse
+    scales and the second round's weights behind."""
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     least, largest = ranges(keys)
     least, largest = gl.convert_layout(least, LANES), gl.convert_layout(largest, LANES)
@@ -195,36 +195,139 @@ def choose_scales(memory, keys, group, FMT: gl.constexpr):
     memory.index(1).store(zero)
     memory.index(2).store(inverse)
     channel = gl.arange(0, FMT.head_size, layout=LANES)
+    memory.index(3).store(gl.load(feedback + channel * (FMT.head_size + 1)))
     store_key_scales(group, channel, stored_scale, stored_zero, channel >= 0, FMT)
 
 
 @gluon.jit
-def take_up(block, keys, lost_high, lost_low, shares):
-    """Keys of a block of channels with what all blocks before have lost, float32 ``[tokens, 16]``.
+def add_product(sums, lost, share):
+    """Add ``lost @ share`` to three sums of parts of it, which are apart as products wait for each other.
 
     Args:
-        keys: shared memory ``[blocks, tokens, 16]``.
-        lost_high, lost_low: likewise, the errors of blocks (:func:`cut`).
+        lost: two bfloat16 ``[tokens, 16]`` (:func:`cut`).
+        share: float32 ``[16, 16]``.
+    """
+    high, low = cut(share)
+    return mma_v2(lost[0], high, sums[0]), mma_v2(lost[0], low, sums[1]), mma_v2(lost[1], high, sums[2])
+
+
+@gluon.jit
+def load_share(shares, tile, TRANSPOSED: gl.constexpr):
+    """A tile of :func:`copy_feedback`'s as the right operand of a product."""
+    RIGHT: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=products(gl.num_warps()), k_width=2)
+    if TRANSPOSED:
+        return shares.index(tile).permute((1, 0)).load(RIGHT)
+    else:
+        return shares.index(tile).load(RIGHT)
+
+
+@gluon.jit
+def load_lost(lost, block):
+    """What a block lost as the left operand of a product, two bfloat16."""
+    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=products(gl.num_warps()), k_width=2)
+    return lost[0].index(block).load(LEFT), lost[1].index(block).load(LEFT)
+
+
+@gluon.jit
+def add_blocks(sums, first, end, lost, shares, start, step, TRANSPOSED: gl.constexpr):
+    """Add what blocks ``[first, end)`` of channels lost to what a block takes up.
+
+    Args:
+        lost: shared memory bfloat16 ``[blocks, tokens, 16]``, twice.
+        shares: as :func:`copy_feedback` lays them out; block ``i`` has tile ``start + i * step``.
+        TRANSPOSED: whether its rows are the channels that take up, not those that lose.
+    """
+    LAST: gl.constexpr = lost[0].shape[0] - 1
+    following = gl.minimum(first, LAST)
+    share, high_low = load_share(shares, start + following * step, TRANSPOSED), load_lost(lost, following)
+    for other in range(first, end):
+        this_share, this = share, high_low
+        following = gl.minimum(other + 1, LAST)  # is loaded while this one is multiplied
+        share, high_low = load_share(shares, start + following * step, TRANSPOSED), load_lost(lost, following)
+        sums = add_product(sums, this, this_share)
+    return sums
+
+
+@gluon.jit
+def no_sums(TOKENS: gl.constexpr):
+    """For :func:`add_blocks`."""
+    zeros = gl.zeros([TOKENS, BLOCK], gl.float32, products(gl.num_warps()))
+    return zeros, zeros, zeros
+
+
+@gluon.jit
+def load_metadata(of_blocks, block, BLOCKS: gl.constexpr):
+    """Scales, zeros, inverse scales and weights of a block's channels, of :func:`choose_scales`'s by blocks."""
+    BY_CHANNEL: gl.constexpr = gl.SliceLayout(0, by_token(gl.num_warps()))
+    return (
+        of_blocks.index(block).load(BY_CHANNEL),
+        of_blocks.index(BLOCKS + block).load(BY_CHANNEL),
+        of_blocks.index(2 * BLOCKS + block).load(BY_CHANNEL),
+        of_blocks.index(3 * BLOCKS + block).load(BY_CHANNEL),
+    )
+
+
+@gluon.jit
+def choose_codes(codes, keys, lost, shares, of_blocks, FMT: gl.constexpr):
+    """The first round: what earlier channels lost is taken up.
+
+    Args:
+        codes: shared memory int8 ``[blocks, tokens, 16]``: written.
+        keys: likewise, 16-bit.
+        lost: likewise, what their codes lose, twice bfloat16 (:func:`cut`): written, the first in place of the keys.
         shares: as :func:`copy_feedback` lays them out.
+        of_blocks: float32 ``[4 * blocks, 16]``: scales, zeros, inverse scales, weights.
     """
     BLOCKS: gl.constexpr = keys.shape[0]
+    BY_TOKEN: gl.constexpr = by_token(gl.num_warps())
+    for block in range(BLOCKS):
+        sums = add_blocks(no_sums(keys.shape[1]), 0, block, lost, shares, block, BLOCKS, True)
+        taken_up = gl.convert_layout(sums[0] + (sums[1] + sums[2]), BY_TOKEN)
+        x = keys.index(block).load(BY_TOKEN).to(gl.float32)
+        scales, zeros, inverses, weights = load_metadata(of_blocks, block, BLOCKS)
+        of_channels = scales, zeros, inverses, gl.zeros_like(weights) + 1.0
+        within = shares.index(block * BLOCKS + block)._reinterpret(gl.float32, [BLOCK, BLOCK], plain(1))
+        chosen, left = choose_block(x, taken_up, of_channels, within, FMT.key_bits, FMT.key_rounding.stretch)
+        store_block(codes, lost, block, chosen, left)
+
+
+@gluon.jit
+def choose_again(codes, keys, lost, shares, of_blocks, FMT: gl.constexpr):
+    """The second round: what all other channels lost is taken up. Arguments as in :func:`choose_codes`."""
+    BLOCKS: gl.constexpr = keys.shape[0]
+    BY_TOKEN: gl.constexpr = by_token(gl.num_warps())
     MMA: gl.constexpr = products(gl.num_warps())
-    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
     RIGHT: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=MMA, k_width=2)
-    acc = keys.index(block).load(MMA).to(gl.float32)
-    high_low, low_high = gl.zeros_like(acc), gl.zeros_like(acc)  # apart: products wait for each other
-    share = shares.index(block).permute((1, 0)).load(RIGHT)
-    high, low = lost_high.index(0).load(LEFT), lost_low.index(0).load(LEFT)
-    for other in range(block):
-        share_high, share_low = cut(share)
-        this_high, this_low = high, low
-        following = gl.minimum(other + 1, block - 1)  # is loaded while this one is multiplied
-        share = shares.index(following * BLOCKS + block).permute((1, 0)).load(RIGHT)
-        high, low = lost_high.index(following).load(LEFT), lost_low.index(following).load(LEFT)
-        low_high = mma_v2(this_low, share_high, low_high)
-        high_low = mma_v2(this_high, share_low, high_low)
-        acc = mma_v2(this_high, share_high, acc)
-    return acc + (high_low + low_high)
+    loser = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, RIGHT))[:, None]
+    taker = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, RIGHT))[None, :]
+    for block in range(BLOCKS):
+        own = block * BLOCKS + block
+        # of those behind in the block what was lost in the first round; those before come as they are chosen
+        behind = gl.where(loser > taker, load_share(shares, own, False), 0.0)
+        sums = add_product(no_sums(keys.shape[1]), load_lost(lost, block), behind)
+        sums = add_blocks(sums, 0, block, lost, shares, block * BLOCKS, 1, False)
+        sums = add_blocks(sums, block + 1, BLOCKS, lost, shares, block, BLOCKS, True)
+        taken_up = gl.convert_layout(sums[0] + (sums[1] + sums[2]), BY_TOKEN)
+        of_channels = load_metadata(of_blocks, block, BLOCKS)
+        left = lost[0].index(block).load(BY_TOKEN).to(gl.float32) + lost[1].index(block).load(BY_TOKEN).to(gl.float32)
+        code = codes.index(block).load(BY_TOKEN).to(gl.float32)
+        # what is left of keys is a little less exact than keys are
+        x = tl.fma(code, of_channels[0][None, :], of_channels[1][None, :]) + left
+        x = x.to(keys.dtype).to(gl.float32)
+        transposed = shares.index(own).permute((1, 0)).load(MMA)
+        shares.index(own).store(transposed)
+        within = shares.index(own)._reinterpret(gl.float32, [BLOCK, BLOCK], plain(1))
+        chosen, left = choose_block(x, taken_up, of_channels, within, FMT.key_bits, FMT.key_rounding.stretch)
+        store_block(codes, lost, block, chosen, left)
+
+
+@gluon.jit
+def store_block(codes, lost, block, chosen, left):
+    """To shared memory."""
+    high, low = cut(left)
+    lost[0].index(block).store(high)
+    lost[1].index(block).store(low)
+    codes.index(block).store(chosen.to(gl.int8))
 
 
 @gluon.jit
@@ -242,8 +345,6 @@ def feedback_kernel(
     GROUP: gl.constexpr = FMT.key_group_size
     HEAD_SIZE: gl.constexpr = FMT.head_size
     BLOCKS: gl.constexpr = HEAD_SIZE // BLOCK
-    BY_TOKEN: gl.constexpr = by_token(gl.num_warps())
-    BY_CHANNEL: gl.constexpr = gl.SliceLayout(0, BY_TOKEN)
 
     index = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     counts = count_groups(batch, index, GROUP) * cache.num_kv_heads
@@ -252,9 +353,9 @@ def feedback_kernel(
     lost_low = gl.allocate_shared_memory(gl.bfloat16, [BLOCKS, GROUP, BLOCK], plain(2))
     codes = gl.allocate_shared_memory(gl.int8, [BLOCKS, GROUP, BLOCK], plain(2))
     shares = gl.allocate_shared_memory(gl.float32, [BLOCKS * BLOCKS, BLOCK, BLOCK], plain(2))
-    metadata = gl.allocate_shared_memory(gl.float32, [3, HEAD_SIZE], plain(1))
-    lost_high = keys._reinterpret(gl.bfloat16, [BLOCKS, GROUP, BLOCK], plain(2))
-    of_blocks = metadata._reinterpret(gl.float32, [3 * BLOCKS, BLOCK], plain(1))
+    metadata = gl.allocate_shared_memory(gl.float32, [4, HEAD_SIZE], plain(1))
+    lost = keys._reinterpret(gl.bfloat16, [BLOCKS, GROUP, BLOCK], plain(2)), lost_low
+    of_blocks = metadata._reinterpret(gl.float32, [4 * BLOCKS, BLOCK], plain(1))
     # programs of neighbouring numbers may share a multiprocessor, where two take twice as long: few tasks are scattered
     first = gl.program_id(0) * SCATTER % gl.num_programs(0)
     for task in range(first, gl.sum(counts, 0), gl.num_programs(0)):
@@ -266,26 +367,16 @@ def feedback_kernel(
         if writable:
             copy_keys(keys, group, key, cache, LAYOUT)
             async_copy.commit_group()
-            copy_feedback(shares, feedback + head.to(gl.int64) * (HEAD_SIZE * HEAD_SIZE), HEAD_SIZE)
+            of_head = feedback + head.to(gl.int64) * (HEAD_SIZE * HEAD_SIZE)
+            copy_feedback(shares, of_head, HEAD_SIZE)
             async_copy.commit_group()
             async_copy.wait_group(1)
             barrier()
-            choose_scales(metadata, keys, group, FMT)
+            choose_scales(metadata, keys, group, of_head, FMT)
             async_copy.wait_group(0)
             barrier()
-            for block in range(BLOCKS):
-                scales = of_blocks.index(block).load(BY_CHANNEL)
-                zeros = of_blocks.index(BLOCKS + block).load(BY_CHANNEL)
-                inverses = of_blocks.index(2 * BLOCKS + block).load(BY_CHANNEL)
-                tile = gl.convert_layout(take_up(block, keys, lost_high, lost_low, shares), BY_TOKEN)
-                within = shares.index(block * BLOCKS + block)._reinterpret(gl.float32, [BLOCK, BLOCK], plain(1))
-                chosen, errors = choose_block(
-                    tile, scales, zeros, inverses, within, FMT.key_bits, FMT.key_rounding.stretch
-                )
-                high, low = cut(errors)
-                lost_high.index(block).store(high)
-                lost_low.index(block).store(low)
-                codes.index(block).store(chosen.to(gl.int8))
+            choose_codes(codes, keys, lost, shares, of_blocks, FMT)
+            choose_again(codes, keys, lost, shares, of_blocks, FMT)
             store_words(group, codes, FMT)
             barrier()
     if PDL:

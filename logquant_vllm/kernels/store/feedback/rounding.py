@@ -38,8 +38,8 @@ def round_kernel(
     tile = tl.load(x + rows[:, None] + channel[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
     s = tl.load(scale + group * HEAD_SIZE + channel, mask=in_head, other=1.0)
     z = tl.load(zero + group * HEAD_SIZE + channel, mask=in_head, other=0.0)
-    shares = feedback + group % heads * HEAD_SIZE * HEAD_SIZE
-    packed = choose_codes(tile.to(tl.float32), s, z, shares, FMT, STRETCH)
+    of_head = feedback + group % heads * HEAD_SIZE * HEAD_SIZE
+    packed = choose_codes(tile.to(tl.float32), s, z, of_head, FMT, STRETCH)
     for p in tl.static_range(len(FMT.key_planes)):
         plane = codes + tl.num_programs(0).to(tl.int64) * (p * GROUP * HEAD_SIZE) + rows[:, None]
         unpack_plane(plane, packed[p], exists, FMT, p)
