@@ -59,6 +59,14 @@ class LogQuantConfig(BaseModel):
     )
     key_bits: Literal[2, 3, 4] = Field(2, description="bits of a stored key element")
     value_bits: Literal[2, 3, 4] = Field(2, description="bits of a stored value element")
+    bits: float | None = Field(
+        None,
+        gt=2,
+        le=3.5,
+        description="stored bits of an element on average, scales included: what 2-bit keys and values do not take "
+        "goes to third bits for keys and values of the layers where they help most, as a calibration says; null: "
+        "key_bits and value_bits in all layers",
+    )
     key_group_size: Literal[32, 64, 128] = Field(64, description="tokens that share a key scale, per channel")
     value_group_size: Literal[32, 64, 128] = Field(64, description="channels that share a value scale, per token")
     scale_bits: Literal[8, 16] = Field(
@@ -109,6 +117,11 @@ class LogQuantConfig(BaseModel):
                 f"prefix_replay_tokens {self.replay_tokens} is more than what brings a full-precision copy back: with "
                 f"window_length {self.window_length} the oldest but token 0 are {self._longest_replay()} tokens back. "
                 f"Use at most {self._longest_replay()}"
+            )
+        if self.bits is not None and (self.key_bits, self.value_bits) != (2, 2):
+            raise ValueError(
+                f"bits {self.bits:g} are spent from 2-bit keys and values on: leave key_bits {self.key_bits} and "
+                f"value_bits {self.value_bits} out, and a preset that sets them, or leave bits out"
             )
         if self.calibration not in (None, "auto") and not self.rotation:
             raise ValueError("a calibration replaces the rotation by the model's own: leave rotation true to use it")

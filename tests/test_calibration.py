@@ -33,7 +33,7 @@ from logquant_vllm.core.calibration import (
 )
 from logquant_vllm.core.hadamard import hadamard_matrix
 from logquant_vllm.core.layer import Layer
-from logquant_vllm.core.moments import sensitivity
+from logquant_vllm.core.moments import MomentSums, effects
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.core.quantizer import dequantize, dequantized_zero, quantize, round_with_feedback
@@ -83,13 +83,39 @@ def test_queries_count_by_what_errors_do_to_the_output() -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v, w = (torch.randn(n, 16, generator=g) for n in (2 * 5, 40, 40, 24))
     q, recent = q.view(2, 5, 16), 8
-    found = sensitivity(q, torch.arange(35, 40), k, v, 0.5, (w.mT @ w).expand(2, -1, -1), recent)
+    found = effects(q, torch.arange(35, 40), k, v, 0.5, (w.mT @ w).expand(2, -1, -1), recent)
     for head, query in itertools.product(range(2), range(5)):
-        scores = torch.zeros(40).requires_grad_()
-        read = ((q[head, query] @ k.mT * 0.5 + scores)[: 36 + query].softmax(-1) @ v[: 36 + query]) @ w.mT
-        jacobian = torch.stack([torch.autograd.grad(x, scores, retain_graph=True)[0] for x in read])
-        far = jacobian[:, : 36 + query - recent]
-        assert_close(found[head, query], far.square().sum(), what=f"query {query} of head {head}")
+        scores, values = torch.zeros(40).requires_grad_(), v.clone().requires_grad_()
+        seen, far = slice(36 + query), slice(1, 36 + query - recent)  # token 0 is read exactly, too
+        read = ((q[head, query] @ k.mT * 0.5 + scores)[seen].softmax(-1) @ values[seen]) @ w.mT
+        by_scores, by_values = zip(
+            *(torch.autograd.grad(x, (scores, values), retain_graph=True) for x in read), strict=True
+        )
+        what = f"query {query} of head {head}"
+        assert_close(found.scores[head, query], torch.stack(by_scores)[:, far].square().sum(), what=what)
+        # errors of every channel are as large as the token's values are on average
+        moved = torch.stack(by_values)[:, far].square().sum((0, 2)) @ v[far].square().mean(-1)
+        assert_close(found.values[head, query], moved, what=what)
+        assert_close(found.output[head, query], read.square().sum(), what=what)
+
+
+def test_cost_of_errors() -> None:
+    """What errors cost of a layer's output: twice its size changes nothing, sharper attention and larger keys do."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, 400, 16, generator=g) for n in (4, 2, 2))
+    unit = torch.eye(16).expand(4, -1, -1)
+
+    def cost(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor = unit) -> torch.Tensor:
+        sums = MomentSums(64, 64)
+        sums.add(q, k, v, 0.25, output)
+        return sums.moments().cost
+
+    plain = cost(q, k, v)
+    assert (plain > 0).all()
+    assert_close(cost(q, k, v, 4 * unit), plain, 1e-4, "of a larger output")
+    assert_close(cost(q, k, 3 * v), plain, 1e-4, "of larger values")
+    assert_close(cost(q / 2, 2 * k, v), plain, 1e-4, "of the same scores")
+    assert (cost(2 * q, k, v) > 1.5 * plain)[0]
 
 
 def test_without_calibration_it_is_the_rotation() -> None:
@@ -225,7 +251,7 @@ def test_any_damage_is_found_and_named(data: st.DataObject) -> None:
         path = Path(folder) / calibration.FILE_NAME
         calibration.save([random_moments(16, 2, seed) for seed in range(2)], path)
         tensors = load_file(path)
-        name = data.draw(st.sampled_from(sorted(tensors)))
+        name = data.draw(st.sampled_from(sorted(name for name in tensors if "cost" not in name)))
         head, row, column = (data.draw(st.integers(0, size - 1)) for size in tensors[name].shape)
         kind = data.draw(st.sampled_from(["value", "row", "head", "dtype", "missing", "renamed"]))
         if kind == "value":
@@ -247,6 +273,22 @@ def test_any_damage_is_found_and_named(data: st.DataObject) -> None:
         with pytest.raises(ValueError, match=f"^{path}: {name}s? ") as caught:
             calibration.load(path, (2, 2, 16))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [torch.tensor([0.1, torch.nan]), torch.tensor([-0.1, 1.0]), torch.ones(3), None])
+def test_costs_in_a_file(tmp_path: Path, bad: torch.Tensor | None) -> None:
+    """They are kept, a file without any has none, and one that lacks some or has others is damaged."""
+    path = tmp_path / calibration.FILE_NAME
+    moments = [random_moments(16, 1, seed)._replace(cost=torch.tensor([0.5, seed])) for seed in range(2)]
+    calibration.save(moments, path)
+    assert [layer.cost.tolist() for layer in calibration.load(path)] == [[0.5, 0.0], [0.5, 1.0]]
+    tensors = load_file(path)
+    save_file({name: x for name, x in tensors.items() if "cost" not in name}, path)
+    assert [layer.cost.tolist() for layer in calibration.load(path)] == [[0.0, 0.0]] * 2
+    del tensors["layers.1.cost"]
+    save_file(tensors if bad is None else {**tensors, "layers.1.cost": bad}, path)
+    with pytest.raises(ValueError, match=r"layers.1.cost is"):
+        calibration.load(path)
 
 
 @settings(max_examples=60)

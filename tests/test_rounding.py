@@ -78,7 +78,7 @@ def test_feedback(case, new: list[int]) -> None:
 @pytest.mark.skipif(ON_GPU, reason="the kernel runs compiled: test_feedback")
 @pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("new", [pytest.param([130, 70], marks=pytest.mark.slow), [1, 1]])
-@pytest.mark.parametrize("case", [GLUON[3], *(pytest.param(c, marks=pytest.mark.slow) for c in GLUON if c != GLUON[3])])
+@pytest.mark.parametrize("case", [GLUON[4], *(pytest.param(c, marks=pytest.mark.slow) for c in GLUON if c != GLUON[4])])
 def test_feedback_in_gluon(monkeypatch: pytest.MonkeyPatch, case, new: list[int], late: bool) -> None:
     """The Gluon kernel in the interpreter.
 

@@ -1,8 +1,8 @@
 """The file that holds a model's calibration, and what it must fit.
 
 Moments (:mod:`logquant_vllm.core.calibration`) of every layer, ``layers.I.query`` and ``layers.I.key``, float16
-``[num_kv_heads, head_size, head_size]``. An engine writes one at a model's first start, ``logquant-vllm calibrate``
-ahead of it.
+``[num_kv_heads, head_size, head_size]``, and ``layers.I.cost``, float32 ``[2]``, which earlier files lack. An engine
+writes one at a model's first start, ``logquant-vllm calibrate`` ahead of it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def encoded(moments: Sequence[Moments]) -> list[Moments]:
     layers = []
     for i, layer in enumerate(moments):
         tensors = []
-        for kind, x in layer._asdict().items():
+        for kind, x in (("query", layer.query), ("key", layer.key)):
             size = x.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
             # of a head that was never seen at work nothing is known: no direction counts more than another
             unit = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
@@ -44,7 +44,10 @@ def encoded(moments: Sequence[Moments]) -> list[Moments]:
             if problem := _problem(scaled):
                 raise ValueError(f"layers.{i}.{kind} {problem}")
             tensors.append(scaled)
-        layers.append(Moments(*tensors))
+        cost = layer.cost.float().cpu().clone()  # no two tensors of a file may share memory
+        if not (cost.isfinite().all() and (cost >= 0).all()):
+            raise ValueError(f"layers.{i}.cost is {cost.tolist()}")
+        layers.append(Moments(tensors[0], tensors[1], cost))
     return layers
 
 
@@ -85,16 +88,18 @@ def load(path: Path, shape: tuple[int, int, int] | None = None) -> list[Moments]
     """
     from safetensors import SafetensorError, safe_open
 
-    from logquant_vllm.core.calibration import Moments
+    from logquant_vllm.core.calibration import UNKNOWN, Moments
 
     again = f"make one with `logquant-vllm calibrate MODEL --output {path}`"
     try:
         path.open("rb").close()  # says why it cannot be read, which safetensors does not
         with safe_open(path, "pt") as file:
             keys = set(file.keys())
-            names = [f"layers.{i}.{kind}" for i in range(max(1, (len(keys) + 1) // 2)) for kind in Moments._fields]
-            for name in sorted(keys.symmetric_difference(names)):
+            kinds = Moments._fields if "layers.0.cost" in keys else Moments._fields[:2]
+            count = max(1, -(-len(keys) // len(kinds)))
+            for name in sorted(keys.symmetric_difference(f"layers.{i}.{kind}" for i in range(count) for kind in kinds)):
                 raise ValueError(f"{path}: {name} is {'not expected' if name in keys else 'missing'}; {again}")
+            names = [f"layers.{i}.{kind}" for i in range(count) for kind in Moments._fields[:2]]
             _check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in names}, shape, path, again)
             tensors = []
             for name in names:
@@ -102,9 +107,15 @@ def load(path: Path, shape: tuple[int, int, int] | None = None) -> list[Moments]
                 if problem := _problem(x):
                     raise ValueError(f"{path}: {name} {problem}; {again}")
                 tensors.append(x)
+            costs = [UNKNOWN] * count
+            if "cost" in kinds:
+                costs = [file.get_tensor(f"layers.{i}.cost") for i in range(count)]
+            for i, cost in enumerate(costs):
+                if cost.shape != (2,) or not (cost.float().isfinite().all() and (cost >= 0).all()):
+                    raise ValueError(f"{path}: layers.{i}.cost is not two finite shares; {again}")
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} is not a calibration ({' '.join(str(error).split())}); {again}") from None
-    return [Moments(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
+    return [Moments(*of_layer) for of_layer in zip(tensors[::2], tensors[1::2], costs, strict=True)]
 
 
 def _problem(x: Tensor) -> str | None:

@@ -22,7 +22,7 @@ from logquant_vllm.config import LogQuantConfig, shown
 if TYPE_CHECKING:
     from logquant_vllm.core.calibration import Moments
 
-VERSION = 1
+VERSION = 2
 """Of how moments are measured: another one makes all models' anew."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")

@@ -31,6 +31,7 @@ from logquant_vllm.core.hadamard import hadamard_matrix
 
 DAMPING = 0.01
 """Share of the mean variance that is added to both moments: no direction counts for nothing."""
+UNKNOWN = torch.zeros(2, device="cpu")
 _FLOOR = 1e-9  # least eigenvalue as a share of the largest
 
 
@@ -41,6 +42,9 @@ class Moments(NamedTuple):
     """Of the queries that read a KV head, weighted by how much errors in its keys matter to them."""
     key: Tensor
     """Of its keys, about the mean of each group."""
+    cost: Tensor = UNKNOWN
+    """What errors of all keys, and of all values, do to the layer's output, as a share of it: float ``[2]``, up to a
+    factor that all layers share. Zero where it was not measured."""
 
 
 class Basis(NamedTuple):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.calibration import Moments
+from logquant_vllm.core.calibration import DAMPING, Moments
 
+KEY_ERRORS = 2.7
+"""Squared errors of quantized keys over those of values of the same spread; measured on a real model."""
 SCORES = 1 << 21
 """Scores that are looked at at once, float32: a bound on the memory that measuring takes."""
 
@@ -25,6 +29,8 @@ class MomentSums:
         self.key: Tensor | float = 0.0
         self.queries: Tensor | int = 0
         self.keys = 0
+        self.raw: Tensor | float = 0.0  # as `query`, in units of the output
+        self.values, self.output = 0.0, 0.0
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, first: int = 0) -> None:
         """A sequence's queries ``[heads, tokens, channels]``, keys and values ``[num_kv_heads, tokens, channels]``.
@@ -50,11 +56,14 @@ class MomentSums:
             for i, position in enumerate(positions):
                 end = min(first + (i + 1) * step * stride, tokens)  # nothing behind it is read
                 asking = q[:, position].float()
-                weight = sensitivity(asking, position, k[:end].float(), v[:end].float(), scale, size, self.recent)
-                weighted = (asking * weight.sqrt()[..., None]).reshape(-1, channels)
+                by = effects(asking, position, k[:end].float(), v[:end].float(), scale, size, self.recent)
+                weighted = (asking * by.scores.sqrt()[..., None]).reshape(-1, channels)
                 total += (weighted.mT @ weighted).double().cpu()
+                self.values += float(by.values.sum(dtype=torch.float64))
+                self.output += float(by.output.sum(dtype=torch.float64))
             moments.append(total)
         stacked = torch.stack(moments)
+        self.raw = self.raw + stacked * scale**2
         mean = stacked.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         # every sequence counts alike, however sharp its attention; not where nothing was far enough back
         self.query = self.query + torch.where(mean == 0, 0.0, stacked / mean)
@@ -69,17 +78,39 @@ class MomentSums:
         seen = isinstance(self.queries, Tensor) and bool(self.queries.any())
         if not (seen and self.keys and isinstance(self.query, Tensor) and isinstance(self.key, Tensor)):
             raise ValueError(f"the text is too short: no sequence has more than {max(self.group, self.recent)} tokens")
-        return Moments(self.query / torch.as_tensor(self.queries).clamp(min=1), self.key / self.keys)
+        query, key = self.query / torch.as_tensor(self.queries).clamp(min=1), self.key / self.keys
+        # the least that errors in a basis of few bits cost: see `core.calibration`
+        by_keys = KEY_ERRORS * key.shape[-1] * float((_size(self.raw) * _size(key)).sum())
+        cost = torch.tensor([by_keys, self.values]) / max(self.output, torch.finfo(torch.float64).tiny)
+        return Moments(query, key, cost.float())
 
 
-def sensitivity(
+def _size(moments: Tensor | float) -> Tensor:
+    """The geometric mean of each matrix's eigenvalues, damped like those of a basis; 0 of nothing."""
+    x = torch.as_tensor(moments)
+    values = torch.linalg.eigvalsh((x + x.mT) / 2).clamp_min(0)
+    return (values + DAMPING * values.mean(-1, keepdim=True)).log().mean(-1).exp()
+
+
+class Effects(NamedTuple):
+    """What happens to a layer's output, squared, float32 ``[heads, queries]`` each."""
+
+    scores: Tensor
+    """By independent errors in the scores of a query."""
+    values: Tensor
+    """By errors of values, as large as they are, that do not depend on each other."""
+    output: Tensor
+    """The output itself."""
+
+
+def effects(
     query: Tensor, position: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, recent: int
-) -> Tensor:
-    """What independent errors in the scores of a query do to the layer's output, float32 ``[heads, queries]``.
+) -> Effects:
+    """What errors in quantized tokens do to the layer's output.
 
     With weights ``p`` and output ``o``, an error ``e`` in the score of token ``t`` moves the output by
     ``p_t (v_t - o) e``; the squares are summed over the tokens that lie at least ``recent`` back, as nearer ones are
-    read exactly.
+    read exactly, and so is token 0.
 
     Args:
         query: ``[heads, queries, channels]``, which share one KV head.
@@ -87,10 +118,14 @@ def sensitivity(
         key, value: ``[tokens, channels]``, of the first tokens.
         output: ``[heads, channels, channels]``, see :meth:`MomentSums.add`.
     """
-    back = position[:, None] - torch.arange(key.shape[0], device=key.device)
+    index = torch.arange(key.shape[0], device=key.device)
+    back = position[:, None] - index
     weight = (query @ key.mT * scale).masked_fill(back < 0, -torch.inf).softmax(-1)
     mean = weight @ value
-    square = weight.masked_fill(back < recent, 0.0).square()
+    square = weight.masked_fill((back < recent) | (index == 0), 0.0).square()
     sized = value @ output
+    size = (mean @ output * mean).sum(-1)
     moved = (square @ (sized * value).sum(-1, keepdim=True))[..., 0] - 2 * (square @ sized * mean).sum(-1)
-    return (moved + square.sum(-1) * (mean @ output * mean).sum(-1)).clamp_min(0.0)
+    spread = square @ value.square().mean(-1)
+    trace = output.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    return Effects((moved + square.sum(-1) * size).clamp_min(0.0), spread * trace, size)

@@ -39,6 +39,7 @@ class CacheLayout:
             most so many tokens sees the window as if they had come one at a time; a longer chunk sees the window as it
             was before the step.
         window_pages: pages whose place a window block takes; more than one beside layers of other kinds.
+        window_fmt: of those pages, if it is not ``fmt``: in blocks of layers of different bits, that with the fewest.
 
     Raises:
         ValueError: if a group of tokens could outgrow the recent window, from which it is quantized, or if more tokens
@@ -52,6 +53,7 @@ class CacheLayout:
     prefix_caching: bool = True
     decode_query_len: int = 1
     window_pages: int = 1
+    window_fmt: PageFormat | None = None
 
     def __post_init__(self) -> None:
         if self.window_length < self.fmt.key_group_size:
@@ -73,10 +75,15 @@ class CacheLayout:
         """Full-precision token slots of a request, header not counted."""
         return self.window_length + self.ring_slots
 
+    @property
+    def window_head_bytes(self) -> int:
+        """Bytes of a window block for one KV head."""
+        return self.window_pages * (self.window_fmt or self.fmt).head_bytes
+
     def slots_per_block(self, num_kv_heads: int, dtype: torch.dtype) -> int:
         """Full-precision tokens in ``dtype`` that fit in a window block."""
         slot_bytes = num_kv_heads * 2 * self.fmt.head_size * dtype.itemsize
-        return self.window_pages * self.fmt.page_bytes(num_kv_heads) // slot_bytes
+        return num_kv_heads * self.window_head_bytes // slot_bytes
 
     def num_window_blocks(self, seq_len: int, num_kv_heads: int, dtype: torch.dtype) -> int:
         """Window blocks that a request of ``seq_len`` tokens holds, for copies in ``dtype``."""
@@ -105,7 +112,7 @@ class PagedCache(NamedTuple):
     """One layer's cache memory and the step's block tables. Block 0 is vLLM's null block: never written, never read."""
 
     pages: Tensor  # uint8 [num_blocks, page_bytes], last dimension contiguous
-    window: Tensor  # uint8 [num_blocks, window_pages * page_bytes], likewise; may alias ``pages``
+    window: Tensor  # uint8 [num_blocks, num_kv_heads * window_head_bytes], likewise; may alias ``pages``
     block_table: Tensor  # int32 [num_reqs, max_pages]
     window_block_table: Tensor  # int32 [num_reqs, SINK_COLUMNS + blocks of num_slots tokens or more]
 

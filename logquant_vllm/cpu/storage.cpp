@@ -85,7 +85,9 @@ struct GroupQuantizer {
 void round_with_feedback(const float* x, uint8_t* codes, const GroupQuantizer::Stored* stored, const float* feedback,
                          int64_t tokens, int64_t channels, const GroupQuantizer& q, float* lost) {
     for (int64_t t = 0; t < tokens; t += kLanes) {
-        const auto taken_up = [&](int64_t c, float share, vf sum) { return sum + splat(share) * load(lost + c * tokens + t); };
+        const auto taken_up = [&](int64_t b, float share, vf sum) {
+            return sum + splat(share) * load(lost + b * tokens + t);
+        };
         const auto choose = [&](int64_t c, vf more) {
             const vf key = load(x + c * tokens + t), code = q.code(key + more, stored[c]);
             const vf clamped = code >= splat(0.0f) ? smaller(code, q.levels()) : splat(0.0f);  // a NaN is not

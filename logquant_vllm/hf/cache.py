@@ -33,6 +33,10 @@ class LogQuantCache(Cache):
                 f"LogQuantCache takes a LogQuantConfig, got {type(config).__name__}; for example "
                 "LogQuantCache(LogQuantConfig(window_length=64))"
             )
+        if config.bits is not None:
+            raise ValueError(
+                f"bits {config.bits:g}: in LogQuantCache layers are alike; leave bits out, or use a server"
+            )
         layers = itertools.count()
 
         def next_layer() -> LogQuantLayer:

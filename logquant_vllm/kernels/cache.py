@@ -319,7 +319,7 @@ def slot_offset(slot, cache, table_row, LAYOUT: tl.constexpr):
     """Offset of a window slot of KV head 0 from ``cache.window``, in its elements (int64, shape of ``slot``); slots
     from ``num_slots`` on share the last one's. Slot 0 lies in the sink block (``core.paged.slot_address``)."""
     SLOT_BYTES: tl.constexpr = 2 * LAYOUT.fmt.head_size * cache.window.dtype.element_ty.primitive_bitwidth // 8
-    SLOTS_PER_BLOCK: tl.constexpr = LAYOUT.window_pages * LAYOUT.fmt.head_bytes // SLOT_BYTES
+    SLOTS_PER_BLOCK: tl.constexpr = LAYOUT.window_head_bytes // SLOT_BYTES
     index = tl.minimum(slot, LAYOUT.num_slots - 1) + HEADER_SLOTS
     block = tl.load(table_row + tl.where(slot == 0, -SINK_COLUMNS, index // SLOTS_PER_BLOCK))
     place = index % SLOTS_PER_BLOCK * (cache.num_kv_heads * (2 * LAYOUT.fmt.head_size))

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from logquant_vllm.core.calibration import Basis
 from logquant_vllm.lab.methods import Method
+from logquant_vllm.lab.quantizers import Quantizer
 from logquant_vllm.lab.selection import Everything, Kept
 
 ROOM = 128
@@ -66,10 +67,16 @@ class LabCache(Cache):
             writes lies behind the prompt (the caller copies it where a prompt's own tokens are computed again).
         prompt_len: int64 ``[batch]``, on the CPU.
         bases: of every layer, for a method with a calibrated quantizer.
+        quantizers: of every layer, where they are not the method's in all.
     """
 
     def __init__(
-        self, method: Method, prompt: list[Layer], prompt_len: Tensor, bases: Sequence[Basis] | None = None
+        self,
+        method: Method,
+        prompt: list[Layer],
+        prompt_len: Tensor,
+        bases: Sequence[Basis] | None = None,
+        quantizers: Sequence[Quantizer] | None = None,
     ) -> None:
         super().__init__(layers=[])
         self.method = method
@@ -83,13 +90,13 @@ class LabCache(Cache):
         self.seq_len = prompt_len.clone()
         self.window_start = torch.zeros_like(self.prompt_len)
         self.shared_end = torch.zeros_like(prompt_len)  # tokens below are quantized for good
-        quantizer = method.quantizer
+        self.quantizers = quantizers or [method.quantizer] * len(prompt)
         self.exact = isinstance(method.selection, Everything)
         self.stored = [
             Layer(x.keys, x.values)
             if self.exact
             else Layer(x.keys, x.values, quantizer.keys(x.keys, basis), quantizer.values(x.values))
-            for x, basis in zip(prompt, self.bases, strict=True)
+            for x, basis, quantizer in zip(prompt, self.bases, self.quantizers, strict=True)
         ]
 
     def hit(self, hit_len: Tensor, replay: int) -> None:
@@ -147,7 +154,7 @@ class LabCache(Cache):
         )
         if self.complete is not None:
             rows, positions = self.complete  # [groups, 1] and [groups, unit]
-            basis, quantizer = self.bases[layer_idx], self.method.quantizer
+            basis, quantizer = self.bases[layer_idx], self.quantizers[layer_idx]
             for source, image, quantize in (
                 (layer.keys, layer.key_image, partial(quantizer.keys, basis=basis)),
                 (layer.values, layer.value_image, quantizer.values),

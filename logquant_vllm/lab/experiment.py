@@ -183,9 +183,7 @@ class Experiment:
                     "context": task.context,
                     "metric": metric,
                     "bytes_per_token": round(sum(stored) / len(stored), 2),
-                    "quantized_bits_per_element": 16.0
-                    if method.name == BASELINE
-                    else method.quantizer.bits_per_element,
+                    "quantized_bits_per_element": 16.0 if method.name == BASELINE else method.bits_per_element,
                     "mean_length": round(sum(tally.lengths or [0]) / max(len(tally.lengths), 1)),
                     **asdict(measure),
                     "p_against_primary": None

@@ -31,6 +31,7 @@ class Method:
     Args:
         duplicates: whether tokens in full precision are stored in quantized form as well, as in prefix-cacheable pages.
         loses_first_after_hit: whether token 0 has no copy after a prefix hit, as in the product's first version.
+        bits: a budget, which the model's calibration spends on third bits; None: the quantizer's in all layers.
     """
 
     name: str
@@ -38,6 +39,12 @@ class Method:
     quantizer: Quantizer = field(default_factory=Quantizer)
     duplicates: bool = True
     loses_first_after_hit: bool = False
+    bits: float | None = None
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits of a quantized element."""
+        return self.quantizer.bits_per_element if self.bits is None else self.bits
 
     def keep(self, position: Tensor, seq_len: Tensor, prompt_len: Tensor, window_start: Tensor) -> Kept:
         """Positions read in full precision: the selected ones that have a copy, and those not yet quantized.
@@ -66,8 +73,8 @@ class Method:
         total = torch.zeros(len(seq_len), dtype=torch.float64, device=seq_len.device)
         complete = position < n // self.quantizer.unit * self.quantizer.unit
         for mask, bits in (
-            (kept.keys, self.quantizer.key_storage_bits),
-            (kept.values, self.quantizer.value_storage_bits),
+            (kept.keys, self.bits or self.quantizer.key_storage_bits),
+            (kept.values, self.bits or self.quantizer.value_storage_bits),
         ):
             full = mask & (position < n)
             coded = (complete if self.duplicates else ~mask) & (position < n)
@@ -114,6 +121,7 @@ def all_methods() -> dict[str, Method]:
         Method("calibrated-w64-k4v2", LogSelection(64), CALIBRATED_K4V2),
         Method("log-w64-k4v4", LogSelection(64), Quantizer(key_bits=4, value_bits=4)),
         Method("calibrated-w64-k4v4", LogSelection(64), Quantizer(key_bits=4, value_bits=4, calibrated=True)),
+        Method("calibrated-w64-2.5bits", LogSelection(64), CALIBRATED, bits=2.5),
         Method("calibrated-w64-k3v2", LogSelection(64), Quantizer(key_bits=3, calibrated=True)),
         Method("log-w64-k3v3", LogSelection(64), K3V3),
         Method("calibrated-w64-k3v3", LogSelection(64), replace(K3V3, calibrated=True)),
@@ -173,7 +181,7 @@ GENERAL = (
     BASELINE,
     "fp8",
     *PRIMARIES[::-1],
-    *(f"calibrated-w64-{preset}" for preset in ("k3v2", "k3v3", "k4v2", "k4v4")),
+    *(f"calibrated-w64-{preset}" for preset in ("2.5bits", "k3v2", "k3v3", "k4v2", "k4v4")),
     "sink-window-w64-calibrated",
     "kivi-g32-r160",
 )

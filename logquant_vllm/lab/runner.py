@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from logquant_vllm import calibration
 from logquant_vllm.calibration import text
 from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.core.budget import num_places, spend
 from logquant_vllm.core.calibration import Basis, Moments, calibrated_basis
+from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.hf.calibrate import measure
 from logquant_vllm.lab.cache import ROOM, LabCache, Layer, PromptCache
 from logquant_vllm.lab.methods import Method
+from logquant_vllm.lab.quantizers import Quantizer
 
 
 @dataclass
@@ -50,19 +53,33 @@ class Runner:
         self.stops = torch.tensor([*stops, self.tokenizer.eos_token_id], device=self.device)
 
     @cached_property
-    def bases(self) -> list[Basis]:
-        """The basis of every layer in float32, as a server has it: by the file beside the model, if there is one, else
-        measured here on the text that an engine measures on."""
+    def moments(self) -> list[Moments]:
+        """Of every layer, as a server has them: of the file beside the model, if there is one, else measured here on
+        the text that an engine measures on."""
         path = calibration.find(LogQuantConfig(), self.directory)
         if path is None:
-            found = measure(self.model, [(ids, 0) for ids in text.sequences(text.documents(None), self.tokenizer)])
-        else:
-            found = calibration.load(path)
+            return measure(self.model, [(ids, 0) for ids in text.sequences(text.documents(None), self.tokenizer)])
+        return calibration.load(path)
+
+    @cached_property
+    def bases(self) -> list[Basis]:
+        """The basis of every layer in float32."""
         bases = []
-        for moments in found:
+        for moments in self.moments:
             basis = calibrated_basis(Moments(*(x.to(self.device) for x in moments)))
             bases.append(Basis(basis.query.float(), basis.key.float(), basis.feedback))
         return bases
+
+    def _quantizers(self, method: Method) -> list[Quantizer] | None:
+        """Those of all layers, for a method with a budget of bits."""
+        if method.bits is None:
+            return None
+        costs = [tuple(layer.cost.tolist()) for layer in self.moments]
+        if not any(map(any, costs)):
+            raise ValueError(f"{method.name}: the model's calibration does not say what errors cost; measure it anew")
+        fmt = PageFormat(self.head_size)
+        formats = spend(fmt, num_places(method.bits, fmt, len(costs)), len(costs), costs)
+        return [replace(method.quantizer, key_bits=of.key_bits, value_bits=of.value_bits) for of in formats]
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Prompts:
@@ -121,7 +138,8 @@ class Runner:
         return cache, self.model.lm_head(last).float()
 
     def _cache(self, method: Method, layers: list[Layer], lens: Tensor) -> LabCache:
-        return LabCache(method, layers, lens, self.bases if method.quantizer.calibrated else None)
+        bases = self.bases if method.quantizer.calibrated else None
+        return LabCache(method, layers, lens, bases, self._quantizers(method))
 
     def _begin(self, method: Method, prompts: Prompts, replay: int | None) -> tuple[LabCache, Tensor]:
         """The cache behind the prompts, and float32 logits ``[batch, vocabulary]`` of the next token."""

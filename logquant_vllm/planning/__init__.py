@@ -2,6 +2,7 @@
 
 from logquant_vllm.planning.blocks import DEFAULT_BLOCK_SIZE, BlockShape, block_shape, tokens_per_block
 from logquant_vllm.planning.capacity import (
+    ALIKE,
     Capacity,
     Engine,
     growing,
@@ -26,6 +27,7 @@ from logquant_vllm.planning.shape import (
 )
 
 __all__ = [
+    "ALIKE",
     "CHUNKED",
     "DEFAULT_BLOCK_SIZE",
     "LINEAR",

@@ -19,6 +19,19 @@ class BlockShape(NamedTuple):
 
     pages: int = 1
     layers: int = 1
+    sizes: tuple[int, ...] = ()
+    """Bytes of each of those layers' pages, where layers differ; a block then has one page."""
+
+    def bytes_of_place(self, page_bytes: int) -> int:
+        """Bytes of the pages side by side, which have ``page_bytes`` each where layers do not differ."""
+        return sum(self.sizes) or self.layers * page_bytes
+
+    def bytes_of_layer(self, layer: int, width: int) -> slice:
+        """Where a layer's bytes lie among ``width`` of all that are side by side."""
+        if self.sizes:
+            first = sum(self.sizes[:layer])
+            return slice(first, first + self.sizes[layer])
+        return slice(layer * (width // self.layers), (layer + 1) * (width // self.layers))
 
 
 def kernel_block(block_size: int) -> int:

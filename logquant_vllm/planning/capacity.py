@@ -28,6 +28,11 @@ from logquant_vllm.planning.blocks import (
 )
 from logquant_vllm.planning.shape import CHUNKED, DTYPE_BYTES, SLIDING, LocalLayers, ModelShape
 
+ALIKE = (
+    "bits {bits:g} are spent among layers that all keep all tokens, and this model has others: leave bits out, or use "
+    "a preset, k3v2 for instance"
+)
+"""What there is to say where a budget cannot be spent."""
 DEFAULT_BATCHED_TOKENS = 8192
 """vLLM's ``max_num_batched_tokens`` for its server on a large GPU."""
 
@@ -192,19 +197,26 @@ def growing(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Growin
     """What a request of ``max_model_len`` tokens holds in our cache, in blocks that other layers' blocks fit.
 
     Raises:
-        ValueError: if heads of that size cannot be stored.
+        ValueError: if heads of that size cannot be stored, or a budget of bits cannot be spent.
     """
     import torch
 
+    from logquant_vllm.core.budget import num_places, spend
+
+    if config.bits is not None and shape.local:
+        raise ValueError(ALIKE.format(bits=config.bits))
     layout = config.layout(shape.head_size, rollback_tokens=engine.rollback_tokens)
     heads, length = shape.kv_heads_per_rank(engine.tensor_parallel_size), engine.max_model_len
     page_bytes = layout.fmt.page_bytes(heads)
     attention = [_token_of(layers, shape, engine) for layers in shape.local if not layers.state_bytes]
     block = block_shape(shape.num_layers, page_bytes, attention, shape.state_bytes(engine.tensor_parallel_size))
+    if config.bits is not None:
+        formats = spend(layout.fmt, num_places(config.bits, layout.fmt, shape.num_layers), shape.num_layers, None)
+        block = BlockShape(1, shape.num_layers, tuple(fmt.page_bytes(heads) for fmt in formats))
     layout = replace(layout, window_pages=block.pages)
     return Growing(
         block,
-        block.pages * block.layers * page_bytes,
+        block.pages * block.bytes_of_place(page_bytes),
         shape.num_layers // block.layers,
         -(-length // (block.pages * PAGE_SIZE)),
         layout.num_window_blocks(length, heads, getattr(torch, shape.dtype)),

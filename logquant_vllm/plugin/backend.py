@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig
 from logquant_vllm.core.layer import Layer
+from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import Batch, PagedCache
 from logquant_vllm.core.parts import Parts
 from logquant_vllm.planning import BlockShape
@@ -104,7 +105,7 @@ class LogQuantBackend(AttentionBackend):
             dtype=torch.uint8,
             num_head_slots=1,
             tokens_per_state=PAGE_SIZE,
-            state_content_bytes=cls.block.layers * page_bytes,
+            state_content_bytes=cls.block.bytes_of_place(page_bytes),
         )
 
 
@@ -275,9 +276,14 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         return self._window_layer
 
     @property
+    def fmt(self) -> PageFormat:
+        """Of this layer's pages."""
+        return self._layer.layout.fmt
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of a page of this layer."""
-        return self._layer.layout.fmt.page_bytes(self.num_kv_heads)
+        return self.fmt.page_bytes(self.num_kv_heads)
 
     def named(self) -> tuple[str, Any]:
         """The layer of vLLM's that this belongs to, and its name."""
@@ -296,6 +302,11 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             why_not = "drafts are not measured" if self.drafts else obstacle(vllm_config)
             basis = load_basis(layer, name, self.config, model, act_dtype, device, why_not)
             self._layer = self._layer._replace(basis=basis)
+
+    def take_format(self, fmt: PageFormat) -> None:
+        """Keep pages in another format than the options', beside layers that may have yet others."""
+        layout = self._layer.layout
+        self._layer = self._layer._replace(layout=replace(layout, fmt=fmt, window_fmt=layout.fmt))
 
     def settle(self, vllm_config: Any, block: BlockShape, beside: Sequence[LogQuantImpl], alone: bool) -> None:
         """Take what follows from the other layers of model and draft: all exist, with their weights.
@@ -368,7 +379,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         window, place = self.window_layer, self._place
         cache = PagedCache(
             pages_of(kv_cache, window.block, place)[:, : self.page_bytes],
-            window.window_bytes(place)[:, : self._layer.layout.window_pages * self.page_bytes],
+            window.window_bytes(place)[:, : self.num_kv_heads * self._layer.layout.window_head_bytes],
             attn_metadata.block_table,
             window.metadata(get_forward_context().attn_metadata).block_table,
         )

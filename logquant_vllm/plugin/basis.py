@@ -67,7 +67,8 @@ def calibrated(moments: list[Moments], name: str, num_kv_heads: int) -> Basis:
     of_layer = moments[extract_layer_index(name)]
     total = len(of_layer.query)
     first = 0 if total == num_kv_heads else first_head(total)
-    return calibrated_basis(Moments(*(x[first : first + num_kv_heads] for x in of_layer)))
+    mine = slice(first, first + num_kv_heads)
+    return calibrated_basis(Moments(of_layer.query[mine], of_layer.key[mine]))
 
 
 def held_basis(layer: nn.Module) -> Basis | None:

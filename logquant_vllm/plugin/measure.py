@@ -99,6 +99,8 @@ def calibrate(vllm_config: Any, executor: Any, kv_cache_config: Any) -> Status:
             return Status(None, f"none: {error}")
         executor.collective_rpc(observe.use, args=(moments, target))
         note = f"measured at this start in {time.monotonic() - began:.1f} s"
+        if config.bits is not None:
+            note += f", bits {config.bits:g} are spent by it from the next start on"
         if (longest := _longest(vllm_config)) < text.KEPT:
             return Status(None, f"{note}, on prompts of {longest} tokens, too short to be kept for other starts")
         if _keep(moments, target):
@@ -192,8 +194,8 @@ def _runner(vllm_config: Any, executor: Any, kv_cache_config: Any) -> Callable[[
 def _merge(
     ranks: Sequence[tuple[dict[int, tuple[int, Moments]], str | None]], shape: tuple[int, int, int]
 ) -> list[Moments]:
-    """What all ranks measured: heads that several have count as their mean, layers that nobody has as a head without
-    a preference.
+    """What all ranks measured: heads that several have count as their mean, and so does what errors cost; layers that
+    nobody has as a head without a preference.
 
     Args:
         shape: layers, KV heads and channels.
@@ -205,14 +207,17 @@ def _merge(
         if problem:
             raise ValueError(problem)
     layers, heads, channels = shape
-    sums = torch.zeros(2, layers, heads, channels, channels)
-    count = torch.zeros(layers, heads, 1, 1)
+    sums, costs = torch.zeros(2, layers, heads, channels, channels), torch.zeros(layers, 2)
+    count, seen = torch.zeros(layers, heads, 1, 1), torch.zeros(layers, 1)
     for of_rank, _ in ranks:
         for i, (first, moments) in of_rank.items():
             mine = slice(first, first + len(moments.key))
             count[i, mine] += 1
-            for total, x in zip(sums, moments, strict=True):
-                total[i, mine] += x
+            sums[0, i, mine] += moments.query
+            sums[1, i, mine] += moments.key
+            costs[i] += moments.cost
+            seen[i] += 1
     if not count.any():
         raise ValueError("no layer of the model was run")
-    return [Moments(query, key) for query, key in zip(*(sums / count.clamp(min=1)), strict=True)]
+    query, key = sums / count.clamp(min=1)
+    return [Moments(*of_layer) for of_layer in zip(query, key, costs / seen.clamp(min=1), strict=True)]

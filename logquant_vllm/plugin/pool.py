@@ -18,17 +18,23 @@ chunks wants its blocks to have as many tokens as those of full attention.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, SlidingWindowSpec, replace_as
 
+from logquant_vllm import calibration
 from logquant_vllm.config import PAGE_SIZE
+from logquant_vllm.core.budget import num_places, spend
 from logquant_vllm.planning import BlockShape, block_shape, tokens_per_block
+from logquant_vllm.plugin import basis
+from logquant_vllm.plugin.model import where
+from logquant_vllm.plugin.speculation import options_of
 from logquant_vllm.plugin.validation import Layers
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
@@ -83,6 +89,42 @@ def _settle(vllm_config: Any, impls: Sequence[Any], block: BlockShape, alone: bo
             impl.settle(vllm_config, block, beside[:i], alone)
 
 
+def spend_bits(vllm_config: Any, layers: Mapping[str, Any]) -> None:
+    """Give each layer the format that the budget of bits has for it, by what a calibration says of its errors.
+
+    Without one bits are spent evenly, which takes as many: an engine measures when everything is in place.
+
+    Args:
+        layers: our attention layers by name.
+    """
+    config, model = options_of(vllm_config), vllm_config.model_config
+    impls = [layer.impl for layer in layers.values()]
+    fmt = impls[0].fmt
+    assert config.bits is not None
+    path = calibration.find(config, *where(model))
+    moments = None if path is None else basis.load(path, model)
+    costs = None
+    if moments is not None:
+        costs = [tuple(moments[extract_layer_index(name)].cost.tolist()) for name in layers]
+    if costs is None or not any(map(any, costs)):
+        costs = None
+        logger.warning_once(
+            "LogQuant: %s: third bits are spent evenly on keys and values, which is less accurate",
+            "the model has no calibration yet, and the next start will spend them by what is measured at this one"
+            if config.measures and path is None
+            else f"{path or 'no calibration'} does not say where third bits help most",
+        )
+    formats = spend(fmt, num_places(config.bits, fmt, len(impls)), len(impls), costs)
+    for impl, own in zip(impls, formats, strict=True):
+        impl.take_format(own)
+    logger.info_once(
+        "LogQuant: %.3g bits an element: keys of layers %s have 3 bits, values of layers %s",
+        sum(own.bits_per_element for own in formats) / len(formats),
+        ", ".join(str(i) for i, own in enumerate(formats) if own.key_bits > fmt.key_bits),
+        ", ".join(str(i) for i, own in enumerate(formats) if own.value_bits > fmt.value_bits),
+    )
+
+
 def share_pool(vllm_config: Any, layers: Layers) -> None:
     """Give all layers of a model blocks of the same bytes."""
     impls = [layer.impl for layer in layers.ours.values()]
@@ -93,7 +135,10 @@ def share_pool(vllm_config: Any, layers: Layers) -> None:
     states = [replace(layer.get_kv_cache_spec(vllm_config), page_size_padded=None) for layer in layers.states.values()]
     state_bytes = max((spec.page_size_bytes for spec in states), default=0)
     block = block_shape(len(impls), page_bytes, list(tokens.values()), state_bytes)
-    block_bytes = block.pages * block.layers * page_bytes
+    if impls[0].config.bits is not None:
+        spend_bits(vllm_config, layers.ours)
+        block = BlockShape(1, len(impls), tuple(impl.page_bytes for impl in impls))
+    block_bytes = block.pages * block.bytes_of_place(page_bytes)
     cache.block_size = block.pages * PAGE_SIZE
     if states:
         cache.mamba_page_size_padded = block_bytes

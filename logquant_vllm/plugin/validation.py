@@ -17,7 +17,8 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 
 from logquant_vllm import calibration
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig, unsupported_head_size
-from logquant_vllm.planning import LINEAR, MAMBA, MAMBA2, state_kinds
+from logquant_vllm.core.budget import num_places
+from logquant_vllm.planning import ALIKE, LINEAR, MAMBA, MAMBA2, state_kinds
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.model import SLIDING_WINDOW, has_other_kinds, shape_of, skipped_layers, where
 from logquant_vllm.plugin.specs import WindowSpec
@@ -42,6 +43,7 @@ def validate_config(vllm_config: Any) -> LogQuantConfig:
         problems += _model_problems(vllm_config.model_config, config)
         problems += _state_problems(vllm_config)
         problems += speculation_problems(vllm_config, config)
+        problems += _budget_problems(vllm_config, config)
         if vllm_config.speculative_config is not None and has_other_kinds(vllm_config):
             problems.append(DRAFTS_BESIDE_OTHERS)
     if has_draft_layers(vllm_config):
@@ -125,6 +127,23 @@ def _model_problems(model: Any, config: LogQuantConfig) -> Iterator[str]:
         path = calibration.find(config, *where(model))
         if path is not None and not calibration.is_measured(path):  # what an engine measured, it can measure again
             calibration.load(path, shape_of(model))
+    except ValueError as error:
+        yield str(error)
+
+
+def _budget_problems(vllm_config: Any, config: LogQuantConfig) -> Iterator[str]:
+    """Layers of different bits lie side by side in the same blocks, so one of them owns the memory of all."""
+    model, bits = vllm_config.model_config, config.bits
+    if bits is None or model.use_mla or model.get_head_size() not in HEAD_SIZES:
+        return
+    if has_other_kinds(vllm_config):
+        yield ALIKE.format(bits=bits)
+    if has_draft_layers(vllm_config):
+        yield f"bits {bits:g} are spent on the model's layers, and drafts have layers of their own: leave bits out"
+    if (ranks := vllm_config.parallel_config.pipeline_parallel_size) > 1:
+        yield f"bits {bits:g} are spent among all layers, and --pipeline-parallel-size is {ranks}: leave bits out"
+    try:
+        num_places(bits, config.page_format(model.get_head_size()), model.get_total_num_hidden_layers())
     except ValueError as error:
         yield str(error)
 

@@ -70,7 +70,8 @@ def pages_of(kv_cache: torch.Tensor, block: BlockShape, layer: int) -> torch.Ten
         kv_cache: as vLLM shapes it, ``[num_blocks, 1, block.pages, bytes]``, or cut into pages.
         layer: which of the layers side by side.
     """
-    return kv_cache[:, 0].flatten(0, 1).unflatten(1, (block.layers, -1))[:, layer]
+    side_by_side = kv_cache[:, 0].flatten(0, 1)
+    return side_by_side[:, block.bytes_of_layer(layer, side_by_side.shape[1])]
 
 
 class WindowBackend(AttentionBackend):
@@ -135,7 +136,7 @@ class WindowLayer(nn.Module, AttentionLayerBase):
             dtype=layer.dtype,
             num_head_slots=1,
             tokens_per_state=block_size,
-            state_content_bytes=self.block.layers * self.block.pages * fmt.page_bytes(heads),
+            state_content_bytes=self.block.pages * self.block.bytes_of_place(fmt.page_bytes(heads)),
             num_slots=self.layout.num_slots,
             slots_per_block=self.layout.slots_per_block(heads, layer.dtype),
             replay_tokens=self.layout.prefix_replay_tokens if self.layout.prefix_caching else 0,
@@ -154,9 +155,10 @@ class WindowLayer(nn.Module, AttentionLayerBase):
         return self.builder.latest
 
     def window_bytes(self, layer: int = 0) -> torch.Tensor:
-        """One layer's window blocks as uint8 ``[num_blocks, pages * page_bytes]``.
+        """One layer's window blocks as uint8 ``[num_blocks, bytes]``.
 
         Args:
             layer: which of the layers side by side; of a window block each has a run of bytes.
         """
-        return self.kv_cache[:, 0, 0].view(torch.uint8).unflatten(1, (self.block.layers, -1))[:, layer]
+        side_by_side = self.kv_cache[:, 0, 0].view(torch.uint8)
+        return side_by_side[:, self.block.bytes_of_layer(layer, side_by_side.shape[1])]
