@@ -223,6 +223,8 @@ def test_holds_the_blocks_of_the_format_and_nothing_else(chunks: list[int], dtyp
 
 
 def test_errors_say_what_would_work() -> None:
+    with pytest.raises(ValueError, match=r"bits 2.5: in LogQuantCache layers are alike; leave bits out"):
+        LogQuantCache(LogQuantConfig(bits=2.5))
     with pytest.raises(ValueError, match=r"LogQuantCache takes a LogQuantConfig, got dict"):
         LogQuantCache({"window_length": 64})  # type: ignore[arg-type]
     key, value = random_kv(2, 10)

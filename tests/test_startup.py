@@ -152,6 +152,17 @@ CASES = {
         {"additional_config": {"LogQuant": {"window_length": 64}}},
         """'LogQuant' in additional_config is not read: did you mean "logquant".""",
     ),
+    "too few bits": ({}, options(bits=2.1), "bits 2.1 are too few: heads of 64 channels take 2.25"),
+    "bits beside another cache": (
+        {},
+        {**options(bits=2.5), "kv_cache_dtype_skip_layers": ["0"]},
+        "bits 2.5 are spent among layers that all keep all tokens, .* leave bits out",
+    ),
+    "bits of pipeline stages": (
+        {},
+        {**options(bits=2.5), "pipeline_parallel_size": 2},
+        "bits 2.5 are spent among all layers, and --pipeline-parallel-size is 2: leave bits out",
+    ),
     "calibration that is not there": ({}, options(calibration="/no/such/file"), "there is no file '/no/such/file'"),
     "context parallel": (
         {"num_key_value_heads": 1},
@@ -199,6 +210,7 @@ WORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "another plugin's options": ({}, {"additional_config": {"turbo": {"logquants": 1}, "quant": 3}}),
     "tensor parallel": ({}, {"tensor_parallel_size": 2}),
     "own options": ({}, options(window_length=128, rotation=False)),
+    "a budget of bits": ({}, options(bits=2.5)),
     "skipped layers": ({}, {"kv_cache_dtype_skip_layers": ["0"]}),
 }
 
@@ -232,6 +244,13 @@ def test_refused_drafts(name: str, tmp_path: Path) -> None:
     speculation = {"model": str(write_config(tmp_path / "draft", **changes)), "method": "draft_model", **options}
     with pytest.raises(ValueError, match=message):
         create_config(write_config(tmp_path / "model"), speculative_config={"num_speculative_tokens": 2, **speculation})
+
+
+def test_bits_are_not_for_drafts(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "model")
+    draft = {"model": str(path), "method": "draft_model", "num_speculative_tokens": 3, "kv_cache_dtype": "logquant"}
+    with pytest.raises(ValueError, match=r"bits 2.5 are spent on the model's layers, and drafts .*: leave bits out"):
+        create_config(path, speculative_config=draft, **options(bits=2.5))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

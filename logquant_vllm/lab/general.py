@@ -21,7 +21,7 @@ HIT_REPLAY = 128
 """Tokens computed again behind a prefix hit: the server's default."""
 
 VALID_JSON = "valid JSON"
-WRITERS = (BASELINE, "fp8", PRIMARY, "calibrated-w64", "calibrated-w64-2.5bits", "calibrated-w64-k3v3")
+WRITERS = (BASELINE, "fp8", PRIMARY, "calibrated-w64", "calibrated-w64-2.55bits", "calibrated-w64-k3v3")
 
 
 def _texts(kind: str, context: int, suffix: int = SUFFIX) -> Callable[[PreTrainedTokenizerBase], Iterator[Item]]:

@@ -120,8 +120,8 @@ def spend_bits(vllm_config: Any, layers: Mapping[str, Any]) -> None:
     logger.info_once(
         "LogQuant: %.3g bits an element: keys of layers %s have 3 bits, values of layers %s",
         sum(own.bits_per_element for own in formats) / len(formats),
-        ", ".join(str(i) for i, own in enumerate(formats) if own.key_bits > fmt.key_bits),
-        ", ".join(str(i) for i, own in enumerate(formats) if own.value_bits > fmt.value_bits),
+        ", ".join(str(i) for i, own in enumerate(formats) if own.key_bits > fmt.key_bits) or "none",
+        ", ".join(str(i) for i, own in enumerate(formats) if own.value_bits > fmt.value_bits) or "none",
     )
 
 
