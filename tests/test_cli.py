@@ -292,6 +292,17 @@ def test_plan_json_is_the_planner(tmp_path: Path) -> None:
     assert ratios == {"k3v2": 5.1, "k3v3": 4.4, "k4v2": 4.4, "k4v4": 3.4}
 
 
+def test_the_readmes_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's table is what the command prints."""
+    name = "meta-llama/Llama-3.1-8B"
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    write_config(tmp_path / name, num_hidden_layers=32, hidden_size=4096, max_position_embeddings=131072, **heads)
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(app, ["plan", name, "--memory", "16GiB", "--max-model-len", "8192"])
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert "\n".join(line.rstrip() for line in result.stdout.strip().splitlines()) in readme
+
+
 def test_plan_counts_drafts(tmp_path: Path) -> None:
     """More layers make a block larger, and more tokens that may be taken back a request's window."""
     pytest.importorskip("transformers")
