@@ -104,12 +104,11 @@ ALL = [
         pytest.param("3.8", gpu, "default", id=f"3.8-{gpu}", marks=[pytest.mark.slow] * (gpu in ("sm_89", "sm_100")))
         for gpu in GPUS
     ),
-    pytest.param("3.8", "sm_90", "k4v2", id="3.8-sm_90-k4v2"),
     *(pytest.param("3.6", gpu, "default", id=f"3.6-{gpu}", marks=pytest.mark.slow) for gpu in GPUS),
     *(
         pytest.param("3.8", gpu, name, id=f"3.8-{gpu}-{name}", marks=pytest.mark.slow)
         for gpu, name in [
-            *((gpu, "k4v2") for gpu in GPUS if gpu != "sm_90"),
+            *((gpu, "k4v2") for gpu in GPUS),
             *((gpu, name) for gpu in ("sm_90", "sm_120") for name in FORMATS if name not in ("default", "k4v2")),
         ]
     ),

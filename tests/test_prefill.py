@@ -91,18 +91,19 @@ def test_prefill(head_size: int, gqa: int, dtype: torch.dtype, room: int) -> Non
     basis = rotation_basis(head_size, dtype, DEVICE)
     # small scores: attention is to show what is read, not how operands are rounded in another basis
     layer = Layer(layout, 0.5 * head_size**-0.5, basis, dense(head_size, dtype, room))
-    sides = [PagedBatch(layout, 2, 4, 2400, dtype, DEVICE) for _ in range(2)]
+    kv_heads = 1 if room == 512 else 2
+    sides = [PagedBatch(layout, kv_heads, 4, 1600, dtype, DEVICE) for _ in range(2)]
     # new tokens, and requests that decode, have a past, have none
     steps = [
         ([65, 0, 700, 0], (0, 0, 4)),
-        ([2, 0, 900, 0], (0, 3, 0)),
-        ([1, 3, 200, 300], (1, 2, 1)),
+        ([2, 0, 400, 0], (0, 3, 0)),
+        ([1, 3, 100, 150], (1, 2, 1)),
         ([1, 1, 2, 70], (2, 2, 0)),
         ([257, 40, 2, 1], (0, 4, 0)),
         ([1, 1, 0, 1], None),
     ]
     for seed, (new, counts) in enumerate(steps):
-        qkv = random_qkv(sum(new), 2 * gqa, 2, head_size, dtype, DEVICE, seed)
+        qkv = random_qkv(sum(new), kv_heads * gqa, kv_heads, head_size, dtype, DEVICE, seed)
         # the host knows upper bounds, also of a request that has nothing
         more = [5 if n or (seed and r == 1) else 0 for r, n in enumerate(sides[0].seq_lens)]
         bounds = [sum(n) for n in zip(sides[0].seq_lens, new, more, strict=True)]

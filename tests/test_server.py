@@ -119,16 +119,16 @@ def test_many_at_once(server: Server) -> None:
 
 
 def test_prefix_cache(server: Server) -> None:
-    """100 look-ups served from the prefix cache are answered as well as cold ones."""
-    cases = lookups(100, 5, 800)
+    """60 look-ups served from the prefix cache are answered as well as cold ones."""
+    cases = lookups(60, 5, 800)
     before = server.metric("vllm:prefix_cache_hits_total")
     cold = right(cases, answers(server, cases))
     hits_cold = server.metric("vllm:prefix_cache_hits_total") - before
     warm = right(cases, answers(server, cases))
     hits_warm = server.metric("vllm:prefix_cache_hits_total") - before - hits_cold
-    assert hits_warm > hits_cold + 100 * 384, (hits_cold, hits_warm)
+    assert hits_warm > hits_cold + 60 * 384, (hits_cold, hits_warm)
     assert_as_good(cold, warm, "after a prefix hit against cold")
-    assert sum(cold) >= 70, f"{sum(cold)} of 100 cold"
+    assert sum(cold) >= 42, f"{sum(cold)} of 60 cold"
 
 
 def test_multi_turn_chat(server: Server) -> None:
