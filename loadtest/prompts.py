@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from pydantic import BaseModel, ConfigDict
 
-from loadtest.scenario import Chat, Code, Documents, Scenario
+from loadtest.scenario import Chat, Code, Conversations, Documents, Scenario, Workload
 from logquant_vllm.demo import tasks
 
 Message = dict[str, str]
@@ -47,12 +47,12 @@ def fingerprint(requests: list[Request]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def _maker(
-    workload: Chat | Documents | Code, shared: random.Random, rng: random.Random
-) -> Callable[[], str | list[Message]]:
+def _maker(workload: Workload, shared: random.Random, rng: random.Random) -> Callable[[], str | list[Message]]:
     """A function that makes the next prompt. ``shared`` draws what all requests share, ``rng`` the rest."""
     if isinstance(workload, Chat):
         return _chat(workload, shared, rng)
+    if isinstance(workload, Conversations):
+        return _conversations(workload, shared, rng)
     return _documents(workload, rng) if isinstance(workload, Documents) else _code(workload, rng)
 
 
@@ -66,6 +66,26 @@ def _chat(workload: Chat, shared: random.Random, rng: random.Random) -> Callable
         else:
             question = tasks.arithmetic_turn(rng)[0][0]
         return [system, {"role": "user", "content": question}]
+
+    return ask
+
+
+def _conversations(workload: Conversations, shared: random.Random, rng: random.Random) -> Callable[[], list[Message]]:
+    lines, _ = tasks.table(shared, workload.system_tokens)
+    system = {"role": "system", "content": "\n".join(lines)}
+    said: list[list[Message]] = [[system] for _ in range(workload.conversations)]
+
+    def ask() -> list[Message]:
+        i = rng.randrange(len(said))
+        if len(said[i]) > 2 * workload.turns:
+            said[i] = [system]
+        lines, records = tasks.table(rng, rng.randint(*workload.turn_tokens))
+        _, key, value = rng.choice(records)
+        question = "\n".join([tasks.LOOKUP_HEADER, *lines, tasks.lookup_question(key)])
+        said[i].append({"role": "user", "content": question})
+        prompt = list(said[i])
+        said[i].append({"role": "assistant", "content": value})
+        return prompt
 
     return ask
 

@@ -29,6 +29,20 @@ class Chat(Strict):
     system_tokens: int = Field(ge=1, le=1_000_000)
 
 
+class Conversations(Strict):
+    """Chats that take turns in random order: each prompt is all that was said in one before, and some tokens more. The
+    answers that it quotes are made beforehand, so of the turn before it is the prompt that is found again."""
+
+    kind: Literal["conversations"]
+    weight: float = Field(1, gt=0)
+    conversations: int = Field(ge=1, le=10_000)
+    """Under way at a time; after its turns each makes room for a new one."""
+    turns: int = Field(ge=1, le=1000)
+    turn_tokens: Range
+    """That a turn adds."""
+    system_tokens: int = Field(ge=1, le=1_000_000)
+
+
 class Documents(Strict):
     """Questions on long tables; several questions may share one."""
 
@@ -46,7 +60,7 @@ class Code(Strict):
     context_tokens: Range
 
 
-Workload = Annotated[Chat | Documents | Code, Field(discriminator="kind")]
+Workload = Annotated[Chat | Conversations | Documents | Code, Field(discriminator="kind")]
 
 
 class Arrivals(Strict):
@@ -134,6 +148,8 @@ class Scenario(Strict):
         if name == "output_tokens":
             return self.output_tokens
         workload = self.workloads[int(name.rsplit(".", 1)[1])]
+        if isinstance(workload, Conversations):
+            return workload.turn_tokens
         if isinstance(workload, Documents):
             return workload.document_tokens
         return workload.context_tokens if isinstance(workload, Code) else (1, 1)

@@ -81,6 +81,22 @@ def test_chats_share_their_system_prompt() -> None:
     assert len({request.model_dump_json() for request in made}) > 1
 
 
+TURNS = {"kind": "conversations", "conversations": 3, "turns": 4, "turn_tokens": [30, 60], "system_tokens": 50}
+
+
+def test_conversations_go_on_where_they_were() -> None:
+    """Every prompt but a first one begins with an earlier prompt, and each conversation has as many turns as it may."""
+    changes = {"workloads": [scenario.Conversations.model_validate(TURNS)], "requests": 60, "duration_s": None}
+    made = prompts.make(scenario.load("conversations").model_copy(update=changes))
+    lengths = []
+    for i, request in enumerate(made):
+        turns = request.prompt
+        assert not isinstance(turns, str) and turns[0]["role"] == "system" and turns[-1]["role"] == "user"
+        assert len(turns) == 2 or any(turns[:-2] == earlier.prompt for earlier in made[:i])
+        lengths.append(len(turns) // 2)
+    assert set(lengths) == {1, 2, 3, 4} and lengths.count(1) > 3
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -89,8 +105,9 @@ def test_chats_share_their_system_prompt() -> None:
         ({"timeout_s": "soon"}, ["timeout_s", "valid number"]),
         ({"output_tokens": [8, 4]}, ["output_tokens", "[8, 4]", "empty"]),
         ({"workloads": []}, ["workloads"]),
-        ({"workloads": [{"kind": "poetry"}]}, ["workloads.0", "'chat', 'documents', 'code'"]),
+        ({"workloads": [{"kind": "poetry"}]}, ["workloads.0", "'chat', 'conversations', 'documents', 'code'"]),
         ({"workloads": [{"kind": "chat", "system_tokens": -1}]}, ["workloads.0.chat.system_tokens"]),
+        ({"workloads": [TURNS | {"turn_tokens": [9, 3]}]}, ["workloads.0", "[9, 3]", "empty"]),
         ({"arrivals": {"rate": -1}}, ["arrivals.rate"]),
         ({"arrivals": {"ramp_to": 3}}, ["arrivals", "ramp_to needs a rate"]),
         ({"arrivals": {}}, ["give_up_s"]),
