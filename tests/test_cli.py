@@ -303,6 +303,25 @@ def test_the_readmes_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "\n".join(line.rstrip() for line in result.stdout.strip().splitlines()) in readme
 
 
+def test_plan_of_conversations(tmp_path: Path) -> None:
+    """As many stay as whole requests fit beside the null block."""
+    model = str(write_config(tmp_path))
+    arguments = ["plan", model, "--memory", "64MiB", "--max-model-len", "8192", "--conversations", "40"]
+    result = runner.invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    stay = []
+    for planned, kept in zip(found["formats"], found["conversations"], strict=True):
+        assert kept["kv_cache_dtype"] == planned["kv_cache_dtype"]
+        stay.append(min(40, (planned["num_blocks"] - 1) // planned["blocks_per_request"]))
+        assert kept["stay"] == stay[-1]
+        assert kept["host_gib"] == pytest.approx(40 * 8192 * planned["bytes_per_token"] / 2**30, abs=0.01)
+    assert stay[0] < stay[1] < stay[2] == 40
+    lines = runner.invoke(app, arguments).output
+    assert f"of 40 conversations {stay[0]} stay between their turns; --kv-offloading-size" in lines
+    assert "logquant: of 40 conversations 40 stay between their turns\n" in lines
+
+
 def test_plan_counts_drafts(tmp_path: Path) -> None:
     """More layers make a block larger, and more tokens that may be taken back a request's window."""
     pytest.importorskip("transformers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from typing import Annotated, Any
@@ -57,6 +58,9 @@ def plan(
     options: Annotated[str, typer.Option(help="LogQuant's options as JSON.")] = "{}",
     num_speculative_tokens: Annotated[int, typer.Option(min=0, help="Drafts that a step verifies.")] = 0,
     draft_layers: Annotated[int, typer.Option(min=0, help="Layers of a draft model or head.")] = 0,
+    conversations: Annotated[
+        int, typer.Option(min=0, help="So many conversations that end at --max-model-len: how many stay in the cache.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how many tokens and requests fit in a given KV memory, beside the model's own dtype and fp8.
@@ -79,9 +83,14 @@ def plan(
         capacities = plan_capacity(with_drafts, available, max_model_len, config, **engine)
         presets = preset_capacities(config, with_drafts, available, max_model_len, **engine)
     if as_json:
-        typer.echo(json.dumps(_as_json(model, shape, available, config, capacities, presets), indent=2))
+        found = _as_json(model, shape, available, config, capacities, presets)
+        if conversations:
+            found["conversations"] = [{"kv_cache_dtype": c.name, **_kept(c, conversations)} for c in capacities]
+        typer.echo(json.dumps(found, indent=2))
     else:
         _print_table(model, shape, available, capacities, presets)
+        if conversations:
+            _print_conversations(capacities, conversations)
 
 
 def _ratio(capacity: Capacity, baseline: Capacity) -> float | None:
@@ -121,6 +130,22 @@ def _figures(capacity: Capacity, baseline: Capacity) -> dict[str, Any]:
         "tokens_ratio": _ratio(capacity, baseline),
         "fits": capacity.fits,
     }
+
+
+def _kept(capacity: Capacity, conversations: int) -> dict[str, Any]:
+    """How many of so many conversations stay between their turns, and the host memory that holds all of them."""
+    stay = max(capacity.num_blocks - 1, 0) // capacity.blocks_per_request
+    host_bytes = conversations * capacity.blocks_per_request * capacity.block_bytes
+    return {"stay": min(stay, conversations), "host_gib": math.ceil(100 * host_bytes / 2**30) / 100}
+
+
+def _print_conversations(capacities: list[Capacity], conversations: int) -> None:
+    console = Console()
+    for c in capacities:
+        kept = _kept(c, conversations)
+        offload = "" if kept["stay"] == conversations else f"; --kv-offloading-size {kept['host_gib']:g} holds all"
+        text = f"{c.name}: of {conversations} conversations {kept['stay']} stay between their turns{offload}"
+        console.print(text, soft_wrap=True)
 
 
 def _print_table(
