@@ -103,6 +103,13 @@ class LogQuantConfig(BaseModel):
         "takes more kernel launches; at most (log2(window_length) + 2) * window_length, which brings every selected "
         "copy back but that of token 0",
     )
+    keep_windows_from: int | None = Field(
+        4096,
+        ge=0,
+        description="tokens of the shortest prefix whose full-precision window stays when its request has left, for a "
+        "prefix-cache hit that goes on from it exactly; it takes the memory of some 1,400 tokens until others need it; "
+        "null: none is kept",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> LogQuantConfig:

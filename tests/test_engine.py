@@ -68,6 +68,11 @@ class Engine:
         self.llm.llm_engine.abort_request(list(self.core.scheduler.requests), internal=True)
         self.llm.llm_engine.step()
 
+    def computed(self, name: str) -> int:
+        """Tokens of a request that were computed, or are in this moment."""
+        (request,) = (r for n, r in self.core.scheduler.requests.items() if n.startswith(name))
+        return request.num_computed_tokens
+
     def first_blocks(self, name: str) -> tuple[int, int]:
         """Of a request that was begun: its first page, and the block with the copy of token 0."""
         managers = self.core.scheduler.kv_cache_manager.coordinator.single_type_managers

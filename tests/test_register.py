@@ -26,6 +26,10 @@ CHANGES = {
         "import vllm.v1.engine.core as m; m.EngineCore._initialize_kv_caches = lambda self, otherwise: None",
         "its parameters are ['self', 'otherwise'], expected ['self', 'vllm_config']",
     ),
+    "a scheduler that replays in another way": (
+        "import vllm.v1.engine.core, vllm.v1.core.sched.scheduler as m; m.Scheduler._mark_prefix_replay = lambda s: 0",
+        "its parameters are ['s'], expected ['self', 'request', 'num_hit_tokens', 'window_loaded']",
+    ),
     "a module that moved": (
         "import sys; sys.modules['vllm.v1.kv_cache_spec_registry'] = None",
         "vllm.v1.kv_cache_spec_registry",

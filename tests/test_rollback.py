@@ -115,6 +115,32 @@ def expected_copies(seq_len: int, window_length: int, window_start: int, sink: b
     return {p for p in window.selected + window.recent if p >= window_start or (p == 0 and sink)}
 
 
+class Pair(NamedTuple):
+    """The same three requests, of which one batch has more tokens in between that are taken back; the last of them
+    began with a prefix hit."""
+
+    taken_back: Requests
+    never_run: Requests
+
+    def run(self, one: Round, name: str, sink: bool) -> None:
+        right, wrong, apart = one
+        expected = self.never_run.step(right)
+        outputs = self.taken_back.step(right, None if apart else wrong)
+        for i in range(max(wrong) if apart else 0):
+            self.taken_back.step([0, 0, 0], [int(w > i) for w in wrong])
+        self.taken_back.take_back(wrong)
+        for request in range(3):
+            what = f"request {request} in {name}"
+            if right[request]:  # slots may lie in another order
+                assert_close(outputs[request], expected[request], 1e-5, what)
+            assert_holds_the_same(self.taken_back, self.never_run, request, what)
+            begin = self.never_run.window_start if request == 2 else 0
+            window, n = self.never_run.layout.window_length, self.never_run.paged.seq_lens[request]
+            assert self.taken_back.live(request)[2].keys() == expected_copies(n, window, begin, request < 2 or sink), (
+                what
+            )
+
+
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
 @pytest.mark.parametrize("window", [32, 42])
 @given(data=st.data())
@@ -126,21 +152,26 @@ def test_what_was_taken_back_leaves_no_trace(ops: ModuleType, window: int, data:
     edge = st.builds(lambda m, d: m + d, st.sampled_from([64, 96, 4 * window, 5 * window]), st.integers(-2, 1))
     starts = [data.draw(edge.map(lambda n: max(n, 128))), data.draw(st.just(0) | edge)]
     sink = data.draw(st.booleans())
-    taken_back, never_run = (Requests(layout, ops, starts, 128, sink) for _ in range(2))
-    for number, (right, wrong, apart) in enumerate(data.draw(rounds(3, rollback_tokens))):
-        expected = never_run.step(right)
-        outputs = taken_back.step(right, None if apart else wrong)
-        for i in range(max(wrong) if apart else 0):
-            taken_back.step([0, 0, 0], [int(w > i) for w in wrong])
-        taken_back.take_back(wrong)
-        for request in range(3):
-            what = f"request {request} in round {number}"
-            if right[request]:  # slots may lie in another order
-                assert_close(outputs[request], expected[request], 1e-5, what)
-            assert_holds_the_same(taken_back, never_run, request, what)
-            begin = never_run.window_start if request == 2 else 0
-            copies = expected_copies(never_run.paged.seq_lens[request], window, begin, request < 2 or sink)
-            assert taken_back.live(request)[2].keys() == copies, what
+    pair = Pair(*(Requests(layout, ops, starts, 128, sink) for _ in range(2)))
+    for number, one in enumerate(data.draw(rounds(3, rollback_tokens))):
+        pair.run(one, f"round {number}", sink)
+
+
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+@given(data=st.data())
+def test_a_window_goes_back_to_whole_pages(ops: ModuleType, data: st.DataObject) -> None:
+    """What a kept window goes on with: no tokens but whole pages, and no compaction behind them. Whatever else there
+    was, is as if it had never been."""
+    page, window = 64, data.draw(st.sampled_from([32, 48, 64]))
+    layout = CacheLayout(PageFormat(SIZE, page_size=page, key_group_size=32, value_group_size=32), window, REPLAY)
+    starts, sink = [data.draw(st.integers(128, 200)), data.draw(st.integers(0, 200))], data.draw(st.booleans())
+    pair = Pair(*(Requests(layout, ops, starts, 128, sink) for _ in range(2)))
+    for turn in range(data.draw(st.integers(1, 2))):
+        lengths = [-(-n // page) * page + data.draw(st.sampled_from([0, page])) for n in pair.never_run.paged.seq_lens]
+        right = [h - n for h, n in zip(lengths, pair.never_run.paged.seq_lens, strict=True)]
+        wrong = [data.draw(st.integers(0, min(page, window - h % window) - 1)) for h in lengths]
+        pair.run(Round(right, wrong, data.draw(st.booleans())), f"turn {turn}", sink)
+        pair.run(Round([data.draw(st.integers(1, 40)) for _ in right], [0] * 3, False), f"after turn {turn}", sink)
 
 
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)

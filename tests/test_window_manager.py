@@ -6,7 +6,7 @@ Nothing here depends on the version of vLLM: ``tests.test_other_vllm`` runs it o
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,7 +30,9 @@ PAGE, LONGEST = 128, 1024
 PAGES, WINDOW = 0, 1  # groups
 
 
-def cache_config(num_blocks: int, replay: int) -> tuple[KVCacheConfig, WindowSpec]:
+def cache_config(
+    num_blocks: int, replay: int, keep_from: int | None, slots_per_block: int | None
+) -> tuple[KVCacheConfig, WindowSpec]:
     register_specs()
     layout = CacheLayout(PageFormat(64), 64, replay)
     common: dict[str, Any] = {
@@ -44,8 +46,10 @@ def cache_config(num_blocks: int, replay: int) -> tuple[KVCacheConfig, WindowSpe
     window = WindowSpec(
         dtype=torch.bfloat16,
         num_slots=layout.num_slots,
-        slots_per_block=layout.fmt.slots_per_block(1, torch.bfloat16),
+        slots_per_block=slots_per_block or layout.fmt.slots_per_block(1, torch.bfloat16),
         replay_tokens=replay,
+        window_length=layout.window_length,
+        keep_from=keep_from,
         **common,
     )
     pages = FullAttentionSpec(dtype=torch.uint8, **common)
@@ -53,17 +57,29 @@ def cache_config(num_blocks: int, replay: int) -> tuple[KVCacheConfig, WindowSpe
     return KVCacheConfig(num_blocks, [], groups), window
 
 
-class Pool:
-    """Requests that come and go as vLLM's scheduler lets them, and what token 0's slot of every block would hold."""
+class Content(NamedTuple):
+    """What a window block would hold."""
 
-    def __init__(self, num_blocks: int, replay: int) -> None:
+    index: int  # among the blocks of a window
+    begin: int  # the first position with a copy
+    tokens: list[int]  # that were computed with it
+
+
+class Pool:
+    """Requests that come and go as vLLM's scheduler lets them, and what every block would hold."""
+
+    def __init__(
+        self, num_blocks: int, replay: int, keep_from: int | None = None, slots_per_block: int | None = None
+    ) -> None:
         init_none_hash(sha256)
-        config, self.spec = cache_config(num_blocks, replay)
+        config, self.spec = cache_config(num_blocks, replay, keep_from, slots_per_block)
         self.manager = KVCacheManager(config, LONGEST, PAGE, PAGE, enable_caching=True, enable_kv_cache_events=True)
         self.pool, self.replay = self.manager.block_pool, replay
         self.live: dict[str, Request] = {}
         self.begin: dict[str, int] = {}  # where each of them began to compute
         self.first_token: dict[int, int] = {}  # by block
+        self.contents: dict[int, Content] = {}
+        self.adopted = 0
         self.hasher = get_request_block_hasher(PAGE, sha256)
 
     def request(self, tokens: list[int]) -> Request:
@@ -78,13 +94,20 @@ class Pool:
         blocks, hit, _ = self.manager.get_computed_blocks(request)
         if hit <= self.replay:
             blocks, hit = self.manager.empty_kv_cache_blocks, 0
-        again = self.replay if hit else 0
+        windows: Any = self.manager.coordinator.single_type_managers[WINDOW]
+        self.manager.new_step_starts()
+        kept = windows.promise_window(request, hit)
+        again = self.replay if hit and not kept else 0
         new = min(chunk, request.num_tokens - hit + again)
         past_hit = max(new - again, 0)
         done = self.manager.allocate_slots(request, past_hit, num_new_computed_tokens=hit, new_computed_blocks=blocks)
         if done is None:
             return False
         self.live[request.request_id], self.begin[request.request_id] = request, hit - again
+        if kept:
+            self._take_over(request, hit)
+        else:
+            self._begin(request, hit - again)
         self._compute(request, hit - again, new)
         return True
 
@@ -98,19 +121,47 @@ class Pool:
         self._compute(request, request.num_computed_tokens, new)
         return True
 
-    def _compute(self, request: Request, computed: int, new: int) -> None:
-        row, zeroed = self.row(request), self.manager.take_new_block_ids()
-        sink, own = row[0], row[1:]
-        if computed == self.begin[request.request_id]:
-            assert {block.block_id for block in own} <= set(zeroed), "a window began in a block that is not zeroed"
-            assert computed == 0 or sink.block_id not in zeroed
+    def _begin(self, request: Request, computed: int) -> None:
+        sink, *own = self.row(request)
+        zeroed = set(self.manager.take_new_block_ids())
+        assert {block.block_id for block in own} <= zeroed, "a window began in a block that is not zeroed"
+        assert sink is own[0] if computed == 0 else sink.block_id not in zeroed
+        self._forget(zeroed)
+        for i, block in enumerate(own):
+            self.contents[block.block_id] = Content(i, computed, [])
+
+    def _take_over(self, request: Request, hit: int) -> None:
+        """A window that is kept is one window, of this very prefix, and can go back to it."""
+        self.adopted += 1
+        own = self.row(request)[1:]
+        zeroed = set(self.manager.take_new_block_ids())
+        kept = [block for block in own if block.block_id not in zeroed]
+        self._forget(zeroed)
+        found = [self.contents[block.block_id] for block in kept]
+        begin, tokens = found[0].begin, found[0].tokens
+        assert [content.index for content in found] == list(range(len(found)))
+        assert all(content.begin == begin and content.tokens == tokens for content in found)
+        assert tokens[:hit] == list(request.all_token_ids[:hit])
+        assert len(tokens) // self.spec.window_length == hit // self.spec.window_length
+        for i, block in enumerate(own):
+            self.contents[block.block_id] = Content(i, begin, tokens[:hit])
+
+    def _forget(self, zeroed: set[int]) -> None:
         for block in zeroed:
             self.first_token.pop(block, None)
+            self.contents.pop(block, None)
+
+    def _compute(self, request: Request, computed: int, new: int) -> None:
+        sink, *own = self.row(request)
+        zeroed = set(self.manager.take_new_block_ids())
+        self._forget(zeroed)
         if computed == 0:
-            assert sink is own[0]
             self.first_token[sink.block_id] = request.prompt_token_ids[0]
         assert len(own) >= self.spec.num_blocks(computed + new)
         request.num_computed_tokens = computed + new
+        begin, tokens = self.contents[own[0].block_id].begin, list(request.all_token_ids[: computed + new])
+        for i, block in enumerate(own):
+            self.contents[block.block_id] = Content(i, begin, tokens)
 
     def leave(self, request: Request) -> None:
         self.manager.free(request)
@@ -127,6 +178,8 @@ class Pool:
             assert not any(block.is_null for block in own)
             if not sink.is_null:
                 assert self.first_token[sink.block_id] == request.prompt_token_ids[0], "another prompt's first token"
+            else:
+                assert self.contents[own[0].block_id].begin > 0, "token 0 would be read from no block"
         for block in self.pool.blocks[1:]:
             assert block.ref_cnt == held[block.block_id], block
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1 - len(held)
@@ -142,7 +195,7 @@ def prompt(first: int, length: int) -> list[int]:
 @given(data=st.data())
 def test_blocks_are_held_as_often_as_they_are_used(replay: int, data: st.DataObject) -> None:
     """Prompts that share pages come, go on, end and are preempted in any order, in a pool for three of them."""
-    pool = Pool(75, replay)
+    pool = Pool(75, replay, data.draw(st.sampled_from([None, 0, 300])))
     lengths = st.sampled_from([1, 100, 128, 129, 256, 300, 384, 400, 700])
     chunks = st.sampled_from([1, 64, 128, 200, 1000])
     for _ in range(data.draw(st.integers(1, 30))):
@@ -259,3 +312,90 @@ def test_a_page_whose_hash_is_still_to_come() -> None:
     request.block_hashes.extend(hashes(request))
     manager.cache_blocks(request, PAGE + 1)
     assert first.block_hash is not None
+
+
+@pytest.mark.parametrize("replay", [0, 128])
+def test_a_conversation_goes_on_with_its_window(replay: int) -> None:
+    """Turn by turn, beside another: nothing is computed again, and no block is new while it grows within its window."""
+    pool = Pool(120, replay, keep_from=256)
+    said = {first: prompt(first, 400) for first in (1, 2)}
+    for turn in range(5):
+        for first in said:
+            request = pool.request(said[first])
+            assert pool.admit(request, 1000)
+            assert pool.begin[request.request_id] == (0 if turn == 0 else (len(said[first]) - 128) // PAGE * PAGE)
+            if turn:
+                assert pool.row(request)[0] is pool.row(request)[1], "the copy of token 0 is its own"
+            pool.check()
+            pool.leave(request)
+            pool.check()
+            said[first] += [5] * 128
+    assert pool.adopted == 8
+
+
+def test_a_window_that_is_not_kept_again_is_given_back_first() -> None:
+    """But for its first block, which is the next one's sink block."""
+    pool = Pool(60, 128, keep_from=0)
+    owner = pool.request(prompt(1, 400))
+    assert pool.admit(owner, 400)
+    pool.leave(owner)
+    taken = pool.request(prompt(1, 470))  # compacted behind its last page
+    assert pool.admit(taken, 1000)
+    assert pool.adopted == 1
+    first, *others = pool.row(taken)[1:]
+    pool.leave(taken)
+    assert first.block_hash is not None and all(block.block_hash is None for block in others)
+    pool.check()
+
+
+def test_a_window_that_lost_a_block_is_not_found() -> None:
+    pool = Pool(60, 128, keep_from=0)
+    owner = pool.request(prompt(1, 400))
+    assert pool.admit(owner, 400)
+    own = pool.row(owner)[1:]
+    pool.leave(owner)
+    pool.manager.evict_blocks({own[3].block_id})
+    reader = pool.request(prompt(1, 500))
+    assert pool.admit(reader, 1000)
+    assert pool.begin[reader.request_id] == 256
+    pool.check()
+
+
+def test_a_window_goes_on_once() -> None:
+    """A second request that begins alike computes again what it needs."""
+    pool = Pool(90, 128, keep_from=0)
+    owner = pool.request(prompt(1, 400))
+    assert pool.admit(owner, 400)
+    pool.leave(owner)
+    first = pool.request(prompt(1, 500))
+    assert pool.admit(first, 1000)
+    second = pool.request(prompt(1, 510))
+    assert pool.admit(second, 1000)
+    assert (pool.begin[first.request_id], pool.begin[second.request_id]) == (384, 256)
+    pool.check()
+
+
+def test_a_request_that_finds_no_room_keeps_no_promise() -> None:
+    """What was promised to a request that could not be admitted is there for the next."""
+    pool = Pool(40, 128, keep_from=0)
+    owner = pool.request(prompt(1, 400))
+    assert pool.admit(owner, 400)
+    pool.leave(owner)
+    while pool.pool.get_num_free_blocks() > 16:
+        pool.pool.get_new_blocks(1)
+    assert not pool.admit(pool.request(prompt(1, 1000)), 2000)
+    reader = pool.request(prompt(1, 500))
+    assert pool.admit(reader, 1000)
+    assert pool.begin[reader.request_id] == 384
+
+
+def test_a_window_of_one_block() -> None:
+    """Beside layers of other kinds blocks may be so large; its request has no copy of token 0."""
+    pool = Pool(40, 0, slots_per_block=300)
+    block = owner_of(pool)
+    pool.manager.evict_blocks({block.block_id})
+    reader = pool.request(prompt(1, 500))
+    assert pool.admit(reader, 1000)
+    assert len(pool.row(reader)) == 2 and pool.row(reader)[0].is_null
+    pool.leave(reader)
+    pool.check()

@@ -332,7 +332,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             first, owner = self._first, self._first.named()[1]
             if owner is not layer:  # blocks of one size, which a draft of another shape does not fill
                 layer.get_kv_cache_spec = owner.get_kv_cache_spec
-            self._window_layer = WindowLayer(name + WINDOW_SUFFIX, owner, first._layer.layout, block)
+            keep_from = self.config.keep_windows_from
+            self._window_layer = WindowLayer(name + WINDOW_SUFFIX, owner, first._layer.layout, block, keep_from)
             self._layers[name + WINDOW_SUFFIX] = self._window_layer
             if owner is not layer:  # vLLM 0.32 takes the last layer's group for that of MTP modules
                 self._layers[name] = self._layers.pop(name)

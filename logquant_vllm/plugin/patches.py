@@ -1,5 +1,5 @@
 """The vLLM functions that are wrapped, in vLLM 0.32 and 0.33 alike: three methods of the platform class, one of the
-engine, and a constructor.
+engine, one of the scheduler, and a constructor.
 
 =================================  =============================================================================
 ``get_attn_backend_cls``           vLLM picks an attention backend per platform and knows no plugin's dtype; the
@@ -13,6 +13,9 @@ engine, and a constructor.
 ``_initialize_kv_caches``          of ``EngineCore``: the last that a starting engine does with its workers, which
                                    then have loaded, warmed up and captured everything: the place to measure the
                                    model. The engine is imported only where it is already, or the dtype is ours.
+``_mark_prefix_replay``            of ``Scheduler``: where it says of a request how much of its prefix hit is computed
+                                   again: nothing, if the request goes on with a kept window. vLLM asks a KV connector
+                                   alone. It is wrapped with the engine's method.
 =================================  =============================================================================
 
 All act only if the KV cache dtype is ours, and none is wrapped unless all still are what is expected.
@@ -133,6 +136,18 @@ def _initialize_kv_caches(original: Callable[..., Any], engine: Any, vllm_config
     return kv_cache_config
 
 
+def _mark_prefix_replay(
+    original: Callable[..., int], scheduler: Any, request: Any, num_hit_tokens: int, window_loaded: bool
+) -> int:
+    if scheduler.cache_config.cache_dtype == KV_CACHE_DTYPE:
+        from logquant_vllm.plugin.specs import WindowManager
+
+        for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, WindowManager):
+                window_loaded |= manager.promise_window(request, num_hit_tokens)
+    return original(scheduler, request, num_hit_tokens, window_loaded)
+
+
 def _patch_chunked_attention() -> None:
     """See the module's text; does nothing the second time.
 
@@ -177,31 +192,42 @@ def _patch(platform: type) -> None:
         _wrap(platform, name, _PATCHES[name][1])
 
 
-def _check_engine() -> None:
+def _with_original(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    setattr(wrapped, _MARK, original)
+    return wrapped
+
+
+def _engine_methods() -> list[tuple[type, str, list[str], Callable[..., Any]]]:
+    """What is wrapped in an engine's process: owner, name, parameters, and what is called with the original."""
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
-    if not hasattr(EngineCore._initialize_kv_caches, _MARK):
-        _expect_parameters(EngineCore._initialize_kv_caches, ["self", "vllm_config"])
+    hit = ["self", "request", "num_hit_tokens", "window_loaded"]
+    return [
+        (EngineCore, "_initialize_kv_caches", ["self", "vllm_config"], _initialize_kv_caches),
+        (Scheduler, "_mark_prefix_replay", hit, _mark_prefix_replay),
+    ]
+
+
+def _check_engine() -> None:
+    for owner, name, parameters, _ in _engine_methods():
+        if not hasattr(method := getattr(owner, name), _MARK):
+            _expect_parameters(method, parameters)
 
 
 def _patch_engine() -> None:
-    """Wrap the engine's method.
+    """Wrap the engine's methods, all or none of them.
 
     Raises:
-        RuntimeError: if it has changed.
+        RuntimeError: if one has changed.
     """
-    from vllm.v1.engine.core import EngineCore
-
     _check_engine()
-    original = EngineCore._initialize_kv_caches
-    if hasattr(original, _MARK):
-        return
-
-    def wrapped(self: Any, vllm_config: Any) -> Any:
-        return _initialize_kv_caches(original, self, vllm_config)
-
-    setattr(wrapped, _MARK, original)
-    EngineCore._initialize_kv_caches = wrapped
+    for owner, name, _, wrapper in _engine_methods():
+        if not hasattr(original := getattr(owner, name), _MARK):
+            setattr(owner, name, _with_original(wrapper, original))
 
 
 def apply_patches() -> None:

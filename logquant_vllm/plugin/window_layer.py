@@ -110,13 +110,17 @@ class WindowLayer(nn.Module, AttentionLayerBase):
         attention_layer: the (first) layer whose tokens the blocks hold.
         layout: the cache's constants.
         block: a block that holds pages.
+        keep_from: tokens of the shortest prefix whose window is kept, None for none.
     """
 
-    def __init__(self, name: str, attention_layer: Any, layout: CacheLayout, block: BlockShape) -> None:
+    def __init__(
+        self, name: str, attention_layer: Any, layout: CacheLayout, block: BlockShape, keep_from: int | None
+    ) -> None:
         super().__init__()
         self.layer_name = name
         self.layout = layout
         self.block = block
+        self.keep_from = keep_from
         # held out of nn.Module's children: the attention layer belongs to the model
         self._attention_layer = (attention_layer,)
         self.kv_cache = torch.tensor([])
@@ -140,6 +144,8 @@ class WindowLayer(nn.Module, AttentionLayerBase):
             num_slots=self.layout.num_slots,
             slots_per_block=self.layout.slots_per_block(heads, layer.dtype),
             replay_tokens=self.layout.prefix_replay_tokens if self.layout.prefix_caching else 0,
+            window_length=self.layout.window_length,
+            keep_from=self.keep_from if self.layout.prefix_caching else None,
         )
 
     def metadata(self, of_step: Any) -> WindowMetadata:
