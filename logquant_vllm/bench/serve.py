@@ -48,7 +48,7 @@ class Engine:
             RuntimeError: if the process ends with an error.
         """
         assert self.process.stdout is not None
-        with self.log.open("a") as log:
+        with self.log.open("a", buffering=1) as log:
             for line in self.process.stdout:
                 if size := re.search(r"KV cache size: ([\d,]+) tokens", line):
                     self.capacity = int(size[1].replace(",", ""))
