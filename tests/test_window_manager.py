@@ -6,6 +6,7 @@ Nothing here depends on the version of vLLM: ``tests.test_other_vllm`` runs it o
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -331,6 +332,15 @@ def test_a_conversation_goes_on_with_its_window(replay: int) -> None:
             pool.check()
             said[first] += [5] * 128
     assert pool.adopted == 8
+
+
+@pytest.mark.parametrize(("window_length", "share"), [(32, 0.25), (64, 0.5), (128, 1), (192, 5 / 6), (256, 1)])
+def test_how_many_windows_can_go_back(window_length: int, share: float) -> None:
+    """Of all lengths, those without a compaction behind the last whole page."""
+    _, spec = cache_config(10, 0, 0, None)
+    spec = replace(spec, window_length=window_length)
+    lengths = range(1536, 3072)
+    assert sum(spec.goes_back(n, n // PAGE * PAGE) for n in lengths) / len(lengths) == pytest.approx(share, abs=0.01)
 
 
 def test_a_window_that_is_not_kept_again_is_given_back_first() -> None:
