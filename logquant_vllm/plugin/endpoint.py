@@ -56,7 +56,7 @@ class LogQuantEndpoint:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Keep the engine's configuration and the keys, by vLLM's own rule for them."""
-        config = None if engine_client is None else engine_client.vllm_config
+        config: Any = None if engine_client is None else engine_client.vllm_config
         state.logquant_config = config if is_active(config) else None
         state.logquant_keys = None
         if state.logquant_config is None:
