@@ -5,6 +5,7 @@ Helm, the schemas of Kubernetes and of compose and the Dockerfile linter are Pyt
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -286,6 +287,26 @@ def test_the_dockerfiles_copy_what_the_context_has(name: str) -> None:
         assert (ROOT / source).exists()
     assert re.search(r"^USER 10001:10001$", text, flags=re.MULTILINE)
     assert "/health" in text
+
+
+def test_the_rehearsals_follow_what_they_rehearse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their stand-ins have the names that Dockerfiles and compose ask for, and their nodes the manifest's scripts."""
+    monkeypatch.syspath_prepend(DEPLOY / "rehearsal")
+    images, nodes = importlib.import_module("images"), importlib.import_module("nodes")
+    asked = re.findall(r"^(?:FROM|ARG VLLM_IMAGE=)\s?([\w./-]+:[\w.-]+)", dockerfiles(), flags=re.MULTILINE)
+    services = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())["services"]
+    known = {*images.BASES, images.VLLM_IMAGE, images.PROMETHEUS_IMAGE}
+    assert {name.removeprefix("docker.io/").removeprefix("library/") for name in known} == {
+        *asked,
+        services["prometheus"]["image"],
+    }
+    scripts = nodes.scripts()
+    assert "logquant-vllm serve demo" in scripts["leader"] and "--tensor-parallel-size=2" in scripts["leader"]
+    assert "ray==" in nodes.dockerfile()
+
+
+def dockerfiles() -> str:
+    return "\n".join((DEPLOY / "docker" / name).read_text() for name in ("Dockerfile", "Dockerfile.cpu"))
 
 
 def test_versions_agree() -> None:
