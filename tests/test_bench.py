@@ -146,6 +146,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
         ("serve_16k_h200.json", ServeRecord),
         ("serve_calibrated_h200.json", ServeRecord),
         ("peers_h200.json", ServeRecord),
+        ("speculation_h200.json", ServeRecord),
         ("store_h200.json", StoreRecord),
     ],
 )
