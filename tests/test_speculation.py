@@ -7,6 +7,7 @@ nothing behind. Nothing here depends on the version of vLLM. Look-up (ngram) is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,28 @@ def test_profiling_asks_for_the_memory_of_the_longest_step(drafting: Engine) -> 
     assert asked == [profiled, profiled + vllm_config.scheduler_config.max_num_seqs]
 
 
+def test_a_captured_draft_step_follows_vllms_buffers(drafting: Engine) -> None:
+    """Runner V2 captures all steps of a head in one graph, with the metadata of the first."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    vllm_config = drafting.llm.llm_engine.vllm_config
+    name = "draft_model.model.layers.0.self_attn.attn"
+    layer = vllm_config.compilation_config.static_forward_context[name]
+    builder_type = layer.get_attn_backend().get_builder_cls()
+    builder = builder_type(layer.get_kv_cache_spec(vllm_config), [name], vllm_config, torch.device("cpu"))
+    starts, lengths = torch.arange(3, dtype=torch.int32), torch.tensor([70, 300], dtype=torch.int32)
+    blocks = torch.arange(16, dtype=torch.int32).view(2, 8)
+    step = CommonAttentionMetadata(starts, starts, lengths, 2, 2, 1, 1024, blocks, torch.zeros(2, dtype=torch.int64))
+    metadata = builder.build(0, step)
+    lengths += 1
+    blocks += 20
+    assert builder.supports_draft_decode_metadata_update
+    builder.update_draft_decode_metadata(metadata)
+    assert metadata.batch.seq_lens.tolist() == [71, 301]
+    assert metadata.batch.num_computed.tolist() == [70, 300]
+    assert torch.equal(metadata.block_table, blocks)
+
+
 def test_abort_gives_every_block_back(drafting: Engine) -> None:
     free = drafting.free_blocks
     llm = drafting.llm.llm_engine
@@ -173,6 +196,21 @@ def test_mtp(tmp_path: Path) -> None:
     drafting = engine(model, "mtp", {})
     compare(plain, drafting)
     assert acceptance(drafting)[0] > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() == 1 or os.cpu_count() == 1, reason="needs two GPUs or two cores")
+@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+def test_tensor_parallel(models: Models, plain: Engine, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model and draft on two ranks, with a KV head each."""
+    from vllm import envs
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one NUMA node serves both ranks
+    envs.disable_envs_cache()  # of the engines before
+    engine = models.engine(method, tensor_parallel_size=2)
+    compare(plain, engine)
+    assert acceptance(engine)[0] > 1000
+    engine.core.model_executor.shutdown()  # its two processes
 
 
 @pytest.mark.slow

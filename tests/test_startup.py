@@ -253,6 +253,25 @@ def test_bits_are_not_for_drafts(tmp_path: Path) -> None:
         create_config(path, speculative_config=draft, **options(bits=2.5))
 
 
+def test_methods_of_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
+    """Whatever else this vLLM knows: drafts that come as a tree or all at once, or without attention of their own."""
+    from typing import get_args
+
+    from vllm.config.speculative import MTPModelTypes, SpeculativeMethod
+
+    from logquant_vllm.plugin.speculation import METHODS, options_of, speculation_problems
+
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    config = create_config(write_config(tmp_path / "model"), speculative_config=ngram)
+    known = {name for kind in get_args(SpeculativeMethod) for name in get_args(kind) or (kind,)}
+    others = known - {*METHODS} - {*get_args(MTPModelTypes)}  # of those vLLM makes mtp
+    assert {"dflash", "dspark", "extract_hidden_states"} <= others
+    for method in others:
+        config.speculative_config.method = method
+        (problem,) = speculation_problems(config, options_of(config))
+        assert f"the speculative method {method} is not supported: use one of" in problem
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_drafts_count_among_the_tokens_taken_back(asynchronous: bool, tmp_path: Path) -> None:
     from logquant_vllm.plugin.speculation import decode_query_len, num_draft_layers, options_of, rollback_tokens
