@@ -129,12 +129,36 @@ CASES = {
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 70}},
         r"num_speculative_tokens 70 up to \d+ tokens are taken back, and window_length is 64: use fewer, or a window",
     ),
-    "KV connector": (
+    **{
+        f"{name} as KV connector": (
+            {},
+            {"kv_transfer_config": {"kv_connector": name, "kv_role": "kv_both"}},
+            f"the KV connector {name} does not know pages .*: use OffloadingConnector, which --kv-offloading-size",
+        )
+        for name in ("ExampleConnector", "NixlConnector", "LMCacheMPConnector", "MultiConnector")
+    },
+    "a store that outlives the engine": (
         {},
-        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-        "--kv-transfer-config",
+        {
+            "kv_transfer_config": {
+                "kv_connector": "OffloadingConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 1 << 20},
+            }
+        },
+        r"spec_name .* TieringOffloadingSpec, .* another format or calibration: only host memory",
     ),
-    "KV offloading": ({}, {"kv_offloading_size": 1.0}, "--kv-offloading-size|--kv-transfer-config"),
+    "offloading by LMCache": (
+        {},
+        {"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"},
+        "--kv-offloading-backend is lmcache: use native",
+    ),
+    "offloading without a prefix cache": (
+        {},
+        {"kv_offloading_size": 1.0, "enable_prefix_caching": False},
+        "--no-enable-prefix-caching is given: leave one of the two out",
+    ),
+    "offloading without a GPU": ({}, {"kv_offloading_size": 1.0}, "vLLM offloads from a GPU, and this is a cpu: leave"),
     "one KV cache group": (
         {},
         {"disable_hybrid_kv_cache_manager": True},

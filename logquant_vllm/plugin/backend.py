@@ -89,10 +89,6 @@ class LogQuantBackend(AttentionBackend):
         return True
 
     @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False
-
-    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """A page holds all heads of its tokens as one run of bytes, and those of other layers may follow."""
         if spec.state_content_bytes is not None:

@@ -25,6 +25,7 @@ from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core.calibration import Moments
 from logquant_vllm.plugin import basis, observe
 from logquant_vllm.plugin.model import has_other_kinds, shape_of, where
+from logquant_vllm.plugin.offload import no_transfers
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 
@@ -53,8 +54,6 @@ def obstacle(vllm_config: Any) -> str | None:
         return "its weights are random (--load-format dummy)"
     if longest < text.SHORTEST:
         return f"a step takes {longest} tokens of a prompt, and measuring at least {text.SHORTEST}"
-    if vllm_config.kv_transfer_config is not None:
-        return "there is a KV connector, which would offer the prompts to others"
     if envs.VLLM_ELASTIC_EP_SCALE_UP_LAUNCH:
         return "the engine joins others that run already"
     return None
@@ -165,7 +164,7 @@ def _runner(vllm_config: Any, executor: Any, kv_cache_config: Any) -> Callable[[
     from vllm.v1.structured_output import StructuredOutputManager
 
     alone = copy.copy(vllm_config)
-    alone.kv_events_config = None
+    alone.kv_events_config = alone.kv_transfer_config = None
     alone.cache_config = copy.copy(vllm_config.cache_config)
     alone.cache_config.enable_prefix_caching = False  # nothing of these prompts is to be found
     block_size, hash_block_size = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
@@ -183,6 +182,8 @@ def _runner(vllm_config: Any, executor: Any, kv_cache_config: Any) -> Callable[[
         )
         while scheduler.has_requests():  # until the workers know that it is finished
             step = scheduler.schedule()
+            if vllm_config.kv_transfer_config is not None:
+                step.kv_connector_metadata = no_transfers()
             output = executor.execute_model(step, non_block=True).result()
             if output is None:
                 output = executor.sample_tokens(None)

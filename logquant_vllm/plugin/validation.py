@@ -21,6 +21,7 @@ from logquant_vllm.core.budget import num_places
 from logquant_vllm.planning import ALIKE, LINEAR, MAMBA, MAMBA2, state_kinds
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.model import SLIDING_WINDOW, has_other_kinds, shape_of, skipped_layers, where
+from logquant_vllm.plugin.offload import connector_problems
 from logquant_vllm.plugin.specs import WindowSpec
 from logquant_vllm.plugin.speculation import draft_options, has_draft_layers, options_of, speculation_problems
 
@@ -60,11 +61,7 @@ def _engine_problems(vllm_config: Any) -> Iterator[str]:
         yield f"the platform is {current_platform.device_name}: use a CUDA GPU or a CPU, or --kv-cache-dtype auto"
     if cache.user_specified_block_size and cache.block_size != PAGE_SIZE:
         yield f"--block-size is {cache.block_size}: a page has {PAGE_SIZE} tokens, leave the option out"
-    if vllm_config.kv_transfer_config is not None or getattr(cache, "kv_offloading_size", None):
-        yield (
-            "KV connectors and KV offloading do not know the full-precision blocks: leave --kv-transfer-config and "
-            "--kv-offloading-size out"
-        )
+    yield from connector_problems(vllm_config)
     if cache.kv_sharing_fast_prefill:
         yield "layers that share a KV cache see whole prompts: leave --kv-sharing-fast-prefill out"
     if parallel.decode_context_parallel_size > 1:

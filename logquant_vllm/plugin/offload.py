@@ -1,0 +1,68 @@
+"""Pages that leave the GPU: vLLM's own offloading to host memory, and what other KV connectors would do to them.
+
+A page is a block of vLLM's prefix cache, and the offloading connector copies such blocks as bytes, whatever is in them.
+Window blocks are no part of a prefix cache, so they stay with their request. A hit in host memory is thus like one on
+the GPU: pages, a few tokens that are computed again, and the exact copy of token 0 if its block is still there.
+
+The memory lives and ends with its engine, so format and calibration of what it holds are the engine's. Stores that
+outlive it, or that several engines share, find a block by its tokens and the model's name, and another engine's bytes
+may mean something else: they are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import vllm.envs as envs
+from vllm.platforms import current_platform
+
+CONNECTOR = "OffloadingConnector"
+IN_HOST_MEMORY = "CPUOffloadingSpec"
+
+
+def copies_blocks() -> bool:
+    """Whether vLLM copies blocks between this device and the host's memory."""
+    return current_platform.is_cuda_alike()
+
+
+def connector_problems(vllm_config: Any) -> Iterator[str]:
+    """Why pages cannot travel as a configuration, with ours as its KV cache dtype, wants them to."""
+    cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
+    if not getattr(cache, "kv_offloading_size", None):
+        if transfer is None:
+            return
+        option, name = "--kv-transfer-config", transfer.kv_connector
+    else:  # vLLM makes a connector of it, after it has asked us
+        option, name = "--kv-offloading-size", CONNECTOR
+        if cache.kv_offloading_backend != "native":
+            yield f"--kv-offloading-backend is {cache.kv_offloading_backend}: use native"
+            return
+        if envs.VLLM_USE_SIMPLE_KV_OFFLOAD:
+            yield "VLLM_USE_SIMPLE_KV_OFFLOAD is set, whose connector is not supported: leave it out"
+            return
+    if name != CONNECTOR:
+        yield (
+            f"the KV connector {name} does not know pages and full-precision blocks: use {CONNECTOR}, which "
+            "--kv-offloading-size sets up, or leave --kv-transfer-config out"
+        )
+        return
+    extra = (transfer.kv_connector_extra_config if transfer is not None else None) or {}
+    if (store := extra.get("spec_name", IN_HOST_MEMORY)) != IN_HOST_MEMORY:
+        yield (
+            f"spec_name of the {CONNECTOR} is {store}, which may find blocks of another format or calibration: only "
+            f"host memory of the engine's own is supported ({IN_HOST_MEMORY}), leave it out"
+        )
+    if extra.get("canonical_layout"):
+        yield f"canonical_layout of the {CONNECTOR} cuts blocks into tokens, which a page is not: leave it out"
+    if not cache.enable_prefix_caching:
+        yield f"{option} keeps prefixes, and --no-enable-prefix-caching is given: leave one of the two out"
+    if not copies_blocks():
+        yield f"vLLM offloads from a GPU, and this is a {current_platform.device_name}: leave {option} out"
+
+
+def no_transfers() -> Any:
+    """What the connector of a worker is told in a step that neither saves nor loads anything."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingConnectorMetadata
+
+    return OffloadingConnectorMetadata(load_jobs={}, store_jobs={})
