@@ -61,7 +61,7 @@ def forget(engine: Engine) -> None:
 
 def forget_windows(engine: Engine) -> None:
     """As if their memory had been needed, but for the copies of token 0."""
-    offers = windows(engine)._windows._offers.values()
+    offers = [offer for offer in windows(engine)._windows._offers.values() if offer.is_there]
     engine.core.scheduler.kv_cache_manager.evict_blocks({offer.blocks[2].block_id for offer in offers})
 
 

@@ -77,7 +77,8 @@ def forget_copies(engine: Engine) -> None:
     """As if other requests had taken the copies of token 0 alone."""
     manager = engine.core.scheduler.kv_cache_manager
     (windows,) = (m for m in manager.coordinator.single_type_managers if isinstance(m, WindowManager))
-    manager.evict_blocks({block.block_id for offer in windows._sinks._offers.values() for block in offer.blocks})
+    offers = [offer for offer in windows._sinks._offers.values() if offer.is_there]
+    manager.evict_blocks({block.block_id for offer in offers for block in offer.blocks})
 
 
 def pages(engine: Engine, name: str, count: int) -> list[Tensor]:
@@ -93,7 +94,8 @@ def pages(engine: Engine, name: str, count: int) -> list[Tensor]:
 
 class TestPages:
     @pytest.fixture(scope="class")
-    def engine(self, model: Path) -> Iterator[Engine]:
+    @classmethod
+    def engine(cls, model: Path) -> Iterator[Engine]:
         """With blocks for two requests, and host memory for all that is asked here."""
         with started(model, num_gpu_blocks_override=60, kv_offloading_size=0.25) as engine:
             yield engine
