@@ -25,7 +25,7 @@ def feedback_of(head_size: int, num_kv_heads: int, dense: bool) -> tuple[Tensor,
     sparse = torch.zeros(num_kv_heads, head_size, head_size)
     channel = torch.arange(head_size)
     for distance, share in ((1, 0.5), (6, -0.25), (19, 0.25)):
-        one = channel[: head_size - distance : 2]
+        one = channel[: max(head_size - distance, 0) : 2]
         sparse[:, one + distance, one] = share  # the first round
         sparse[:, one, one + distance] = -share  # the second
     sparse[:, channel, channel] = 0.5
