@@ -72,14 +72,16 @@ def test_no_groups() -> None:
 )
 @pytest.mark.parametrize("new", [[130, 70], [1, 1]])
 def test_feedback(case, new: list[int]) -> None:
-    check_pages(case, new)
+    for dense in (False, True):
+        check_pages(case, new, dense)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the kernel runs compiled: test_feedback")
 @pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("new", [pytest.param([130, 70], marks=pytest.mark.slow), [1, 1]])
+@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [GLUON[4], *(pytest.param(c, marks=pytest.mark.slow) for c in GLUON if c != GLUON[4])])
-def test_feedback_in_gluon(monkeypatch: pytest.MonkeyPatch, case, new: list[int], late: bool) -> None:
+def test_feedback_in_gluon(monkeypatch: pytest.MonkeyPatch, case, dense: bool, new: list[int], late: bool) -> None:
     """The Gluon kernel in the interpreter.
 
     Args:
@@ -88,33 +90,30 @@ def test_feedback_in_gluon(monkeypatch: pytest.MonkeyPatch, case, new: list[int]
     package = "logquant_vllm.kernels"
     with imported(f"{package}.store.feedback.gluon_kernel", late, f"{package}.decode.gluon") as kernel:
         monkeypatch.setattr(launch, "_choose", lambda *_: kernel)
-        check_pages(case, new)
+        check_pages(case, new, dense)
 
 
-def check_pages(case, new: list[int]) -> None:
-    """Bytes of the reference, where no sum is rounded; nearly all of them, where sums are. NaN stays in its channel."""
+def check_pages(case, new: list[int], dense: bool) -> None:
+    """Bytes of the reference, where no sum is rounded; nearly all of them, where sums are (``dense``). NaN stays in its
+    channel."""
     layout = small_layout(case)
     group = layout.fmt.key_group_size
-    for dense in (False, True):
-        feedback = feedback_of(layout.fmt.head_size, 2, dense)[0]
-        pair = Pair(layout, 1, 2, 2, 4 * group + 130, case[9])
-        # the second step completes a group of each request, with one token or with many
-        for i, step in enumerate([[3 * group - 1, 2 * group - 1], new]):
-            _, k, v = pair.qkv(sum(step), seed=i)
-            k = k if dense else (k * 8).round() / 8
-            k[0, 1, 3], k[-1, 0, 9] = torch.nan, torch.inf
-            for requests, ops, device in ((pair.expected, reference, "cpu"), (pair.actual, kernels, DEVICE)):
-                batch = requests.batch(step)
-                tensors = [x.to(device) for x in (k, v)]
-                store = ops.store_tokens if max(step) == 1 else ops.quantize_pages
-                store(*tensors, requests.cache, batch, layout, feedback.to(device))
-                if max(step) > 1:
-                    ops.update_window(*tensors, requests.cache, batch, layout)
-        expected, actual = (x.cache.pages.cpu() for x in (pair.expected, pair.actual))
-        if not dense:
-            assert torch.equal(expected, actual)
-        else:
-            assert (expected != actual).float().mean() < 0.02
+    feedback = feedback_of(layout.fmt.head_size, 2, dense)[0]
+    pair = Pair(layout, 1, 2, 2, 4 * group + 130, case[9])
+    # the second step completes a group of each request, with one token or with many
+    for i, step in enumerate([[3 * group - 1, 2 * group - 1], new]):
+        _, k, v = pair.qkv(sum(step), seed=i)
+        k = k if dense else (k * 8).round() / 8
+        k[0, 1, 3], k[-1, 0, 9] = torch.nan, torch.inf
+        for requests, ops, device in ((pair.expected, reference, "cpu"), (pair.actual, kernels, DEVICE)):
+            batch = requests.batch(step)
+            tensors = [x.to(device) for x in (k, v)]
+            store = ops.store_tokens if max(step) == 1 else ops.quantize_pages
+            store(*tensors, requests.cache, batch, layout, feedback.to(device))
+            if max(step) > 1:
+                ops.update_window(*tensors, requests.cache, batch, layout)
+    expected, actual = (x.cache.pages.cpu() for x in (pair.expected, pair.actual))
+    assert torch.equal(expected, actual) if not dense else (expected != actual).float().mean() < 0.02
 
 
 @pytest.mark.gpu
