@@ -9,7 +9,7 @@ import pytest
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core.budget import num_places, spend
 from logquant_vllm.core.page_format import PageFormat
-from logquant_vllm.planning import Engine, ModelShape, logquant_capacity
+from logquant_vllm.planning import Engine, ModelShape, logquant_capacity, preset_capacities
 
 FORMAT = PageFormat(64)
 
@@ -49,6 +49,16 @@ def test_capacity() -> None:
     assert tokens[2.25] == pytest.approx(plain.tokens, rel=0.01)
     assert tokens[2.5] == pytest.approx(plain.tokens * 2.25 / 2.5, rel=0.01)
     assert k3v3.tokens * 0.98 <= tokens[3.25] <= k3v3.tokens  # window blocks are larger than they need be
+
+
+def test_presets_beside_a_budget() -> None:
+    shape = ModelShape(32, 8, 128, "bfloat16")
+    beside, alone = (
+        {x.name: x.tokens for x in preset_capacities(config, shape, 16 << 30, 32768)}
+        for config in (LogQuantConfig(bits=2.5), LogQuantConfig())
+    )
+    assert set(beside) == {"k2v2", *alone}
+    assert alone.items() <= beside.items()
 
 
 def test_bits_of_their_own() -> None:

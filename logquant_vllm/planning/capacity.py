@@ -252,7 +252,8 @@ def preset_capacities(
     """
     engine = Engine(memory, max_model_len, **options)
     others = {
-        name: config.model_copy(update={"key_bits": 2, "value_bits": 2, **bits}) for name, bits in PRESETS.items()
+        name: config.model_copy(update={"bits": None, "key_bits": 2, "value_bits": 2, **bits})
+        for name, bits in PRESETS.items()
     }
     return [
         replace(logquant_capacity(other, shape, engine), name=name) for name, other in others.items() if other != config
