@@ -99,6 +99,15 @@ def test_queries_count_by_what_errors_do_to_the_output() -> None:
         assert_close(found.output[head, query], read.square().sum(), what=what)
 
 
+def test_a_prompt_that_was_cut_has_no_queries() -> None:
+    q, k, v = (torch.randn(n, 200, 16, generator=torch.Generator().manual_seed(0)) for n in (4, 2, 2))
+    whole, with_cut = MomentSums(64, 64), MomentSums(64, 64)
+    for sums in (whole, with_cut):
+        sums.add(q, k, v, 0.25, torch.eye(16).expand(4, -1, -1))
+    with_cut.add(q[:, :150], k[:, :150], v[:, :150], 0.25, torch.eye(16).expand(4, -1, -1), first=170)
+    assert torch.equal(whole.moments().query, with_cut.moments().query)
+
+
 def test_cost_of_errors() -> None:
     """What errors cost of a layer's output: twice its size changes nothing, sharper attention and larger keys do."""
     g = torch.Generator().manual_seed(0)

@@ -40,7 +40,7 @@ class MomentSums:
         Args:
             scale: factor on the scores.
             output: ``[heads, channels, channels]``: the squared length, in the layer's output, of what a head reads.
-            first: the first query that counts.
+            first: the first query that counts; of a prompt that was cut there may be none.
         """
         heads, tokens, channels = key.shape
         k = key[:, : tokens // self.group * self.group].float().unflatten(1, (-1, self.group))
@@ -49,7 +49,7 @@ class MomentSums:
         shared = zip(query.unflatten(0, (heads, -1)), key, value, output.unflatten(0, (heads, -1)), strict=True)
         stride = query.shape[0] // heads
         step = max(1, SCORES // (stride * tokens))
-        positions = torch.arange(first, tokens, stride, device=query.device).split(step)
+        positions = torch.arange(min(first, tokens), tokens, stride, device=query.device).split(step)
         moments = []
         for q, k, v, size in shared:
             total = torch.zeros(channels, channels, dtype=torch.float64)
