@@ -27,9 +27,7 @@ class MomentSums:
         self.group, self.recent = group, recent
         self.query: Tensor | float = 0.0
         self.key: Tensor | float = 0.0
-        self.queries: Tensor | int = 0
         self.keys = 0
-        self.raw: Tensor | float = 0.0  # as `query`, in units of the output
         self.values, self.output = 0.0, 0.0
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, first: int = 0) -> None:
@@ -62,33 +60,29 @@ class MomentSums:
                 self.values += float(by.values.sum(dtype=torch.float64))
                 self.output += float(by.output.sum(dtype=torch.float64))
             moments.append(total)
-        stacked = torch.stack(moments)
-        self.raw = self.raw + stacked * scale**2
-        mean = stacked.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        # every sequence counts alike, however sharp its attention; not where nothing was far enough back
-        self.query = self.query + torch.where(mean == 0, 0.0, stacked / mean)
-        self.queries = self.queries + (mean != 0)
+        self.query = self.query + torch.stack(moments) * scale**2
 
     def moments(self) -> Moments:
-        """The means; zero for the queries of a head whose far keys were never read.
+        """What was summed up; zero for the queries of a head whose far keys were never read.
 
         Raises:
             ValueError: if no sequence was long enough.
         """
-        seen = isinstance(self.queries, Tensor) and bool(self.queries.any())
-        if not (seen and self.keys and isinstance(self.query, Tensor) and isinstance(self.key, Tensor)):
+        query = self.query
+        if not (self.keys and isinstance(self.key, Tensor) and isinstance(query, Tensor) and query.any()):
             raise ValueError(f"the text is too short: no sequence has more than {max(self.group, self.recent)} tokens")
-        query, key = self.query / torch.as_tensor(self.queries).clamp(min=1), self.key / self.keys
+        key = self.key / self.keys
         # the least that errors in a basis of few bits cost: see `core.calibration`
-        by_keys = KEY_ERRORS * key.shape[-1] * float((_size(self.raw) * _size(key)).sum())
+        by_keys = KEY_ERRORS * key.shape[-1] * float((_size(query) * _size(key)).sum())
         cost = torch.tensor([by_keys, self.values]) / max(self.output, torch.finfo(torch.float64).tiny)
         return Moments(query, key, cost.float())
 
 
-def _size(moments: Tensor | float) -> Tensor:
-    """The geometric mean of each matrix's eigenvalues, damped like those of a basis; 0 of nothing."""
-    x = torch.as_tensor(moments)
-    values = torch.linalg.eigvalsh((x + x.mT) / 2).clamp_min(0)
+def _size(moments: Tensor) -> Tensor:
+    """The geometric mean of each matrix's eigenvalues, damped like those of a basis; 0 of nothing, and of no numbers,
+    which whoever uses the moments refuses."""
+    moments = moments.nan_to_num(0.0, 0.0, 0.0)
+    values = torch.linalg.eigvalsh((moments + moments.mT) / 2).clamp_min(0)
     return (values + DAMPING * values.mean(-1, keepdim=True)).log().mean(-1).exp()
 
 
