@@ -1,7 +1,8 @@
 """The text that a model is measured on: the package's own, or the user's.
 
 The package's is a little of everything that models are asked for, in ``texts/``: prose in several languages, code,
-mathematics, structured data, and chats, which are put into the model's own template.
+mathematics, structured data, records and steps to be looked up far back, and chats, which are put into the model's own
+template.
 """
 
 from __future__ import annotations
