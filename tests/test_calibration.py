@@ -355,11 +355,11 @@ def test_a_file_is_not_read_for_nothing(tmp_path: Path) -> None:
 def test_a_head_that_was_never_at_work(tmp_path: Path) -> None:
     """Its moments are zero: it is stored as one without any preference, not as what nobody can read."""
     path, moments = tmp_path / calibration.FILE_NAME, random_moments(64, 2)
-    for x in moments:
+    for x in (moments.query, moments.key):
         x[1] = 0
     calibration.save([moments], path)
     (found,) = calibration.load(path, (1, 2, 64))
-    assert all(torch.equal(x[1], torch.eye(64).half()) for x in found)
+    assert all(torch.equal(x[1], torch.eye(64).half()) for x in (found.query, found.key))
     moments.key[0, 3, 3] = torch.nan
     with pytest.raises(ValueError, match=r"layers\.0\.key has values that are not finite: nothing was written"):
         calibration.save([moments], tmp_path / "other")
