@@ -197,6 +197,8 @@ def test_equals_vllm(
         num_slots=layout.num_slots,
         slots_per_block=layout.fmt.slots_per_block(heads, torch.bfloat16),
         replay_tokens=0,
+        window_length=layout.window_length,
+        keep_from=None,
         **common,
     )
     specs: dict[str, Any] = {f"layers.{i}": pages for i in range(layers)}
