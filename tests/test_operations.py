@@ -14,16 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from logquant_vllm.bench.calibrations import random_moments
 from logquant_vllm.core import operations as reference
-from logquant_vllm.core.calibration import Basis, calibrated_basis, rotation_basis
-from logquant_vllm.core.hadamard import hadamard_matrix
+from logquant_vllm.core.calibration import rotation_basis
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.log_selection import num_compactions
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
-from logquant_vllm.core.past import gather_past, past_slices
-from logquant_vllm.core.states import merge_states
 from logquant_vllm.cpu import operations as cpp
 from tests.oracle import Sequence
 from tests.paging import PagedBatch, assert_close, random_qkv
@@ -158,28 +154,6 @@ def test_soft_capping_and_sinks(ops: ModuleType, softcap: float, with_sinks: boo
         assert_close(output, expected, 1e-4, f"output of a step of {new}")
 
 
-@pytest.mark.parametrize(
-    ("gqa", "dtype"), [(1, torch.float32), (3, torch.float16), (4, torch.bfloat16), (8, torch.bfloat16)]
-)
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_cpp_equals_the_reference(name: str, gqa: int, dtype: torch.dtype) -> None:
-    """Every byte of pages and window; attention within the tolerance; and ``step`` is the three in their order."""
-    layout, heads, num_reqs = LAYOUTS[name], 2, 3
-    size, total = layout.fmt.head_size, 5 * layout.window_length + 20
-    expected, actual, fused = (PagedBatch(layout, heads, num_reqs, total, dtype) for _ in range(3))
-    for step, new in enumerate(chunkings(layout, total, num_reqs, seed=gqa)):
-        q, k, v = random_qkv(sum(new), gqa * heads, heads, size, dtype, seed=step)
-        output, lse = expected.step(q, k, v, new, size**-0.5)
-        cpp_output, cpp_lse = actual.step(q, k, v, new, size**-0.5, cpp)
-        assert torch.equal(actual.cache.pages, expected.cache.pages), f"bytes after step {step}, {new}"
-        assert_close(cpp_output, output, what=f"output of step {step}, {new}")
-        assert (cpp_lse - lse).abs().max() < 1e-3
-        fused_output = torch.full_like(q, torch.nan)
-        cpp.step(Layer(layout, size**-0.5), q, k, v, fused.cache, fused.batch(new), fused_output)
-        assert torch.equal(fused_output, cpp_output)
-        assert torch.equal(fused.cache.pages, actual.cache.pages)
-
-
 @every_implementation
 @pytest.mark.parametrize("keys", [True, False])
 @pytest.mark.parametrize("values", [True, False])
@@ -201,54 +175,6 @@ def test_step_leaves_the_basis(ops: ModuleType, keys: bool, values: bool) -> Non
         for output, what in zip(actual, ("step", "begin_step", "attend_stored"), strict=True):
             assert_close(output, expected, 1e-5, f"{what} {step}")
         assert torch.equal(turned.cache.pages, plain.cache.pages) == (not keys and not values)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cpp_takes_each_head_to_its_basis(dtype: torch.dtype) -> None:
-    """Requests that begin, that go on and that decode in one step; stored tokens are those of the reference."""
-    layout, heads, size = DEFAULT, 2, 64
-    query, key, _, _ = calibrated_basis(random_moments(size, heads, 1))
-    basis = Basis(query.to(dtype), key.to(dtype), None, hadamard_matrix(size, dtype)[None])
-    layer = Layer(layout, size**-0.5, basis)
-    expected, actual = (PagedBatch(layout, heads, 3, 700, dtype) for _ in range(2))
-    for step, new in enumerate([[400, 300, 0], [1, 130, 200], [1, 1, 1], [1, 64, 1]]):
-        qkv = random_qkv(sum(new), 3 * heads, heads, size, dtype, seed=step)
-        output, cpp_output = torch.empty_like(qkv[0]), torch.empty_like(qkv[0])
-        reference.step(layer, *qkv, expected.cache, expected.batch(new), output)
-        cpp.step(layer, *qkv, actual.cache, actual.batch(new), cpp_output)
-        assert torch.equal(actual.cache.pages, expected.cache.pages)
-        assert_close(cpp_output, output, 2e-2 if dtype == torch.bfloat16 else 1e-4, f"step {step}")
-
-
-@pytest.mark.parametrize(("head_size", "threads"), [(16, 1), (80, 1), (96, 2), (128, 1), (160, 1), (192, 2), (256, 2)])
-def test_cpp_long_context(head_size: int, threads: int) -> None:
-    """Long enough that a request's context is split between threads, and a prefill that fills whole query tiles."""
-    layout, dtype = CacheLayout(PageFormat(head_size)), torch.bfloat16
-    assert torch.get_num_threads() == threads
-    expected, actual = (PagedBatch(layout, 1, 2, 1900, dtype) for _ in range(2))
-    for step, new in enumerate([[1500, 1], [300, 0], [1, 1], [1, 90], [3, 1]]):
-        qkv = random_qkv(sum(new), 4, 1, head_size, dtype, seed=step)
-        output, lse = expected.step(*qkv, new, head_size**-0.5)
-        cpp_output, cpp_lse = actual.step(*qkv, new, head_size**-0.5, cpp)
-        assert torch.equal(actual.cache.pages, expected.cache.pages)
-        assert_close(cpp_output, output, what=f"output of step {step}")
-        assert_close(cpp_lse, lse, 1e-4, f"lse of step {step}")
-
-
-def test_cpp_takes_strided_tensors() -> None:
-    """vLLM hands out slices of one projection, and blocks with a stride of their own."""
-    layout, new = DEFAULT, [200, 70]
-    q, k, v = random_qkv(270, 4, 2, 64)
-    expected, actual = (PagedBatch(layout, 2, 2, 300) for _ in range(2))
-    output, _ = expected.step(q, k, v, new, 0.125)
-    packed = torch.cat([q, k, v], 1)
-    wide = torch.zeros(len(actual.cache.pages), actual.cache.pages.shape[1] + 64, dtype=torch.uint8)
-    wide[:, :-64] = actual.cache.pages
-    actual.cache = actual.cache._replace(pages=wide[:, :-64], window=wide[:, :-64])
-    cpp_output, _ = actual.step(*packed.split([4, 2, 2], 1), new, 0.125, cpp)
-    assert_close(cpp_output, output, what="output")
-    assert torch.equal(actual.cache.pages, expected.cache.pages)
-    assert (wide[:, -64:] == 0).all()
 
 
 @every_implementation
@@ -425,81 +351,3 @@ def test_attention_writes_nothing(ops: ModuleType) -> None:
     before = cache_bytes(requests)
     ops.attention(*random_qkv(40, 2, 1, 64), requests.cache, requests.batch([40]), DEFAULT, 0.125)
     assert torch.equal(cache_bytes(requests), before)
-
-
-@pytest.mark.parametrize("room", [96, 160, 2000])
-def test_past_and_chunk_make_the_whole(room: int) -> None:
-    """Dense attention over the gathered past, slice by slice, joined with the chunk's own, is ``attention``."""
-    layout, size = DEFAULT, 64
-    requests = PagedBatch(layout, 2, 3, 700)
-    for seed, new in enumerate([[420, 1, 64], [70, 0, 3], [1, 0, 1]]):
-        requests.step(*random_qkv(sum(new), 4, 2, size, seed=seed), new, 0.125)
-    new = [40, 5, 130]
-    q, k, v = random_qkv(sum(new), 4, 2, size, seed=9)
-    batch = requests.batch(new)
-    expected, expected_lse = reference.attention(q, k, v, requests.cache, batch, layout, 0.125)
-
-    def dense(r: int, keys: Tensor, values: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-        rows = slice(int(batch.query_start_loc[r]), int(batch.query_start_loc[r + 1]))
-        grouped = q[rows].float().unflatten(1, (2, 2))
-        scores = torch.einsum("qhgd,thd->qhgt", grouped, keys.float()) * 0.125
-        if causal:
-            scores.masked_fill_(~torch.ones(scores.shape[0], len(keys)).tril().bool()[:, None, None], -math.inf)
-        weights = torch.softmax(scores, -1).nan_to_num(0.0)
-        out = torch.einsum("qhgt,thd->qhgd", weights, values.float()).flatten(1, 2)
-        return out, torch.logsumexp(scores, -1).flatten(1)
-
-    parts = [split(x, new) for x in (k, v)]
-    states = [dense(r, parts[0][r], parts[1][r], True) for r in range(3)]
-    slices = past_slices(batch.num_computed, [600, 1, 68], room)
-    assert (len(slices) > 1) == (room < 600)
-    for piece in slices:
-        keys, values = (torch.full((room, 2, size), math.nan, dtype=k.dtype) for _ in range(2))
-        gather_past(keys, values, piece, k, v, requests.cache, batch, layout)
-        assert piece.start_loc[-1] <= piece.rows <= room
-        for r in range(3):
-            rows = slice(int(piece.start_loc[r]), int(piece.start_loc[r + 1]))
-            states[r] = merge_states(*states[r], *dense(r, keys[rows], values[rows], False))
-    assert_close(torch.cat([out for out, _ in states]), expected)
-    assert_close(torch.cat([lse for _, lse in states]), expected_lse)
-
-
-def test_past_needs_room() -> None:
-    with pytest.raises(ValueError, match="room for 63 tokens is less than 32 for each of 2 requests"):
-        past_slices(torch.tensor([100, 100]), [100, 100], 63)
-    assert past_slices(torch.tensor([0, 0]), [0, 0], 64) == []
-
-
-def test_merge_states() -> None:
-    """Two halves of a softmax make the whole, also where one half is empty."""
-    g = torch.Generator().manual_seed(0)
-    scores = torch.randn(5, 3, 20, generator=g, dtype=torch.float64) * 5
-    scores[0, :, :8] = scores[1, :, 8:] = -math.inf
-    values = torch.randn(20, 16, generator=g, dtype=torch.float64)
-
-    def state(part: slice) -> tuple[Tensor, Tensor]:
-        weights = torch.softmax(scores[..., part], -1).nan_to_num(0.0)
-        return weights @ values[part], torch.logsumexp(scores[..., part], -1)
-
-    output, lse = merge_states(*state(slice(0, 8)), *state(slice(8, 20)))
-    expected, expected_lse = state(slice(0, 20))
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(lse, expected_lse)
-    empty = torch.full_like(lse, -math.inf)
-    nothing, none = merge_states(torch.zeros_like(output), empty, torch.zeros_like(output), empty)
-    assert (nothing == 0).all()
-    assert torch.equal(none, empty)
-
-
-def test_cpp_refuses_what_does_not_fit() -> None:
-    requests = PagedBatch(DEFAULT, 1, 1, 100)
-    batch = requests.batch([10])
-    q, k, v = random_qkv(10, 2, 1, 64)
-    with pytest.raises(RuntimeError, match="dtype Double"):
-        cpp.attention(q.double(), k.double(), v.double(), requests.cache, batch, DEFAULT, 1.0)
-    with pytest.raises(RuntimeError, match="past the 9 tokens"):
-        cpp.update_window(k[:9], v[:9], requests.cache, batch, DEFAULT)
-    with pytest.raises(RuntimeError, match="keys and values must be"):
-        cpp.quantize_pages(k[..., :32], v[..., :32], requests.cache, batch, DEFAULT)
-    with pytest.raises(RuntimeError, match="do not fit keys"):
-        cpp.attention(q[:3], k, v, requests.cache, batch, DEFAULT, 1.0)

@@ -14,13 +14,11 @@ import torch
 
 from logquant_vllm.core import operations as reference
 from logquant_vllm.core import past as past_reference
-from logquant_vllm.core.calibration import Basis, rotate_heads, rotation_basis
-from logquant_vllm.core.hadamard import hadamard_matrix
+from logquant_vllm.core.calibration import Basis, rotation_basis
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.page_format import PageFormat
-from logquant_vllm.core.paged import Batch, CacheLayout
+from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.kernels import operations as kernels
-from logquant_vllm.kernels.decode import triton_kernel
 from tests.paging import PagedBatch, assert_close, random_qkv
 
 ON_GPU = torch.cuda.is_available()
@@ -274,101 +272,6 @@ def test_decode_step(case) -> None:
     keys, batch = pair.qkv(4, 0)[1].to(DEVICE), pair.actual.batch([2, 2])
     with pytest.raises(ValueError, match="one new token per request"):
         kernels.store_tokens(keys, keys, pair.actual.cache, batch, layout)
-
-
-@pytest.mark.parametrize(
-    ("gqa", "queries"),
-    [(6, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 2), (4, 5), (3, 8), (16, 4), (1, 16)])],
-)
-def test_several_queries(gqa: int, queries: int) -> None:
-    """Up to ``queries`` new tokens of each request, some of which are taken back, over every boundary of the window;
-    more vectors than a program takes, idle requests and short ones."""
-    fmt = PageFormat(32, 64, key_group_size=32, value_group_size=32)
-    layout = CacheLayout(fmt, 32, rollback_tokens=2 * queries - 1)
-    pair = Pair(layout, gqa, 1, 3, 32 * 8, torch.float16)
-    pair.step([32 * 3 - 2, 32 * 5 + layout.rollback_tokens - 2, 1])
-    for i, new in enumerate(([queries] * 3, [queries, 1, 0], [1, queries, queries - 1], [queries] * 3)):
-        pair.step(new, seed=i, queries=queries)
-        pair.take_back([max(n - 1 - i, 0) for n in new])
-
-
-def test_several_queries_of_padding() -> None:
-    """Rows of padding beside a request with tokens, and rows of no request at all: zeros, and nothing is written."""
-    layout = small_layout(SMALL[0])
-    pair = Pair(layout, 2, 1, 2, 256, torch.float16)
-    pair.actual.cache.window_block_table[1] = 0
-    q, k, v = (x.to(DEVICE) for x in pair.qkv(8, 9))
-    starts = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
-    lens = torch.tensor([2, 3], dtype=torch.int32, device=DEVICE)
-    before = pair.actual.cache.pages.clone()
-    out, lse = kernels.decode(q, k, v, pair.actual.cache, Batch(starts, lens, 3, 256), layout, 1.0)
-    assert torch.equal(before, pair.actual.cache.pages)
-    assert (out[2:] == 0).all() and lse[2:].eq(-torch.inf).all()
-    assert out[:2].isfinite().all() and lse[:2].isfinite().all()
-    # the first token sees itself alone
-    assert_close(out[0], v[0].repeat_interleave(2, 0), what="first token")
-
-
-@pytest.mark.parametrize("at_once", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rollback_tokens", [3, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("fmt", "gqa"),
-    [
-        pytest.param(small_layout(SMALL[2]).fmt, 1, id="small"),
-        # on Hopper, the Gluon kernel
-        pytest.param(PageFormat(128), 4, id="128", marks=[needs_gpu, pytest.mark.gpu]),
-        pytest.param(PageFormat(64), 8, id="64", marks=[needs_gpu, pytest.mark.gpu]),
-    ],
-)
-def test_steps_are_taken_back(fmt: PageFormat, gqa: int, rollback_tokens: int, at_once: bool) -> None:
-    """Tokens that ask for a compaction, or complete a group, are computed again with other ones."""
-    layout = CacheLayout(fmt, 64, rollback_tokens=rollback_tokens)
-    pair, w = Pair(layout, gqa, 1, 2, 400, torch.float16), layout.window_length
-    pair.step([4 * w - 1, 3 * w + 1])
-    for i, (new, back) in enumerate([([1, 1], [1, 0]), ([1, 1], [0, 1]), ([3, 1], [3, 0]), ([1, 1], [0, 0])]):
-        pair.step(new, seed=i, at_once=at_once)
-        pair.take_back([min(n, rollback_tokens) for n in back])
-
-
-@pytest.mark.parametrize(
-    ("head_size", "dtype"), [(16, torch.float16), (96, torch.bfloat16), (128, torch.float32), (192, torch.float16)]
-)
-@pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (5, 3), (150, 1), (150, 3)])
-def test_rotate_heads(head_size: int, dtype: torch.dtype, tokens: int, groups: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    matrices = torch.randn(2, groups, head_size, head_size, generator=generator).to(dtype) / head_size**0.5
-    wide = torch.cat(random_qkv(tokens, 12, 3, head_size, dtype), 1)  # strided, as a model's are
-    new = wide.split([12, 3, 3], 1)
-    for value in (None, hadamard_matrix(head_size, dtype)[None]):
-        basis = Basis(*matrices, None, value)
-        on_device = Basis(*(None if x is None else x.to(DEVICE) for x in basis))
-        actual = kernels.rotate_heads(*wide.to(DEVICE).split([12, 3, 3], 1), on_device)
-        for x, y in zip(actual, rotate_heads(*new, basis), strict=True):
-            assert x.is_contiguous() or (value is None and x is actual[2])
-            assert_close(x, y, what="rotated")
-
-
-@pytest.mark.parametrize("head_size", [96, 128])
-def test_outputs_are_rotated_back(monkeypatch: pytest.MonkeyPatch, head_size: int) -> None:
-    """Of steps of single tokens: partials that are combined, tiles of one program, rows of padding; with channels that
-    are a power of two, and others."""
-    monkeypatch.setattr(triton_kernel, "PROGRAMS", 2)  # without a GPU: one tile is cut, two are not
-    layout, dtype = CacheLayout(PageFormat(head_size), 64), torch.float16
-    pair = Pair(layout, 2, 1, 3, 700, dtype)
-    bases = [rotation_basis(head_size, dtype, device) for device in ("cpu", DEVICE)]
-    for i, new in enumerate([[600, 3, 130], [1, 1, 1], [1, 0, 1]]):
-        q, k, v = rotate_heads(*pair.qkv(sum(new), i), bases[0])
-        if max(new) > 1:
-            pair.step(new, qkv=(q, k, v))
-            continue
-        sides = zip((pair.expected, pair.actual), (reference, kernels), bases, ("cpu", DEVICE), strict=True)
-        expected, actual = (
-            ops.decode_step(*(x.to(device) for x in (q, k, v)), side.cache, side.batch(new), layout, 0.1, None, basis)
-            for side, ops, basis, device in sides
-        )
-        for x, y in zip(actual, expected, strict=True):
-            assert_close(x, y, what=f"step {i}")
-        pair.same_bytes(f"step {i}")
 
 
 def past_of_both(pair: Pair, new: list[int], room: int, whole: bool) -> None:
