@@ -225,7 +225,9 @@ def test_a_file_that_cannot_be_used_is_named_once(monkeypatch: pytest.MonkeyPatc
     assert len(warnings) == 3 and len(set(warnings)) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other model"])
+@pytest.mark.parametrize(
+    "damage", ["cut", pytest.param("empty", marks=pytest.mark.slow), "other model", "endless", "pipe"]
+)
 def test_a_file_that_cannot_be_used_is_named_and_made_anew(
     damage: str, engine: Engine, model: Path, logged: Callable[[], str]
 ) -> None:
@@ -234,6 +236,11 @@ def test_a_file_that_cannot_be_used_is_named_and_made_anew(
     content = engine.path.read_bytes()
     if damage == "other model":
         calibration.save([random_moments(64, 4)], engine.path)
+    elif damage == "pipe":  # which would be waited for
+        engine.path.unlink()
+        os.mkfifo(engine.path)
+    elif damage == "endless":
+        os.truncate(engine.path, 1 << 40)
     else:
         engine.path.write_bytes(content[:5000] if damage == "cut" else b"")
     # it stops no start
@@ -241,7 +248,7 @@ def test_a_file_that_cannot_be_used_is_named_and_made_anew(
     assert arguments.create_engine_config() is not None
     path, note = engine.start_again()
     assert (path, note.partition(" in ")[0]) == (str(engine.path), "measured at this start")
-    assert f"{engine.path} cannot be used and is made anew" in logged()
+    assert damage == "pipe" or f"{engine.path} cannot be used and is made anew" in logged()
     assert engine.path.read_bytes() == content
     assert_calibrated(engine, calibration.load(engine.path))
 
