@@ -36,6 +36,9 @@ Args read_args(const Tensor& key, const Tensor& value, const Tensor& pages, cons
     std::memcpy(&a.layout, constants.const_data_ptr(), sizeof(Layout));
     std::memcpy(&a.quantizer, factors.const_data_ptr(), sizeof(Quantizer));
     const int64_t num_reqs = seq_lens.size(0), heads = key.size(1), size = a.layout.head_size;
+    TORCH_CHECK(size <= kMaxChannels && a.layout.group_size <= kMaxGroup && a.layout.value_group_size <= kMaxGroup,
+                "logquant: heads of ", size, " channels and groups of ", a.layout.group_size, " and ",
+                a.layout.value_group_size, ": at most ", kMaxChannels, " and ", kMaxGroup);
     TORCH_CHECK(key.size(2) == size && value.sizes() == key.sizes() && key.scalar_type() == value.scalar_type(),
                 "logquant: keys and values must be [tokens, ", heads, ", ", size, "] of one dtype, got ", key.sizes(),
                 " and ", value.sizes());

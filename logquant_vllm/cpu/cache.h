@@ -8,6 +8,9 @@
 
 namespace logquant {
 
+constexpr int64_t kMaxGroup = 128;     // tokens of a group, and channels that share a scale
+constexpr int64_t kMaxChannels = 512;  // of a head
+
 // Some bits of all codes of a slab, in rows of 16-bit words; see core/page_format.py.
 struct Plane {
     int64_t bits, shift, words, offset;  // of a code; of these bits in it; words of a row; bytes from the slab's start

@@ -12,9 +12,7 @@
 
 namespace logquant {
 
-constexpr int64_t kMaxGroup = 128;     // tokens of a group, and channels that share a scale
-constexpr int64_t kMaxChannels = 512;  // of a head
-constexpr int64_t kMaxWords = 128;     // of a row: 4 bits of all channels
+constexpr int64_t kMaxWords = kMaxChannels / 4;  // of a row: 4 bits of all channels
 
 inline const float* e4m3_table() {
     static const std::array<float, 256> table = [] {

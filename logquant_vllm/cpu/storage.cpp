@@ -16,7 +16,6 @@ namespace {
 
 constexpr uint8_t kNanE4m3 = 0x7F;
 constexpr uint16_t kNanHalf = 0x7E00;
-constexpr int64_t kMaxRows = 512;  // tokens of a group, or channels
 
 // One group of core/quantizer.py, operation by operation: no fused multiply-add, round half to even, IEEE division.
 // Values and codes are contiguous, their count is a multiple of kLanes.
@@ -119,7 +118,7 @@ void pack(const uint8_t* codes, int64_t rows, const Plane (&planes)[kPlanes], in
         uint8_t* out = slab + plane.offset + 2 * (first_row * plane.words + group * words);
         const int mask = (1 << plane.bits) - 1;
         for (int64_t w = 0; w < words; ++w, out += 2) {
-            uint16_t word[kMaxRows] = {};
+            uint16_t word[kMaxChannels] = {};
             for (int64_t j = 0; j < plane.slots(); ++j) {
                 const uint8_t* code = codes + (j * words + w) * rows;
                 const int64_t place = plane.bits * j;
@@ -155,8 +154,9 @@ void quantize_group(int64_t request, int64_t group, int64_t head, const Rows<T>&
     const auto lowest = static_cast<float>(q.scale_min), highest = static_cast<float>(q.scale_max);
     const GroupQuantizer keys{f.key_bits,        f.scale_bits,       float(q.key_spread), float(q.key_stretch),
                               float(q.key_bias), float(q.key_floor), lowest,              highest};
-    const GroupQuantizer values{f.value_bits,        f.scale_bits,         float(q.value_spread), float(q.value_stretch),
-                                float(q.value_bias), float(q.value_floor), lowest,                highest};
+    const GroupQuantizer values{f.value_bits,           f.scale_bits,         float(q.value_spread),
+                                float(q.value_stretch), float(q.value_bias), float(q.value_floor),
+                                lowest,                 highest};
     scratch.x.grow(tokens * channels);
     scratch.lost.grow(tokens * channels);
     scratch.codes.resize(tokens * channels);
