@@ -47,7 +47,9 @@ def decoding_with(kernel: str) -> Iterator[None]:
 def test_any_step_is_taken_back(kernel: str, data: st.DataObject) -> None:
     """Tokens that ask for a compaction, complete a group or a page, of some requests of a batch; the last one began
     with a prefix hit."""
-    layout = CacheLayout(PageFormat(64), WINDOW, 2 * WINDOW, rollback_tokens=2 * DRAFTS + 1)
+    layout = CacheLayout(
+        PageFormat(64), WINDOW, 2 * WINDOW, rollback_tokens=2 * DRAFTS + 1, decode_query_len=1 + DRAFTS
+    )
     pair = Pair(layout, 2, 1, 3, 480, torch.float16)
     edges = st.builds(lambda m, d: m + d, st.sampled_from([2 * PAGE, 4 * WINDOW, 5 * WINDOW]), st.integers(-3, 0))
     pair.step([data.draw(edges), data.draw(edges), 0])
@@ -60,23 +62,24 @@ def test_any_step_is_taken_back(kernel: str, data: st.DataObject) -> None:
             wrong = [data.draw(st.integers(0, 1 + DRAFTS - n)) for n in right]
             new = [n + w for n, w in zip(right, wrong, strict=True)]
             if any(new):
-                pair.step(new, seed=seed, queries=1 + DRAFTS)
+                pair.step(new, seed=seed, queries=1 + DRAFTS, at_once=data.draw(st.booleans()))
                 pair.take_back(wrong)
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize(
     ("gqa", "queries"),
     [(6, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 2), (4, 5), (3, 8), (16, 4), (1, 16)])],
 )
-def test_several_queries(gqa: int, queries: int) -> None:
+def test_several_queries(gqa: int, queries: int, at_once: bool) -> None:
     """Up to ``queries`` new tokens of each request, some of which are taken back, over every boundary of the window;
-    more vectors than a program takes, idle requests and short ones."""
+    more vectors than a program takes, idle requests and short ones; stored as a prompt's are, or with one launch."""
     fmt = PageFormat(32, 64, key_group_size=32, value_group_size=32)
-    layout = CacheLayout(fmt, 32, rollback_tokens=2 * queries - 1)
+    layout = CacheLayout(fmt, 32, rollback_tokens=2 * queries - 1, decode_query_len=queries)
     pair = Pair(layout, gqa, 1, 3, 32 * 8, torch.float16)
     pair.step([32 * 3 - 2, 32 * 5 + layout.rollback_tokens - 2, 1])
     for i, new in enumerate(([queries] * 3, [queries, 1, 0], [1, queries, queries - 1], [queries] * 3)):
-        pair.step(new, seed=i, queries=queries)
+        pair.step(new, seed=i, queries=queries, at_once=at_once)
         pair.take_back([max(n - 1 - i, 0) for n in new])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -70,7 +72,7 @@ def test_no_groups() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("new", [[130, 70], [1, 1]])
+@pytest.mark.parametrize("new", [[130, 70], [1, 1], [3, 2]])
 def test_feedback(case, new: list[int]) -> None:
     for dense in (False, True):
         check_pages(case, new, dense)
@@ -78,7 +80,7 @@ def test_feedback(case, new: list[int]) -> None:
 
 @pytest.mark.skipif(ON_GPU, reason="the kernel runs compiled: test_feedback")
 @pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("new", [pytest.param([130, 70], marks=pytest.mark.slow), [1, 1]])
+@pytest.mark.parametrize("new", [*(pytest.param(new, marks=pytest.mark.slow) for new in ([130, 70], [3, 2])), [1, 1]])
 @pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [GLUON[4], *(pytest.param(c, marks=pytest.mark.slow) for c in GLUON if c != GLUON[4])])
 def test_feedback_in_gluon(monkeypatch: pytest.MonkeyPatch, case, dense: bool, new: list[int], late: bool) -> None:
@@ -96,11 +98,12 @@ def test_feedback_in_gluon(monkeypatch: pytest.MonkeyPatch, case, dense: bool, n
 def check_pages(case, new: list[int], dense: bool) -> None:
     """Bytes of the reference, where no sum is rounded; nearly all of them, where sums are (``dense``). NaN stays in its
     channel."""
-    layout = small_layout(case)
+    decoding = max(new) <= 3
+    layout = replace(small_layout(case), rollback_tokens=3, decode_query_len=3) if decoding else small_layout(case)
     group = layout.fmt.key_group_size
     feedback = feedback_of(layout.fmt.head_size, 2, dense)[0]
     pair = Pair(layout, 1, 2, 2, 4 * group + 130, case[9])
-    # the second step completes a group of each request, with one token or with many
+    # the second step completes a group of each request, with one token, with drafts or with many
     for i, step in enumerate([[3 * group - 1, 2 * group - 1], new]):
         _, k, v = pair.qkv(sum(step), seed=i)
         k = k if dense else (k * 8).round() / 8
@@ -108,9 +111,10 @@ def check_pages(case, new: list[int], dense: bool) -> None:
         for requests, ops, device in ((pair.expected, reference, "cpu"), (pair.actual, kernels, DEVICE)):
             batch = requests.batch(step)
             tensors = [x.to(device) for x in (k, v)]
-            store = ops.store_tokens if max(step) == 1 else ops.quantize_pages
+            at_once = max(step) <= layout.decode_query_len
+            store = ops.store_tokens if at_once else ops.quantize_pages
             store(*tensors, requests.cache, batch, layout, feedback.to(device))
-            if max(step) > 1:
+            if not at_once:
                 ops.update_window(*tensors, requests.cache, batch, layout)
     expected, actual = (x.cache.pages.cpu() for x in (pair.expected, pair.actual))
     assert torch.equal(expected, actual) if not dense else (expected != actual).float().mean() < 0.02

@@ -62,7 +62,7 @@ class Pair:
         if max_seq_len is not None:
             a, b = a._replace(max_seq_len=max_seq_len), b._replace(max_seq_len=max_seq_len)
         on_device = [x.to(DEVICE) for x in (q, k, v)]
-        at_once = at_once and a.max_query_len == 1
+        at_once = at_once and a.max_query_len <= self.layout.decode_query_len
         if not at_once:
             reference.quantize_pages(k, v, self.expected.cache, a, self.layout)
             kernels.quantize_pages(*on_device[1:], self.actual.cache, b, self.layout)
@@ -70,7 +70,7 @@ class Pair:
         attend = "decode_step" if at_once else "attention"
         expected = getattr(reference, attend)(q, k, v, self.expected.cache, a, self.layout, self.scale, **self.scores)
         if queries:
-            attend, b = "decode", b._replace(max_query_len=queries)
+            attend, b = "decode_step" if at_once else "decode", b._replace(max_query_len=queries)
         scores = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in self.scores.items()}
         actual = getattr(kernels, attend)(*on_device, self.actual.cache, b, self.layout, self.scale, **scores)
         if not at_once:
@@ -270,7 +270,7 @@ def test_decode_step(case) -> None:
     for i in range(4):
         pair.step([1, int(i != 2)], seed=10 + i, at_once=True)
     keys, batch = pair.qkv(4, 0)[1].to(DEVICE), pair.actual.batch([2, 2])
-    with pytest.raises(ValueError, match="one new token per request"):
+    with pytest.raises(ValueError, match="a decode step has up to 1 new tokens"):
         kernels.store_tokens(keys, keys, pair.actual.cache, batch, layout)
 
 

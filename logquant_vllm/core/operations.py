@@ -268,7 +268,7 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
 def store_tokens(
     key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor | None = None
 ) -> None:
-    """:func:`quantize_pages` and :func:`update_window` of a step of one token per request, after its attention.
+    """:func:`quantize_pages` and :func:`update_window` of a decode step, after its attention.
 
     That order is free if no request of the step reads a page that another one completes. Only a prefix hit could; where
     at least its last page is recomputed, it reads older pages only (``CacheLayout.may_store_last``).
@@ -290,7 +290,7 @@ def decode_step(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention` of a step of one token per request, then :func:`store_tokens`; the former's results.
+    """:func:`attention` of a decode step, then :func:`store_tokens`; the former's results.
 
     Args:
         basis: that queries, keys and values are in; its feedback is used, and the output is taken back from it.

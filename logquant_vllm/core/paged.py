@@ -91,7 +91,7 @@ class CacheLayout:
 
     @property
     def may_store_last(self) -> bool:
-        """Whether a step of one token per request may store after its attention (``operations.store_tokens``)."""
+        """Whether a decode step may store after its attention (``operations.store_tokens``)."""
         return not self.prefix_caching or self.prefix_replay_tokens >= self.fmt.page_size
 
 

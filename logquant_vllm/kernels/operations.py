@@ -51,7 +51,7 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
 def store_tokens(
     key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout, feedback: Tensor | None = None
 ) -> None:
-    """Both of one new token for each request with one launch; see ``core.operations.store_tokens``."""
+    """Both of a decode step's tokens with one launch; see ``core.operations.store_tokens``."""
     store_step(Step.of(key, value, cache, batch, layout), feedback, quantize=True, update=True)
 
 
@@ -154,7 +154,7 @@ def decode_step(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one token per request, which is then stored; see ``core.operations.decode_step``.
+    """Attention of a decode step, whose tokens are then stored; see ``core.operations.decode_step``.
 
     The last kernel of attention combines its partials and touches nothing that storing does: both run side by side.
     """
@@ -184,7 +184,7 @@ def step(
         parts: of the batch; without, all its requests are decoded together.
     """
     layout, basis = layer.layout, layer.basis
-    if batch.max_query_len == 1 and layout.may_store_last:  # as few launches as can be
+    if parts is None and batch.max_query_len <= layout.decode_query_len and layout.may_store_last:  # four launches
         if basis is not None:
             query, key, value = rotate_heads(query, key, value, basis)
         scores = layer.softcap, layer.sinks

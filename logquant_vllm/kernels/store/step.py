@@ -1,13 +1,13 @@
-"""Storing one token of every request: one launch, most of which finds nothing to do but to copy the tokens.
+"""Storing the tokens of a decode step: one launch, most of which finds nothing to do but to copy them.
 
 Only now and then does a request complete a group, or the log-selected set of one grow thinner. That work is cut into
 small *tasks*, so that a step in which one request has it takes little longer than others: slices of a group, and chunks
 of channels of a window. The programs behind those that copy tokens share out all tasks of the step among themselves.
 
-No program reads what another one writes: a group lies in the ring, whole, when its last token comes; what moves then is
-written to log-selected slots, and the token of a request whose slots move is copied by those who move them, each with a
-header of its own. Quantizing needs only a header's ``window_start``: written for the first time, it is what an empty
-header means.
+No program reads what another one writes: a group that a token completes lies in the ring but for the new tokens, whose
+slots there are those of tokens before it; what moves then is written to log-selected slots, and the tokens of a request
+whose slots move are copied by those who move them, each with a header of its own. Quantizing needs only a header's
+``window_start``: written for the first time, it is what an empty header means.
 
 Programmatic dependent launch: after attention this kernel runs beside its last one, which must let others run beside it
 only when all before it have ended, and touches nothing that storing does. This kernel waits for that one at its end, so
@@ -49,11 +49,11 @@ COPIED_HEADS = 8  # at a time
 
 
 @triton.jit
-def slots_may_move(seq_len, LAYOUT: tl.constexpr):
-    """Whether one more token, the last of ``seq_len``, asks for a compaction. Where slots are there already, after
-    tokens were taken back, those who would move them only copy the token."""
+def slots_may_move(query_len, seq_len, LAYOUT: tl.constexpr):
+    """Whether new tokens, the last of ``seq_len``, ask for a compaction. Where slots are there already, after tokens
+    were taken back, those who would move them only copy the tokens."""
     settled = seq_len - LAYOUT.rollback_tokens
-    return count_compactions(settled, LAYOUT) > count_compactions(settled - 1, LAYOUT)
+    return count_compactions(settled, LAYOUT) > count_compactions(settled - query_len, LAYOUT)
 
 
 @triton.jit
@@ -69,16 +69,17 @@ def begin_window(computed, head, cache, block, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def copy_token(index, key, value, cache, batch, LAYOUT: tl.constexpr, HEADS: tl.constexpr):
-    """Copy the new token of a request to its slot, all heads, unless the request's slots may move in this step."""
+def copy_token(index, token, key, value, cache, batch, LAYOUT: tl.constexpr, HEADS: tl.constexpr):
+    """Copy a new token of a request to its slot, all heads, unless the request's slots may move in this step."""
     HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
     start, query_len, computed = read_lengths(batch, index)
     table_row = window_row(cache, index)
     block = tl.load(table_row)
-    if (block > 0) & (query_len > 0) & ~slots_may_move(computed + query_len, LAYOUT):
-        copies = cache.window + slot_offset(slot_of_position(computed, 0, LAYOUT), cache, table_row, LAYOUT)
+    if (block > 0) & (token < query_len) & ~slots_may_move(query_len, computed + query_len, LAYOUT):
+        slot = slot_of_position(computed + token, 0, LAYOUT)
+        copies = cache.window + slot_offset(slot, cache, table_row, LAYOUT)
         channel = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))[None, :]
-        row = start.to(tl.int64)
+        row = (start + token).to(tl.int64)
         for first in range(0, cache.num_kv_heads, HEADS):
             head = first + tl.arange(0, HEADS)[:, None]
             begin_window(computed, head, cache, block, LAYOUT)
@@ -92,18 +93,19 @@ def copy_token(index, key, value, cache, batch, LAYOUT: tl.constexpr, HEADS: tl.
 
 
 @triton.jit
-def count_slices(seq_len, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
-    """Tasks that quantize, of a request with a new token and one KV head."""
+def count_slices(query_len, seq_len, LAYOUT: tl.constexpr, PLAN: tl.constexpr):
+    """Tasks that quantize, of a request with new tokens and one KV head."""
     SLICES: tl.constexpr = 0 if PLAN is None else PLAN.slices
-    return tl.where(seq_len % LAYOUT.fmt.key_group_size == 0, SLICES, 0)
+    GROUP: tl.constexpr = LAYOUT.fmt.key_group_size
+    return SLICES * (seq_len // GROUP - (seq_len - query_len) // GROUP)
 
 
 @triton.jit
 def count_tasks(batch, index, LAYOUT: tl.constexpr, PLAN: tl.constexpr, CHUNKS: tl.constexpr):
     """Tasks of the requests ``index`` for one KV head, those that quantize first; 0 from ``num_reqs`` on."""
     query_len, seq_len = load_lengths(batch, index)
-    moving = tl.where(slots_may_move(seq_len, LAYOUT), CHUNKS, 0)
-    return tl.where(query_len > 0, count_slices(seq_len, LAYOUT, PLAN) + moving, 0)
+    moving = tl.where(slots_may_move(query_len, seq_len, LAYOUT), CHUNKS, 0)
+    return tl.where(query_len > 0, count_slices(query_len, seq_len, LAYOUT, PLAN) + moving, 0)
 
 
 @triton.jit
@@ -118,16 +120,17 @@ def store_step_kernel(
     REQUESTS: tl.constexpr,  # power of two, at least num_reqs; few of them, as each is compiled
     CHUNKS: tl.constexpr,  # of a window and head; 0: do not update the window
     HEADS: tl.constexpr,  # copied at a time
+    QUERIES: tl.constexpr,  # new tokens of a request, at most
     PDL: tl.constexpr,  # waits at its end for the kernel before
     PDL_NEXT: tl.constexpr,  # launches its dependent, feedback.gluon_kernel, at once
 ):
-    """First programs that copy tokens, one for each request if windows are updated, then those that share out tasks."""
+    """First programs that copy a token each, if windows are updated, then those that share out tasks."""
     if PDL_NEXT:
         gdc_launch_dependents()
     program = tl.program_id(0)
-    copying = num_reqs(batch) if CHUNKS else 0
+    copying = num_reqs(batch) * QUERIES if CHUNKS else 0
     if program < copying:
-        copy_token(program, key, value, cache, batch, LAYOUT, HEADS)
+        copy_token(program // QUERIES, program % QUERIES, key, value, cache, batch, LAYOUT, HEADS)
     else:
         index = tl.arange(0, REQUESTS)
         counts = count_tasks(batch, index, LAYOUT, PLAN, CHUNKS) * cache.num_kv_heads
@@ -135,15 +138,16 @@ def store_step_kernel(
         for task in range(program - copying, tl.sum(counts, 0), tl.num_programs(0) - copying):
             request, of_request = find_task(ends, index, num_reqs(batch), task)
             head, part = of_request % cache.num_kv_heads, of_request // cache.num_kv_heads
-            seq_len = tl.load(batch.seq_lens + request)
-            quantizing = count_slices(seq_len, LAYOUT, PLAN)
+            _, query_len, computed = read_lengths(batch, request)
+            quantizing = count_slices(query_len, computed + query_len, LAYOUT, PLAN)
             if part >= quantizing:
-                update_slots(request, head, part - quantizing, key, value, cache, batch, LAYOUT, 1)
+                TOKENS: tl.constexpr = triton.next_power_of_2(QUERIES)
+                update_slots(request, head, part - quantizing, key, value, cache, batch, LAYOUT, TOKENS)
             elif PLAN is not None:
-                last = seq_len // LAYOUT.fmt.key_group_size - 1
-                group, writable = open_group(cache, batch, request, last, head, LAYOUT)
+                completed = computed // LAYOUT.fmt.key_group_size + part // PLAN.slices
+                group, writable = open_group(cache, batch, request, completed, head, LAYOUT)
                 if writable:
-                    quantize_slice(group, part, key, value, feedback, cache, LAYOUT, PLAN)
+                    quantize_slice(group, part % PLAN.slices, key, value, feedback, cache, LAYOUT, PLAN)
     if PDL:
         gdc_wait()
 
@@ -151,17 +155,18 @@ def store_step_kernel(
 def store_step(
     step: Step, feedback: Tensor | None = None, *, quantize: bool, update: bool, beside: bool = False
 ) -> None:
-    """Quantize the groups that one new token per request completes, or update the windows, or both.
+    """Quantize the groups that the new tokens of a decode step complete, or update the windows, or both.
 
     Args:
         feedback: as in ``core.operations.quantize_pages``.
         beside: run beside the kernel before, where the GPU can: the last one of the step's attention.
 
     Raises:
-        ValueError: if a request has several new tokens, or for feedback of another shape.
+        ValueError: if a request has more new tokens than in a decode step, or for feedback of another shape.
     """
-    if step.max_query_len != 1:
-        raise ValueError(f"storing a step is for one new token per request, got queries of {step.max_query_len}")
+    queries, most = step.max_query_len, step.layout.decode_query_len
+    if queries > most:
+        raise ValueError(f"a decode step has up to {most} new tokens of a request, got queries of {queries}")
     if step.is_empty:
         return
     fmt, gpu = step.layout.fmt, step.architecture
@@ -170,10 +175,11 @@ def store_step(
     shares = None if gluon else feedback
     plan = SlicePlan.of(fmt, SLICE_ELEMENTS, keys=not gluon, feedback=shares is not None) if quantize else None
     chunks = window_chunks(fmt.head_size) if update else 0
-    tasks = step.num_reqs * step.num_kv_heads * ((plan.slices if plan else 0) + chunks)
+    groups = -(-queries // fmt.key_group_size)
+    tasks = step.num_reqs * step.num_kv_heads * ((groups * plan.slices if plan else 0) + chunks)
     programs = (TASK_PROGRAMS if shares is None else FEEDBACK_PROGRAMS) * gpu.multiprocessors
     pdl = beside and gpu.dependent_launch
-    store_step_kernel[((step.num_reqs if update else 0) + min(tasks, programs),)](
+    store_step_kernel[((step.num_reqs * queries if update else 0) + min(tasks, programs),)](
         step.key,
         step.value,
         shares,
@@ -184,6 +190,7 @@ def store_step(
         REQUESTS=requests_bound(step.num_reqs),
         CHUNKS=chunks,
         HEADS=min(COPIED_HEADS, next_power_of_2(step.num_kv_heads)),
+        QUERIES=queries,
         PDL=pdl,
         PDL_NEXT=gluon and gpu.dependent_launch,
         num_warps=4 if shares is None else feedback_warps(fmt.key_group_size),

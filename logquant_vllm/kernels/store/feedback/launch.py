@@ -2,7 +2,7 @@
 
 Programmatic dependent launch: it runs beside the kernel before, which stores everything else, and waits for that one at
 its end. The kernel before may quantize the values and bring the window up to date: it moves no token of a group that
-one new token completes.
+a decode step completes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def quantize_keys(step: Step, feedback: Tensor | None) -> None:
     fmt, gpu = step.layout.fmt, step.architecture
     kernel = _choose(gpu, step.dtype, fmt)
     assert kernel is not None
-    one_each = step.max_query_len == 1
+    one_each = step.max_query_len <= fmt.key_group_size
     groups = step.num_reqs if one_each else num_chunks(step.num_tokens, step.num_reqs, fmt.key_group_size)
     kernel.feedback_kernel[(min(groups * step.num_kv_heads, PROGRAMS * gpu.multiprocessors),)](
         step.key,
