@@ -9,14 +9,17 @@ Nothing here depends on the version of vLLM: ``tests.test_other_vllm`` runs it o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.families import MIXED
 from tests.models import write_model
 from tests.test_engine import ROUNDING, Engine, distance, mean_kl, prompts_of
+from tests.test_mixed import engine_of
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -120,3 +123,24 @@ def test_what_is_not_kept(engine: Engine, length: int) -> None:
     before = len(windows(engine)._windows)
     engine.ask([prompt], 1)
     assert len(windows(engine)._windows) == before
+
+
+@pytest.mark.slow
+def test_beside_layers_of_other_kinds(tmp_path: Path) -> None:
+    """Where nothing is ever computed again, a kept window is all that fills the recent past after a hit."""
+    path = write_model(tmp_path / "model", **MIXED["Gemma 3"])
+    options = {"logquant": {"keep_windows_from": 0}}
+    with engine_of(path, num_gpu_blocks_override=260, additional_config=options) as engine:
+        (prompt,), free = prompts_of(900), engine.free_blocks
+        (expected,) = cold(engine, prompt)
+        found = []
+        for forgotten in (False, True):
+            engine.ask([prompt[:532]], 1)
+            if forgotten:
+                forget_windows(engine)
+            answer, cached = engine.ask([prompt], 20)
+            assert cached == [512]
+            found.append(distance([expected], answer))
+            forget(engine)
+        assert found[0] < ROUNDING < 10 * ROUNDING < found[1]
+        assert engine.free_blocks == free

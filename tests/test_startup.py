@@ -158,6 +158,11 @@ CASES = {
         {"kv_offloading_size": 1.0, "enable_prefix_caching": False},
         "--no-enable-prefix-caching is given: leave one of the two out",
     ),
+    "offloading recurrent states": (
+        families.MIXED["LFM2"],
+        {"kv_offloading_size": 1.0},
+        "recurrent states have not been offloaded beside pages yet: leave --kv-offloading-size out",
+    ),
     "offloading without a GPU": ({}, {"kv_offloading_size": 1.0}, "vLLM offloads from a GPU, and this is a cpu: leave"),
     "one KV cache group": (
         {},

@@ -57,6 +57,8 @@ def connector_problems(vllm_config: Any) -> Iterator[str]:
         yield f"canonical_layout of the {CONNECTOR} cuts blocks into tokens, which a page is not: leave it out"
     if not cache.enable_prefix_caching:
         yield f"{option} keeps prefixes, and --no-enable-prefix-caching is given: leave one of the two out"
+    if vllm_config.model_config is not None and vllm_config.model_config.is_hybrid:
+        yield f"recurrent states have not been offloaded beside pages yet: leave {option} out"
     if not copies_blocks():
         yield f"vLLM offloads from a GPU, and this is a {current_platform.device_name}: leave {option} out"
 
