@@ -54,7 +54,7 @@ class Answers(NamedTuple):
 def engine_of(path: Path, **arguments: Any) -> Iterator[Engine]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    engine = Engine(path, max_model_len=LENGTH, max_num_batched_tokens=512, **arguments)
+    engine = Engine(path, **{"max_model_len": LENGTH, "max_num_batched_tokens": 512, **arguments})
     try:
         yield engine
     finally:

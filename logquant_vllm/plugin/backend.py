@@ -261,6 +261,11 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         return self._draft_model is not None
 
     @property
+    def reads_another(self) -> bool:
+        """Whether another layer keeps the tokens that this one attends to."""
+        return self._target is not None
+
+    @property
     def decode_query_len(self) -> int:
         """Tokens of a request in a decode step, at most."""
         return self._layer.layout.decode_query_len

@@ -24,7 +24,7 @@ from logquant_vllm.calibration import text
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.core.calibration import Moments
 from logquant_vllm.plugin import basis, observe
-from logquant_vllm.plugin.model import has_other_kinds, shape_of, where
+from logquant_vllm.plugin.model import shape_of, skipped_layers, where
 from logquant_vllm.plugin.offload import no_transfers
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
@@ -48,8 +48,8 @@ def obstacle(vllm_config: Any) -> str | None:
         return "the engine has no tokenizer (--skip-tokenizer-init)"
     if model.runner_type != "generate":
         return f"the model does not generate (--runner {model.runner_type})"
-    if has_other_kinds(vllm_config):
-        return "the model has layers of other kinds, and a calibration has all layers"
+    if skipped_layers(vllm_config):
+        return "some layers are left out (--kv-cache-dtype-skip-layers), and other starts may keep them"
     if str(vllm_config.load_config.load_format).endswith("dummy"):
         return "its weights are random (--load-format dummy)"
     if longest < text.SHORTEST:
@@ -167,6 +167,7 @@ def _runner(vllm_config: Any, executor: Any, kv_cache_config: Any) -> Callable[[
     alone.kv_events_config = alone.kv_transfer_config = None
     alone.cache_config = copy.copy(vllm_config.cache_config)
     alone.cache_config.enable_prefix_caching = False  # nothing of these prompts is to be found
+    alone.cache_config.mamba_cache_mode = "none"  # nor are they cut where recurrent states would be
     block_size, hash_block_size = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
     scheduler = alone.scheduler_config.get_scheduler_cls()(
         vllm_config=alone,

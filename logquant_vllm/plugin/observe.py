@@ -56,13 +56,15 @@ class Observer:
 
 
 def _layers(worker: Any) -> Iterator[tuple[str, Any]]:
-    """Attention layers of this worker that keep their tokens in our cache, by name; those of the model itself."""
+    """Attention layers of this worker that keep tokens in our cache, by name; those of the model itself."""
     from logquant_vllm.plugin.backend import LogQuantImpl
 
     count = shape_of(worker.vllm_config.model_config)[0]
     for name, layer in worker.vllm_config.compilation_config.static_forward_context.items():
         impl = getattr(layer, "impl", None)
-        if isinstance(impl, LogQuantImpl) and not impl.drafts and extract_layer_index(name) < count:
+        if not isinstance(impl, LogQuantImpl) or impl.drafts or impl.reads_another:
+            continue
+        if extract_layer_index(name) < count:
             yield name, layer
 
 
@@ -108,7 +110,12 @@ def begin(worker: Any) -> str | None:
     """Let all layers look at what they compute; what is in the way, if anything."""
     model_config = worker.vllm_config.model_config
     parents = {id(child): parent for parent in worker.get_model().modules() for child in parent.children()}
+    _, total, channels = shape_of(model_config)
+    ranks = worker.vllm_config.parallel_config.tensor_parallel_size
     for name, layer in _layers(worker):
+        found, expected = (layer.num_kv_heads, layer.impl.head_size), (max(total // ranks, 1), channels)
+        if found != expected:
+            return f"{name} has {found[0]} KV heads of {found[1]} channels, the model {expected[0]} of {expected[1]}"
         config, device = layer.impl.config, layer.logquant_key_basis.device
         try:
             output = _output_sizes(parents.get(id(layer)), layer, model_config.dtype, device)
