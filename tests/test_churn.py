@@ -83,7 +83,8 @@ def test_churn(name: str, tmp_path: Path) -> None:
     block_size = 16 if torch.cuda.is_available() else 128
     planned = plan(model_shape(str(path), dtype), 1 << 30, LENGTH, block_size=block_size, in_flight_tokens=1024)[2]
     probe, other = prompts_of(700, 701)
-    arguments = {"dtype": dtype, "additional_config": {"logquant": OPTIONS}, "max_num_seqs": AT_ONCE}
+    options = {"logquant": {**OPTIONS, "keep_windows_from": 256}}
+    arguments = {"dtype": dtype, "additional_config": options, "max_num_seqs": AT_ONCE}
     with engine_of(path, num_gpu_blocks_override=2 * planned.blocks_per_request, **arguments) as engine:
         free = engine.free_blocks
         (cold, unlike), _ = engine.ask([probe, other], ANSWER)
