@@ -140,6 +140,7 @@ def test_answers(name: str, tmp_path: Path) -> None:
     if name == "Qwen3.5":
         pytest.importorskip("torchvision", reason="vLLM's Qwen3.5 comes with a vision model")
     path = write_model(tmp_path / "model", **MIXED[name])
+    expected = transformers_answers(path)  # first: vLLM compiles transformers' class where it has no model of its own
     on_gpu = torch.cuda.is_available()
     dtype, rounding = ("bfloat16", 0.2) if on_gpu or name in DELTA_NETS else ("float32", 1e-3)
     cached = on_gpu or name not in MAMBA2
@@ -152,7 +153,6 @@ def test_answers(name: str, tmp_path: Path) -> None:
             assert_planned(engine)
         ours = answers(engine)
 
-    expected = transformers_answers(path)
     assert divergence(expected, own.short) < divergence(expected, expected[1:] + expected[:1]) / 100
     assert distance(own.short, ours.short) < rounding
     assert distance(own.cold[:1], ours.cold[:1]) < rounding
