@@ -116,7 +116,13 @@ template <int lanes>
 inline vf rotated(vf x) {
     vi index;
     for (int i = 0; i < kLanes; ++i) index[i] = (i + lanes) % kLanes;
+#if defined(__clang__)  // which knows constant shuffles alone
+    vf y;
+    for (int i = 0; i < kLanes; ++i) y[i] = x[index[i]];
+    return y;
+#else
     return __builtin_shuffle(x, index);
+#endif
 }
 
 inline float sum(vf x) {
