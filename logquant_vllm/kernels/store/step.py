@@ -16,6 +16,8 @@ that what waits for this one waits for both. ``feedback.gluon_kernel`` runs besi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,6 +48,19 @@ SLICE_ELEMENTS = 1024
 TASK_PROGRAMS = 4  # of a multiprocessor
 FEEDBACK_PROGRAMS = 2  # likewise, with error feedback in Triton: more do not fit, for their registers
 COPIED_HEADS = 8  # at a time
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What the kernel does of programmatic dependent launch.
+
+    Args:
+        waits: at its end, for the kernel before.
+        launches_next: its dependent, ``feedback.gluon_kernel``, at once.
+    """
+
+    waits: bool
+    launches_next: bool
 
 
 @triton.jit
@@ -121,11 +136,10 @@ def store_step_kernel(
     CHUNKS: tl.constexpr,  # of a window and head; 0: do not update the window
     HEADS: tl.constexpr,  # copied at a time
     QUERIES: tl.constexpr,  # new tokens of a request, at most
-    PDL: tl.constexpr,  # waits at its end for the kernel before
-    PDL_NEXT: tl.constexpr,  # launches its dependent, feedback.gluon_kernel, at once
+    PDL: tl.constexpr,  # Overlap
 ):
     """First programs that copy a token each, if windows are updated, then those that share out tasks."""
-    if PDL_NEXT:
+    if PDL.launches_next:
         gdc_launch_dependents()
     program = tl.program_id(0)
     copying = num_reqs(batch) * QUERIES if CHUNKS else 0
@@ -148,7 +162,7 @@ def store_step_kernel(
                 group, writable = open_group(cache, batch, request, completed, head, LAYOUT)
                 if writable:
                     quantize_slice(group, part % PLAN.slices, key, value, feedback, cache, LAYOUT, PLAN)
-    if PDL:
+    if PDL.waits:
         gdc_wait()
 
 
@@ -191,8 +205,7 @@ def store_step(
         CHUNKS=chunks,
         HEADS=min(COPIED_HEADS, next_power_of_2(step.num_kv_heads)),
         QUERIES=queries,
-        PDL=pdl,
-        PDL_NEXT=gluon and gpu.dependent_launch,
+        PDL=Overlap(waits=pdl, launches_next=gluon and gpu.dependent_launch),
         num_warps=4 if shares is None else feedback_warps(fmt.key_group_size),
         # the bytes are those of the reference, and a fused multiply-add rounds once where two operations round twice
         enable_fp_fusion=False,
