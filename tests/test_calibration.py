@@ -166,8 +166,8 @@ def test_basis_and_feedback_lower_what_errors_cost(bits: int) -> None:
 
 @pytest.mark.parametrize(("head_size", "bits"), [(32, 2), (64, 3)])
 def test_rounds_of_feedback(head_size: int, bits: int) -> None:
-    """The first is the optimal brain quantizer's, step by step on what is left of the inverse; the second chooses each
-    channel once more, given all others. It lowers what errors cost."""
+    """The first is the optimal brain quantizer's, step by step on what is left of the inverse; the second chooses the
+    first half once more, given all others. It lowers what errors cost."""
     moments, heads = random_moments(head_size, 2), 2
     basis = calibrated_basis(moments)
     damped = moments.query + DAMPING * torch.diag_embed(
@@ -188,13 +188,13 @@ def test_rounds_of_feedback(head_size: int, bits: int) -> None:
         wanted = wanted - lost[..., None] * inverse[:, None, c]
         inverse = inverse - inverse[:, :, c, None] * inverse[:, c, None, :] / inverse[:, c, None, c, None]
     first = cost(x, image, weight)
-    for c in range(head_size):
+    for c in range(head_size // 2):
         others = ((x - image) * weight[:, None, c]).sum(-1) - (x - image)[..., c] * weight[:, None, c, c]
         image[..., c] = choose(c, x[..., c] + others / weight[:, None, c, c])
     assert basis.feedback is not None
     found = dequantize(round_with_feedback(x, q, bits, basis.feedback), -2)
     assert ((found - image).abs() > 1e-4).float().mean() < 0.005
-    assert cost(x, found, weight) < 0.8 * first
+    assert cost(x, found, weight) < 0.85 * first
 
 
 def test_no_feedback_is_plain_rounding_and_nan_stays_in_its_channel() -> None:

@@ -8,8 +8,8 @@ as much as others. Two things follow, neither of which changes the stored format
   follow, as far as ``S`` ties them together (the rounding of GPTQ, arXiv 2210.17323, with queries in place of
   activations). A key that is written once is worth that much work. What is left of channel ``c`` costs ``d_c`` times
   its squared error, ``d_c`` being the pivots of ``S`` (of a channel, given those that follow).
-- **A second round.** The first channels were rounded without knowing what the last ones would lose. So each is chosen
-  once more, given the others as they are (a sweep of coordinate descent on ``e' S e``).
+- **A second round.** The first channels were rounded without knowing what the last ones would lose. So the first half
+  is chosen once more, each given the others as they are (half a sweep of coordinate descent on ``e' S e``).
 - **Basis.** Scores are unchanged if keys are multiplied by ``A`` and queries by ``A^-T``. Errors grow with a channel's
   spread, so the sum of ``d_c`` times the variance of ``c`` is to be least. The product of the pivots is ``det S``, that
   of the variances at least ``det C`` with the keys' covariance ``C`` about their group means. So nothing is better than

@@ -79,7 +79,7 @@ struct GroupQuantizer {
 };
 
 // core/quantizer.py's round_with_feedback for one group and head: other codes, each channel taking up what those before
-// it lost, and in a second round what all others did. x and codes are [channels, tokens]; lost is scratch of the same
+// it lost, and the first half then what all others did. x and codes are [channels, tokens]; lost is scratch of the same
 // shape.
 void round_with_feedback(const float* x, uint8_t* codes, const GroupQuantizer::Stored* stored, const float* feedback,
                          int64_t tokens, int64_t channels, const GroupQuantizer& q, float* lost) {
@@ -99,7 +99,7 @@ void round_with_feedback(const float* x, uint8_t* codes, const GroupQuantizer::S
             for (int64_t b = 0; b < c; ++b) sum = taken_up(b, feedback[c * channels + b], sum);
             choose(c, sum);
         }
-        for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t c = 0; c < channels / 32 * 16; ++c) {  // channels_again
             vf sum = splat(0.0f);
             for (int64_t b = 0; b < c; ++b) sum = taken_up(b, feedback[b * channels + c], sum);
             for (int64_t b = c + 1; b < channels; ++b) sum = taken_up(b, feedback[c * channels + b], sum);

@@ -18,6 +18,7 @@ from logquant_vllm.kernels.codes import bits_of_plane
 from logquant_vllm.kernels.scales import round_half_even
 
 code_bias = triton.constexpr_function(quantizer.code_bias)
+channels_again = triton.constexpr_function(quantizer.channels_again)
 BLOCK = tl.constexpr(16)  # channels: the least that a product of tiles sums over
 TOKENS_PER_WARP = 16  # rows of a matrix instruction
 
@@ -92,7 +93,8 @@ def choose_codes(x, scale, zero, feedback, FMT: tl.constexpr, STRETCH: tl.conste
     inverse = tl.div_rn(1.0, scale) * STRETCH
     taken_up = tl.zeros_like(x)
     # not pipelined: many small loads would each wait for their turn in shared memory
-    for turn in tl.range(0, 2 * HEAD_SIZE, BLOCK, num_stages=1):
+    AGAIN: tl.constexpr = channels_again(HEAD_SIZE)
+    for turn in tl.range(0, HEAD_SIZE + AGAIN, BLOCK, num_stages=1):
         again = turn >= HEAD_SIZE
         first = turn % HEAD_SIZE
         c = first + index
@@ -116,7 +118,7 @@ def choose_codes(x, scale, zero, feedback, FMT: tl.constexpr, STRETCH: tl.conste
             taken = tl.fma(pick(left, mine, 1)[:, None], within[None, :], taken)
         ours = (channel >= first) & (channel < first + BLOCK)
         taken_up = tl.dot(lost, share, acc=tl.where(ours, 0.0, taken_up), input_precision="tf32x3")
-        if again:
+        if turn >= AGAIN:  # the last time that the block is chosen
             low = place_codes(low, codes, c, LOW)
             if PLANES == 2:
                 high = place_codes(high, codes, c, HIGH)

@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_wait
 from logquant_vllm.kernels.cache import find_task, load_lengths, num_reqs, read_lengths
 from logquant_vllm.kernels.codes import bits_of_plane
 from logquant_vllm.kernels.decode.gluon.tiles import distance, plain, products
-from logquant_vllm.kernels.store.feedback.codes import choose_code, pick
+from logquant_vllm.kernels.store.feedback.codes import channels_again, choose_code, pick
 from logquant_vllm.kernels.store.group import copied_keys, copy_offset, open_group
 from logquant_vllm.kernels.store.quantize import (
     is_finite,
@@ -293,14 +293,15 @@ def choose_codes(codes, keys, lost, shares, of_blocks, FMT: gl.constexpr):
 
 @gluon.jit
 def choose_again(codes, keys, lost, shares, of_blocks, FMT: gl.constexpr):
-    """The second round: what all other channels lost is taken up. Arguments as in :func:`choose_codes`."""
+    """The second round, of the first half: what all other channels lost is taken up. Arguments as in
+    :func:`choose_codes`."""
     BLOCKS: gl.constexpr = keys.shape[0]
     BY_TOKEN: gl.constexpr = by_token(gl.num_warps())
     MMA: gl.constexpr = products(gl.num_warps())
     RIGHT: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=MMA, k_width=2)
     loser = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, RIGHT))[:, None]
     taker = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, RIGHT))[None, :]
-    for block in range(BLOCKS):
+    for block in range(channels_again(FMT.head_size) // BLOCK):
         own = block * BLOCKS + block
         # of those behind in the block what was lost in the first round; those before come as they are chosen
         behind = gl.where(loser > taker, load_share(shares, own, False), 0.0)
