@@ -36,6 +36,12 @@ class Layout:
 class Function(interpreter.InterpretedFunction):
     """A device function: what it is called by has prepared the language already."""
 
+    warps = 1  # of the last launch
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        Function.warps = kwargs["num_warps"]
+        return super().run(*args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.rewrite()(*args, **kwargs)
 
@@ -138,11 +144,11 @@ def two_words(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode_scales(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of e4m3."""
+    """Of e4m3, in units of 2**8."""
     import torch
 
     bytes_ = torch.from_numpy(np.ascontiguousarray(words)[..., None].view(np.uint8).copy())
-    return two_words(bytes_.view(torch.float8_e4m3fn).to(torch.float16).numpy())
+    return two_words((bytes_.view(torch.float8_e4m3fn).to(torch.float16) / 256).numpy())
 
 
 def decode_zeros(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,6 +162,8 @@ def transpose_tiles(x: np.ndarray) -> np.ndarray:
 
 
 ASSEMBLY = {
+    "xor.b32 bytes": decode_zeros,
+    "prmt.b32": decode_scales,
     "shr.b32 $0, $1, 10": lambda x: x >> 10,  # what comes from the upper of two words is masked
     "shr.b32 $0, $1, 8": lambda x: x >> 8,
     "and.b32": np.bitwise_and,
@@ -169,14 +177,12 @@ ASSEMBLY = {
     "add.s32": np.add,
     "movmatrix": transpose_tiles,
     "shfl.sync": lambda x: x,
-    "cvt.rn.f16x2.e4m3x2": decode_scales,
-    "prmt.b32": decode_zeros,
 }
 
 
 def inline_asm_elementwise(asm: str, _: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
-    """What the only instruction that is recognized does."""
-    (function,) = (f for name, f in ASSEMBLY.items() if name in asm and (name != "mul.f16x2" or "prmt" not in asm))
+    """What the first instruction that is recognized does."""
+    function = next(f for name, f in ASSEMBLY.items() if name in asm)
     with np.errstate(all="ignore"):
         result = function(*(x.handle.data if isinstance(x, tl.tensor) else x for x in args))
     if isinstance(dtype, tuple):
@@ -220,10 +226,11 @@ def stand_in(late: bool) -> dict[str, ModuleType]:
     language.arange = lambda first, end, layout: tl.arange(*map(number, (first, end)))
     language.zeros = lambda shape, dtype, layout: tl.zeros([*map(number, shape)], dtype)
     language.full = lambda shape, value, dtype, layout: tl.full([*map(number, shape)], value, dtype)
-    language.barrier, language.num_warps = lambda: None, lambda: 4
+    language.barrier = lambda: None
     language.convert_layout = lambda x, layout, assert_trivial=False: x
     language.inline_asm_elementwise = inline_asm_elementwise
     language.allocate_shared_memory = Shared.allocate
+    language.num_warps = lambda: Function.warps
     ampere.async_copy, ampere.mma_v2 = Copies(late), mma_v2
     return {module.__name__: module for module in modules.values()}
 

@@ -431,7 +431,7 @@ def test_doctor_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"head_dim": 256}, "{}", (12, 0), "ok", "Gluon on sm_120"),
         ({"head_dim": 96}, '{"preset": "k3v3"}', (9, 0), "note", "codes have 3 bits, and heads 96 channels"),
         ({}, '{"scale_bits": 16}', (9, 0), "note", "scale_bits is 16, not 8"),
-        ({}, "{}", (8, 0), "note", "sm_80 has no instruction"),
+        ({}, "{}", (8, 0), "ok", "Gluon on sm_80"),
         ({}, "{}", None, "ok", "C++"),
     ],
 )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
 from logquant_vllm.config import LogQuantConfig
-from tests.test_decode_gluon import CASES
+from tests.test_decode_gluon import CASES, layout_of
 from tests.test_triton import ON_GPU, Pair
 
 FORMATS = [
@@ -43,9 +41,7 @@ def test_decode(head_size: int, options: dict[str, object], gqa: int) -> None:
 @pytest.mark.parametrize(("head_size", "gqa", "queries", "options"), CASES, ids=str)
 def test_decode_several(head_size: int, gqa: int, queries: int, options: dict[str, object], dtype: torch.dtype) -> None:
     """Heads of all shapes and several new tokens of a request, or fewer, some of which are taken back."""
-    layout = LogQuantConfig.from_options(options).layout(head_size)
-    layout = dataclasses.replace(layout, rollback_tokens=2 * queries - 1)
-    pair = Pair(layout, gqa, 2, 6, 1600, dtype)
+    pair = Pair(layout_of(head_size, queries, options), gqa, 2, 6, 1600, dtype)
     pair.step([1, 63, 128, 191 - queries, 330, 1500])
     for i, new in enumerate(([queries] * 6, [1, queries, 0, queries, 1, queries], [queries] * 6, [1] * 6)):
         pair.step(new, seed=1 + i, queries=queries)

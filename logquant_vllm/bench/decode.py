@@ -88,7 +88,9 @@ def random_inputs(
 
 
 def flash_attention(batch: int, context: int, shape: Shape, seed: int, queries: int = 1) -> Callable[[], object]:
-    """A call of FlashAttention 3 as vLLM makes it for a bfloat16 cache of pages of 128 tokens."""
+    """A call of FlashAttention as vLLM makes it for a bfloat16 cache of pages of 128 tokens: version 3 on Hopper, and 4
+    for heads of more than 256 channels."""
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     g = torch.Generator(device="cuda").manual_seed(seed)
@@ -102,6 +104,7 @@ def flash_attention(batch: int, context: int, shape: Shape, seed: int, queries: 
     output = torch.empty_like(query)
     starts = queries * torch.arange(batch + 1, dtype=torch.int32, device="cuda")
     lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    version = get_flash_attn_version(head_size=shape.head_dim)
 
     def call() -> object:
         return flash_attn_varlen_func(
@@ -116,7 +119,7 @@ def flash_attention(batch: int, context: int, shape: Shape, seed: int, queries: 
             softmax_scale=shape.head_dim**-0.5,
             causal=True,
             block_table=table,
-            fa_version=3,
+            fa_version=version,
         )
 
     return call

@@ -129,7 +129,7 @@ def start_of(model: str, options: dict[str, Any]) -> Iterator[Check]:
         return
     architecture = architecture_of(gpu.capability, 1)
     gqa = heads // shape.num_kv_heads
-    reason = why_not_gluon(architecture, getattr(torch, shape.dtype), layout, gqa, softcap=shape.softcap)
+    reason = why_not_gluon(architecture, getattr(torch, shape.dtype), layout, gqa)
     if reason is None:
         yield Check("decode kernel", "ok", f"Gluon on {architecture.name}: the fastest")
     else:

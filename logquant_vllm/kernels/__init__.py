@@ -4,8 +4,8 @@
 operation              file                            launches  which GPUs and formats
 =====================  ==============================  ========  =======================================================
 basis of q, k and v    ``rotate``                      1         all; ``combine`` takes outputs back
-decode attention       ``decode.gluon.kernel``         2         ``decode.choice``: Ada and later; 8-bit scales, groups
-                                                                 of 64 and more, scores that are not capped
+decode attention       ``decode.gluon.kernel``         2         ``decode.choice``: heads of 64 to 512 channels, 8-bit
+                                                                 scales, groups of 64 and more
                        ``decode.triton_kernel``        2         all others, and the interpreter
 combine                ``decode.combine``              (second)  all: the second launch of either decode kernel
 store, one token each  ``store.step``                  1         all

@@ -14,7 +14,6 @@ def why_not_gluon(
     layout: CacheLayout,
     gqa: int,
     queries: int = 1,
-    softcap: float = 0.0,
 ) -> str | None:
     """Why the Gluon kernel cannot serve, and the slower Triton kernel has to; None if it can.
 
@@ -22,21 +21,16 @@ def why_not_gluon(
         dtype: of the queries.
         gqa: query heads of a KV head.
         queries: new tokens of a request, at most.
-        softcap: of ``core.layer.Layer``.
     """
     fmt = layout.fmt
     if not architecture.is_gpu:
         return "Triton's interpreter runs no Gluon"
-    if architecture.capability < (8, 9):
-        return f"{architecture.name} has no instruction that converts 8-bit scales"
     if dtype == torch.float32:
         return "queries are float32"
-    if not 64 <= fmt.head_size <= 256:
-        return f"heads have {fmt.head_size} channels, not 64 to 256"
+    if not 64 <= fmt.head_size <= 512:
+        return f"heads have {fmt.head_size} channels, not 64 to 512"
     if fmt.key_words % 2:
         return f"{fmt.head_size} channels of {fmt.key_bits} bits are {fmt.key_words} words, an odd number"
-    if softcap:
-        return f"scores are capped, at {softcap:g}"
     if fmt.scale_bits != 8:
         return f"scale_bits is {fmt.scale_bits}, not 8"
     if fmt.key_group_size < 64:

@@ -24,11 +24,9 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handler shows what is b
 
 
 @functools.cache
-def _choose(
-    architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int, softcap: float
-) -> ModuleType:
+def _choose(architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int) -> ModuleType:
     """The module of the kernel that serves; a slower one is logged, once, with the reason."""
-    reason = why_not_gluon(architecture, dtype, layout, gqa, queries, softcap)
+    reason = why_not_gluon(architecture, dtype, layout, gqa, queries)
     if reason is None:
         from logquant_vllm.kernels.decode.gluon import kernel as gluon_kernel  # needs the Triton that vLLM has on GPUs
 
@@ -57,8 +55,8 @@ def decode(
     """
     layout, fmt = step.layout, step.layout.fmt
     gqa, queries = query.shape[1] // step.num_kv_heads, step.max_query_len
-    kernel = _choose(step.architecture, step.dtype, layout, gqa, queries, scores.softcap)
-    vectors = Vectors(gqa, queries, kernel.most_vectors(fmt))
+    kernel = _choose(step.architecture, step.dtype, layout, gqa, queries)
+    vectors = Vectors(gqa, queries, kernel.most_vectors(fmt), scores.softcap * LOG2E)
     # Shares, and the order in which partials are combined, must be the same in a captured graph, which pads the batch
     # (not beyond the next power of two) and has to assume the longest requests: the tokens would differ in rounding.
     rows = next_power_of_2(step.num_reqs) * step.num_kv_heads * vectors.blocks
@@ -74,8 +72,7 @@ def decode(
         torch.empty(step.num_reqs + 3, dtype=torch.int32, device=step.device),
     )
     requests = REQUESTS[step.num_reqs > REQUESTS[0]]
-    cap = [scores.softcap * LOG2E] * (scores.softcap > 0)  # the kernel that knows none was not chosen
-    kernel.launch(step, out, Rows.of(query), vectors, scores.scale * LOG2E, programs, requests, *cap)
+    kernel.launch(step, out, Rows.of(query), vectors, scores.scale * LOG2E, programs, requests)
     fused = value_basis is not None and next_power_of_2(fmt.head_size) == fmt.head_size
     combine(step, out, programs, rows, vectors, fused, scores.sinks)
     if value_basis is not None and not fused:

@@ -41,7 +41,7 @@ from logquant_vllm.kernels.decode.tile_scheduler import (
     write_schedule,
 )
 from logquant_vllm.kernels.decode.triton_pages import group_output, group_scores
-from logquant_vllm.kernels.decode.vectors import Vectors, place_vectors, split_head
+from logquant_vllm.kernels.decode.vectors import Vectors, cap_scores, place_vectors, split_head
 
 # Of a multiprocessor, more than run at a time. On an H100 (16 requests of 32k tokens) attention took 621, 502 and 452
 # us with 8, 16 and 31, and more with 2 or 3 stages, whose shared memory lets fewer be resident.
@@ -49,17 +49,6 @@ PROGRAMS = 31
 STAGES = 1
 MOST_VECTORS = 16
 WINDOW_TOKENS = tl.constexpr(16)  # slots of a product
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def cap_scores(scores, PLAN: tl.constexpr):
-    """``softcap * tanh(scores / softcap)``, if there is a cap; both in units of log2."""
-    CAP: tl.constexpr = PLAN.softcap
-    if CAP > 0:
-        power = tl.exp2(scores * (2 * LOG2E / CAP))  # infinite where the result is the cap
-        scores = CAP - 2 * CAP / (1 + power)
-    return scores
 
 
 @triton.jit
@@ -105,6 +94,7 @@ def attend_slots(
     OPERAND: tl.constexpr = q.dtype
     maximum, total, acc = sums
     HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
+    CAP: tl.constexpr = PLAN.softcap
     channel = tl.arange(0, q.shape[0])
     in_head = channel < HEAD_SIZE
     due = compaction_due(this, LAYOUT)
@@ -118,7 +108,7 @@ def attend_slots(
         offset = slot_offset(slot, cache, table_row, LAYOUT)
         keys = new_keys.data + index[:, None] * new_keys.stride
         k = load_copies(copies, offset[:, None], held[:, None], keys, new[:, None], channel[None, :], in_head[None, :])
-        scores = cap_scores(tl.dot(k.to(OPERAND), q, input_precision="ieee") * qk_scale, PLAN)
+        scores = cap_scores(tl.dot(k.to(OPERAND), q, input_precision="ieee") * qk_scale, CAP)
         attended = held[:, None] | (new[:, None] & (index[:, None] <= token[None, :]))
         scores = tl.where(attended, scores, float("-inf"))
         maximum, total, weights, decay = softmax_step(scores, maximum, total)
@@ -151,6 +141,7 @@ def attend_groups(
     """
     FMT: tl.constexpr = LAYOUT.fmt
     GROUP: tl.constexpr = FMT.key_group_size
+    CAP: tl.constexpr = PLAN.softcap
     maximum, total, acc = sums
     end = tl.where(this.live, pages_end(this, LAYOUT), 0)
     for group in range(groups[0], tl.minimum(groups[1], tl.cdiv(tl.maximum(end, 0), GROUP))):
@@ -158,7 +149,7 @@ def attend_groups(
         slab, in_page = page_slab(cache, block, kv_head, LAYOUT), group % FMT.groups_per_page
         valid = read_from_page(group * GROUP + tl.arange(0, GROUP), end, this, LAYOUT)
         scores = group_scores(slab, in_page, query_row, vectors, qk_scale, FMT, PLAN)
-        scores = cap_scores(scores, PLAN)
+        scores = cap_scores(scores, CAP)
         scores = tl.where(valid[:, None], scores, float("-inf"))
         maximum, total, weights, decay = softmax_step(scores, maximum, total)
         acc = acc * decay[None, :] + group_output(slab, in_page, weights, valid, FMT, PLAN)
@@ -175,7 +166,7 @@ class Plan:
     operand: tl.dtype  # of the products with full-precision tokens
     requests: int  # as ``index`` in tile_scheduler.find_share
     one_look: bool
-    softcap: float = 0.0  # in units of log2
+    softcap: float  # of ``vectors.Vectors``
 
 
 @triton.jit
@@ -264,9 +255,7 @@ def most_vectors(fmt: PageFormat) -> int:
     return MOST_VECTORS
 
 
-def plan(
-    layout: CacheLayout, vectors: Vectors, operand: tl.dtype, requests: int, one_look: bool, softcap: float = 0.0
-) -> Plan:
+def plan(layout: CacheLayout, vectors: Vectors, operand: tl.dtype, requests: int, one_look: bool) -> Plan:
     fmt = layout.fmt
     return Plan(
         padded(vectors.block, 8),
@@ -275,7 +264,7 @@ def plan(
         operand,
         requests,
         one_look,
-        softcap,
+        vectors.softcap,
     )
 
 
@@ -287,9 +276,8 @@ def launch(
     qk_scale: float,
     programs: int,
     requests: int,
-    softcap: float = 0.0,
 ) -> None:
-    """Launch :func:`decode_kernel`; ``requests`` is how many are looked at together, ``softcap`` in units of log2."""
+    """Launch :func:`decode_kernel`; ``requests`` is how many are looked at together."""
     decode_kernel[(programs,)](
         out,
         query,
@@ -300,7 +288,7 @@ def launch(
         qk_scale,
         LAYOUT=step.layout,
         VECTORS=vectors,
-        PLAN=plan(step.layout, vectors, copy_operand(step.dtype), requests, step.num_reqs <= requests, softcap),
+        PLAN=plan(step.layout, vectors, copy_operand(step.dtype), requests, step.num_reqs <= requests),
         num_warps=1 if step.layout.fmt.head_size <= 128 else 2,
         num_stages=STAGES,
     )

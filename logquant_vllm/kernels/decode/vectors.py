@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @dataclass(frozen=True)
 class Vectors:
@@ -20,11 +22,13 @@ class Vectors:
         gqa: query heads of a KV head.
         queries: new tokens of a request, at most.
         most: vectors that a program takes, at most.
+        softcap: of ``core.layer.Layer``, in units of log2.
     """
 
     gqa: int
     queries: int
     most: int
+    softcap: float = 0.0
 
     @property
     def count(self) -> int:
@@ -40,6 +44,15 @@ class Vectors:
     def block(self) -> int:
         """Vectors of a block; the last one may have fewer."""
         return -(-self.count // self.blocks)
+
+
+@triton.jit
+def cap_scores(scores, CAP: tl.constexpr):
+    """``CAP * tanh(scores / CAP)``, if there is a cap; both in units of log2."""
+    if CAP > 0:
+        power = tl.exp2(scores * (2 * LOG2E / CAP))  # infinite where the result is the cap
+        scores = CAP - 2 * CAP / (1 + power)
+    return scores
 
 
 @triton.jit

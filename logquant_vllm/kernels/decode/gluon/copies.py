@@ -7,20 +7,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from logquant_vllm.kernels.decode.gluon.sizes import key_channels, largest_power, padded, value_groups
-from logquant_vllm.kernels.decode.gluon.tiles import LANES, copy_layout, rows_memory
+from logquant_vllm.kernels.decode.gluon.tiles import copy_layout, in_order, lanes, rows_memory
 
 
 @gluon.jit
 def load_blocks(table_row, first, end):
     """Blocks of the next 32 pages from ``first`` on, a lane each; 0 from ``end`` on."""
-    page = first + gl.arange(0, 32, layout=LANES)
+    page = first + gl.arange(0, 32, layout=lanes(gl.num_warps()))
     return gl.load(table_row + page, mask=page < end, other=0)
 
 
 @gluon.jit
 def block_of(blocks, index):
     """The block (int64) of the page ``index`` of :func:`load_blocks`."""
-    lane = gl.arange(0, 32, layout=LANES)
+    lane = gl.arange(0, 32, layout=lanes(gl.num_warps()))
     return gl.sum(gl.where(lane == index, blocks, 0), 0).to(gl.int64)
 
 
@@ -28,9 +28,9 @@ def block_of(blocks, index):
 def wanted_by_lanes(wanted):
     """A truth as int32 ``[1]`` from a shuffle, so that the compiler takes it to differ between lanes: it then masks all
     copies of a page with one predicate. From a truth that all lanes share it makes one for each copy."""
-    lanes = wanted.to(gl.int32) + 0 * gl.arange(0, 1, layout=LANES)
+    every = wanted.to(gl.int32) + 0 * gl.arange(0, 1, layout=lanes(gl.num_warps()))
     return gl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [every], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
@@ -58,7 +58,7 @@ def copy_words(memory, address, wanted, PITCH: gl.constexpr):
     rows of ``memory`` may be longer."""
     ROWS: gl.constexpr = memory.shape[0]
     WORDS: gl.constexpr = memory.shape[1]
-    LAYOUT: gl.constexpr = copy_layout(WORDS, PITCH)
+    LAYOUT: gl.constexpr = copy_layout(WORDS, gl.num_warps(), PITCH)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT))
     words = address.to(gl.pointer_type(gl.uint16))
@@ -72,10 +72,10 @@ def copy_bytes(memory, address, wanted, PITCH: gl.constexpr, ROW: gl.constexpr):
     ``memory``."""
     words = address.to(gl.pointer_type(gl.int32))
     if PITCH == ROW:
-        word = gl.arange(0, memory.shape[0], layout=gl.BlockedLayout([4], [32], [1], [0]))
+        word = gl.arange(0, memory.shape[0], layout=in_order(0, gl.num_warps(), 4))
         start_copies(memory, words + word, wanted, None)
     else:
-        word = gl.arange(0, memory.shape[0], layout=gl.BlockedLayout([1], [32], [1], [0]))
+        word = gl.arange(0, memory.shape[0], layout=in_order(0, gl.num_warps(), 1))
         in_row = word % (ROW // 4)
         start_copies(memory, words + (word // (ROW // 4) * (PITCH // 4) + in_row), wanted, in_row < PITCH // 4)
 
@@ -132,7 +132,7 @@ def load_key_scales(slab, FMT: gl.constexpr):
         return ()
     else:
         ROW: gl.constexpr = padded(FMT.key_words) // 2
-        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        LAYOUT: gl.constexpr = in_order(0, gl.num_warps(), 1)
         element = gl.arange(0, FMT.groups_per_page * key_channels(FMT), layout=LAYOUT)
         in_row = element % ROW
         scales = (slab + FMT.key_scale_offset).to(gl.pointer_type(gl.uint16))

@@ -1,11 +1,12 @@
-"""Attention of a few new tokens per request on Ada and later: the Triton kernel's arithmetic, its registers laid out.
+"""Attention of a few new tokens per request: the Triton kernel's arithmetic, its registers laid out.
 
-``decode.triton_kernel`` stays for other GPUs, for other formats and for Triton's interpreter. No code passes through
-other lanes; only scales do, through shared memory.
+``decode.triton_kernel`` stays for other formats and for Triton's interpreter. No code passes through other lanes; only
+scales do, through shared memory.
 
 Tokens are rows when scores are computed, channels are rows when values are summed, and the query vectors of one KV head
-are the columns, one or two each (``sizes.columns_of_vector``). A program of one warp takes its share of
-``decode.tile_scheduler``: slots of the window, then pages.
+are the columns, one or two each (``sizes.columns_of_vector``). A program takes its share of ``decode.tile_scheduler``:
+slots of the window, then pages. Of more than 128 channels it has several warps (``sizes.num_warps``): the rows of all
+products are dealt out to them, and the weights of a page pass between them through shared memory.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from logquant_vllm.kernels.decode.gluon.queries import (
 )
 from logquant_vllm.kernels.decode.gluon.scales import PRODUCT_UNIT
 from logquant_vllm.kernels.decode.gluon.sizes import (
+    CHANNELS_OF_WARP,
     COLUMNS_OF_TILE,
     columns_of_vector,
     num_tiles,
+    num_warps,
     padded,
 )
 from logquant_vllm.kernels.decode.gluon.state import allocate, memory_bytes, no_sums
-from logquant_vllm.kernels.decode.gluon.tiles import BY_HEAD, LANES, WEIGHT_UNIT, exp2, of_heads, reference_of
+from logquant_vllm.kernels.decode.gluon.tiles import WEIGHT_UNIT, exp2, lanes, of_heads, products, reference_of
 from logquant_vllm.kernels.decode.gluon.window import attend_window
 from logquant_vllm.kernels.decode.tile_scheduler import (
     WINDOW_SLOTS,
@@ -52,22 +55,30 @@ from logquant_vllm.kernels.decode.tile_scheduler import (
 )
 from logquant_vllm.kernels.decode.vectors import Vectors, split_head
 
-MOST_SUMS = 256  # channels times tiles of columns, of which a lane has one register for every four
-
 
 def most_vectors(fmt: PageFormat) -> int:
     """Query vectors that a program takes, at most."""
-    return COLUMNS_OF_TILE * max(min(MOST_SUMS // padded(fmt.head_size), 2), 1)
+    return COLUMNS_OF_TILE * (2 if num_warps(fmt) == 1 else 1)
 
 
-def registers(fmt: PageFormat, vectors: Vectors) -> int:
-    """Registers of a lane: each quarter of a multiprocessor has 16,384, for three programs or for two."""
-    return 168 if num_tiles(vectors, fmt) * padded(fmt.head_size) <= 128 else 255
+def registers(architecture: Architecture, fmt: PageFormat, vectors: Vectors) -> int:
+    """Registers of a lane. Each quarter of a multiprocessor has 16,384: for three warps, or for two that want more, as
+    they do with two tiles of columns, or have them where shared memory has no room for three."""
+    three, two = 168, 255
+    if num_warps(fmt) > 1:
+        return three
+    if num_tiles(vectors, fmt) * padded(fmt.head_size) > CHANNELS_OF_WARP:
+        return two
+    memory = memory_bytes(fmt, vectors)
+    room = architecture.resident_programs(three, memory) > architecture.resident_programs(two, memory)
+    return three if room else two
 
 
 def resident_programs(architecture: Architecture, fmt: PageFormat, vectors: Vectors) -> int:
     """Programs that a multiprocessor holds at a time."""
-    return architecture.resident_programs(registers(fmt, vectors), memory_bytes(fmt, vectors))
+    return architecture.resident_programs(
+        registers(architecture, fmt, vectors), memory_bytes(fmt, vectors), num_warps(fmt)
+    )
 
 
 class Tile(NamedTuple):
@@ -91,7 +102,7 @@ def open_tile(cache, batch, request, block, count, LAYOUT: gl.constexpr):
     blocks = tile_blocks(query_len, computed, LAYOUT)
     stop = gl.minimum(block + count, blocks)
     page_blocks = load_blocks(page_row(cache, request), gl.maximum(block - WINDOW_BLOCKS, 0), stop - WINDOW_BLOCKS)
-    table_row = window_row(cache, request) + 0 * gl.arange(0, 32, layout=LANES)
+    table_row = window_row(cache, request) + 0 * gl.arange(0, 32, layout=lanes(gl.num_warps()))
     return Tile(start, query_len, computed, blocks, stop, page_blocks, gl.load(table_row), find_sink(table_row))
 
 
@@ -113,7 +124,9 @@ def of_columns(x, LARGEST: gl.constexpr, COLUMNS: gl.constexpr):
         columns = gl.reshape(x, (8 // COLUMNS, COLUMNS))
         one = gl.max(columns, 1) if LARGEST else gl.sum(columns, 1)
         both = gl.broadcast(one[:, None], columns)[0]
-        return gl.convert_layout(gl.reshape(both, (8,)), BY_HEAD, assert_trivial=True)
+        return gl.convert_layout(
+            gl.reshape(both, (8,)), gl.SliceLayout(0, products(gl.num_warps())), assert_trivial=True
+        )
 
 
 @gluon.jit
@@ -155,6 +168,7 @@ def store_tile(out, sums, tile, block, begin, TILE: gl.constexpr, VECTORS: gl.co
     groups = ()
     for group in gl.static_range(GROUPS):
         groups += (sum_columns(sums.acc[group][TILE] * inverse[None, :], COLUMNS),)
+    BY_HEAD: gl.constexpr = gl.SliceLayout(0, products(gl.num_warps()))
     index = index_columns(TILE, VECTORS, FMT, BY_HEAD)
     token, head, exist = place(index, block, VECTORS)
     exist = exist & (gl.arange(0, 8, layout=BY_HEAD) % COLUMNS == 0)
@@ -187,11 +201,10 @@ def decode_kernel(
 ):
     """One program for each share of all requests' KV blocks (``decode.tile_scheduler``)."""
     FMT: gl.constexpr = LAYOUT.fmt
-    COLUMNS: gl.constexpr = columns_of_vector(VECTORS, FMT)
     TILES: gl.constexpr = num_tiles(VECTORS, FMT)
     WINDOW_BLOCKS: gl.constexpr = count_window_blocks(LAYOUT)
     program, heads = gl.program_id(0), cache.num_kv_heads * VECTORS.blocks
-    index = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([REQUESTS // 32], [32], [1], [0]))
+    index = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([REQUESTS // 32], [32], [gl.num_warps()], [0]))
     schedule = make_schedule(batch, heads, gl.num_programs(0), index, LAYOUT, ONE_LOOK)
     request, tile_head, begin, count = find_share(batch, heads, program, schedule, index, LAYOUT, ONE_LOOK)
     tile = open_tile(cache, batch, request, begin, count, LAYOUT)
@@ -238,7 +251,7 @@ def decode_kernel(
                 rows = copies, (new_keys, key.stride), (new_values, value.stride), window_row(cache, request)
                 sums = attend_window(sums, memory.tiles, q, block, cache, rows, slots, this, qk_scale, VECTORS, LAYOUT)
             pages = slabs, slab, tile.page_blocks, page_row(cache, request), cache.page_stride, copying
-            sums = attend_pages(sums, memory, pages, first_page, end_page, this, exponent, qk_scale, COLUMNS, LAYOUT)
+            sums = attend_pages(sums, memory, pages, first_page, end_page, this, exponent, qk_scale, VECTORS, LAYOUT)
             for i in gl.static_range(TILES):
                 store_tile(out, sums, tile, block, begin, i, VECTORS, LAYOUT)
         count -= tile.stop - begin
@@ -269,7 +282,7 @@ def launch(
         ONE_LOOK=step.num_reqs <= requests,
         PDL=pdl,
         launch_pdl=pdl,
-        num_warps=1,
+        num_warps=num_warps(step.layout.fmt),
         num_stages=1,
-        maxnreg=registers(step.layout.fmt, vectors),
+        maxnreg=registers(step.architecture, step.layout.fmt, vectors),
     )

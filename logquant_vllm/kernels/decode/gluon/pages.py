@@ -24,8 +24,9 @@ from logquant_vllm.kernels.decode.gluon.copies import (
     load_key_scales,
     wanted_by_lanes,
 )
-from logquant_vllm.kernels.decode.gluon.scales import store_key_factors, store_value_factors
+from logquant_vllm.kernels.decode.gluon.scales import SCALE_UNIT, store_key_factors, store_value_factors
 from logquant_vllm.kernels.decode.gluon.scores import EXACT_LIMIT, LIMIT, weigh_page
+from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector
 from logquant_vllm.kernels.decode.gluon.tiles import CODE_UNIT, PLAIN, power_of_two
 from logquant_vllm.kernels.decode.gluon.values import add_page, begin_pages, end_pages
 
@@ -54,7 +55,7 @@ def attend_pages(
     request,
     exponent,
     qk_scale,
-    COLUMNS: gl.constexpr,
+    VECTORS: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
     """Attention to the pages from ``first_page`` to ``end_page``.
@@ -65,12 +66,12 @@ def attend_pages(
             ``first_page`` on; a pointer to the request's blocks; the stride of blocks; and whether the first page's
             keys are being copied.
         exponent: of ``queries.store_queries``.
-        COLUMNS: ``sizes.columns_of_vector``.
 
     Returns:
         ``sums`` with the pages added, as from :func:`end_pages`.
     """
     FMT: gl.constexpr = LAYOUT.fmt
+    COLUMNS: gl.constexpr = columns_of_vector(VECTORS, FMT)
     WINDOW: gl.constexpr = LAYOUT.window_length
     GROUP: gl.constexpr = FMT.key_group_size
     PAGE: gl.constexpr = FMT.page_size
@@ -85,7 +86,7 @@ def attend_pages(
         # pages between the first and this one hold no token that has a copy
         first_overlaid = (request.computed // WINDOW - 1 - SPAN) * WINDOW // PAGE
         score_unit = power_of_two(exponent - 5) * qk_scale
-        units = CODE_UNIT * score_unit, 64.0 * score_unit
+        units = CODE_UNIT * score_unit, 64.0 / SCALE_UNIT * score_unit
         if not copying:
             copy_first_keys(memory, slab, FMT)
         copy_values(memory, slab, None, FMT)
@@ -98,7 +99,7 @@ def attend_pages(
             slab = slabs + block * page_stride
             limit = gl.where(large, EXACT_LIMIT, LIMIT)
             place = page, (page == 0) | (page >= first_overlaid), end, request
-            sums, weights = weigh_page(sums, memory, place, units, limit, COLUMNS, LAYOUT)
+            sums, weights = weigh_page(sums, memory, place, units, limit, VECTORS, LAYOUT)
             copy_keys(memory, slab, wanted, FMT)
             key_scales = load_key_scales(slab, FMT)
             async_copy.commit_group()

@@ -8,8 +8,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from logquant_vllm.kernels.arguments import Member
+from logquant_vllm.kernels.decode.gluon.scales import LOG_SCALE_UNIT
 from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector, key_channels, num_tiles, padded
-from logquant_vllm.kernels.decode.gluon.tiles import RIGHT, code_shift, power_of_two
+from logquant_vllm.kernels.decode.gluon.tiles import code_shift, power_of_two, right
 from logquant_vllm.kernels.decode.vectors import place_vectors
 
 
@@ -50,7 +51,7 @@ def load_channels(row, query, block, channel, exists, VECTORS: gl.constexpr, FMT
     """
     tiles = ()
     for tile in gl.static_range(num_tiles(VECTORS, FMT)):
-        index = index_columns(tile, VECTORS, FMT, gl.SliceLayout(0, RIGHT))
+        index = index_columns(tile, VECTORS, FMT, gl.SliceLayout(0, right(gl.num_warps())))
         token, head, exist = place(index, block, VECTORS)
         mask = exist[None, :] if exists is None else exist[None, :] & exists
         offset = token * query.stride + (block.kv_head * VECTORS.gqa + head) * query.head_stride
@@ -62,7 +63,7 @@ def load_channels(row, query, block, channel, exists, VECTORS: gl.constexpr, FMT
 def load_queries(row, query, block, VECTORS: gl.constexpr, FMT: gl.constexpr):
     """:func:`load_channels` in their order."""
     CHANNELS: gl.constexpr = padded(FMT.head_size)
-    channel = gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, RIGHT))[:, None]
+    channel = gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, right(gl.num_warps())))[:, None]
     exists = None if FMT.head_size == CHANNELS else channel < FMT.head_size
     return load_channels(row, query, block, channel, exists, VECTORS, FMT)
 
@@ -71,7 +72,7 @@ def load_queries(row, query, block, VECTORS: gl.constexpr, FMT: gl.constexpr):
 def load_key_queries(row, query, block, VECTORS: gl.constexpr, FMT: gl.constexpr):
     """:func:`load_channels` in the order of a page's padded keys."""
     WORDS: gl.constexpr = padded(FMT.key_words)
-    row_channel = gl.arange(0, key_channels(FMT), layout=gl.SliceLayout(1, RIGHT))[:, None]
+    row_channel = gl.arange(0, key_channels(FMT), layout=gl.SliceLayout(1, right(gl.num_warps())))[:, None]
     word = row_channel % WORDS
     channel = row_channel // WORDS * FMT.key_words + word
     return load_channels(row, query, block, channel, word < FMT.key_words, VECTORS, FMT)
@@ -80,7 +81,7 @@ def load_key_queries(row, query, block, VECTORS: gl.constexpr, FMT: gl.constexpr
 @gluon.jit
 def store_queries(memory, queries, FMT: gl.constexpr):
     """Store queries, in the order of a page's keys, as float16: divided by a power of two near their largest element
-    and times the weights of the codes' slots.
+    and times the weights of the codes' slots, in what goes with SCALE_UNIT.
 
     Args:
         queries: a tuple of ``[key channels, 8]``.
@@ -93,8 +94,10 @@ def store_queries(memory, queries, FMT: gl.constexpr):
         largest = gl.maximum(largest, gl.max(gl.max(gl.abs(queries[i].to(gl.float32)), 0), 0))
     exponent = (largest.to(gl.int32, bitcast=True) >> 23) - 127
     exponent = gl.maximum(gl.minimum(exponent, 100), -100)
-    channel = gl.arange(0, key_channels(FMT), layout=gl.SliceLayout(1, RIGHT))
-    weight = power_of_two(5 - exponent - code_shift(channel, padded(FMT.key_words), FMT.key_planes[0].bits))
+    channel = gl.arange(0, key_channels(FMT), layout=gl.SliceLayout(1, right(gl.num_warps())))
+    weight = power_of_two(
+        LOG_SCALE_UNIT + 5 - exponent - code_shift(channel, padded(FMT.key_words), FMT.key_planes[0].bits)
+    )
     for i in gl.static_range(len(queries)):
         memory.index(i).store((queries[i].to(gl.float32) * weight[:, None]).to(gl.float16))
     return exponent

@@ -1,7 +1,8 @@
 """A page's scales and zeros in the Gluon decode kernel: from the bytes of the cache to factors of matrix operands.
 
 Zeros are stored times scale. The keys' zeros and the values' scales also take the weights of their codes' slots; the
-keys' scales need none, for the queries have them.
+keys' scales need none, for the queries have them. All are in SCALE_UNIT, but for the values' scales: the queries are
+divided by it, and so are the weighted sums of the values' zeros at the end.
 """
 
 from __future__ import annotations
@@ -10,30 +11,29 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from logquant_vllm.kernels.decode.gluon.sizes import key_channels, num_pairs, padded, paired
-from logquant_vllm.kernels.decode.gluon.tiles import LOG_WEIGHT_UNIT, code_shift
+from logquant_vllm.kernels.decode.gluon.tiles import LOG_WEIGHT_UNIT, code_shift, in_order
 
-LARGE_SCALE = gl.constexpr(0x4B80)  # 15, as float16's bits
+LOG_SCALE_UNIT = gl.constexpr(8)  # the exponents' biases of float16 and e4m3 differ by it
+SCALE_UNIT = gl.constexpr(2.0**8)
+LARGE_SCALE = gl.constexpr(0x2B80)  # 15 in SCALE_UNIT, as float16's bits
 LOG_PRODUCT_UNIT = gl.constexpr(7)
 PRODUCT_UNIT = gl.constexpr(2.0**7)
 
 
-@gluon.constexpr_function
-def words_of_lanes(words):
-    """Words in the order of the lanes, each with as many as there are."""
-    return gl.BlockedLayout([max(words // 32, 1)], [32], [1], [0])
-
-
 @gluon.jit
 def decode_scales(words):
-    """Four e4m3 scales in each int32 word to two words of two float16."""
+    """Four e4m3 scales in each int32 word to two words of two float16, in SCALE_UNIT: its bits, moved to where float16
+    has them. So no instruction for 8-bit floats is needed, which Ampere does not have. Scales are positive."""
     return gl.inline_asm_elementwise(
         """{
-        .reg .b16 low, high;
-        mov.b32 {low, high}, $2;
-        cvt.rn.f16x2.e4m3x2 $0, low;
-        cvt.rn.f16x2.e4m3x2 $1, high;
+        .reg .b32 none;
+        mov.b32 none, 0;
+        prmt.b32 $0, $2, none, 0x1404;
+        prmt.b32 $1, $2, none, 0x3424;
+        shr.b32 $0, $0, 1;
+        shr.b32 $1, $1, 1;
         }""",
-        "=r,=r,r",
+        "=&r,=&r,r",
         [words],
         dtype=(gl.int32, gl.int32),
         is_pure=True,
@@ -95,7 +95,7 @@ def store_key_factors(raw, scales, zeros, complete, FMT: gl.constexpr):
     CHANNELS: gl.constexpr = key_channels(FMT)
     STEPS: gl.constexpr = CHANNELS // 16
     WORDS: gl.constexpr = raw.shape[0] // 2
-    LAYOUT: gl.constexpr = words_of_lanes(WORDS)
+    LAYOUT: gl.constexpr = in_order(WORDS, gl.num_warps())
     number = 4 * gl.arange(0, WORDS, layout=LAYOUT)
     exists = number // CHANNELS * FMT.key_group_size < complete
     low, high = decode_scales(gl.where(exists, raw.slice(0, WORDS).load(LAYOUT), 0))
@@ -103,7 +103,7 @@ def store_key_factors(raw, scales, zeros, complete, FMT: gl.constexpr):
     ordered = gl.reshape(gl.join(low, high), (COLUMNS, NUMBER, 2, 2, 2, 2))
     scales.store(gl.reshape(gl.permute(ordered, (1, 0, 4, 5, 2, 3)), (NUMBER, COLUMNS, 4, 4)))
 
-    weight = power_word(code_shift(number % CHANNELS, padded(FMT.key_words), FMT.key_planes[0].bits) - 8)
+    weight = power_word(code_shift(number % CHANNELS, padded(FMT.key_words), FMT.key_planes[0].bits))
     zero_low, zero_high = decode_zeros(raw.slice(WORDS, WORDS).load(LAYOUT))
     low, high = multiply_words(low, weight), multiply_words(high, weight)
     both = gl.join(multiply_words(low, zero_low), multiply_words(high, zero_high))
@@ -133,7 +133,7 @@ def store_pair_factors(raw_scales, raw_zeros, scales, zeros, complete, FMT: gl.c
     NUMBER: gl.constexpr = FMT.page_size // 32
     WORDS: gl.constexpr = raw_scales.shape[0]
     GROUPS: gl.constexpr = WORDS // (FMT.page_size // 4)
-    LAYOUT: gl.constexpr = words_of_lanes(WORDS)
+    LAYOUT: gl.constexpr = in_order(WORDS, gl.num_warps())
     token = 4 * gl.arange(0, WORDS, layout=LAYOUT) % FMT.page_size
     low, high = decode_scales(gl.where(token < complete, raw_scales.load(LAYOUT), 0))
     zero_low, zero_high = decode_zeros(raw_zeros.load(LAYOUT))
@@ -149,7 +149,7 @@ def store_pair_factors(raw_scales, raw_zeros, scales, zeros, complete, FMT: gl.c
 
     largest = larger_words(low, high)
     shift = code_shift(token % FMT.key_group_size, FMT.value_words_per_group, FMT.value_planes[0].bits)
-    weight = power_word(LOG_PRODUCT_UNIT - LOG_WEIGHT_UNIT - shift)
+    weight = power_word(LOG_SCALE_UNIT + LOG_PRODUCT_UNIT - LOG_WEIGHT_UNIT - shift)
     both = gl.join(multiply_words(low, weight), multiply_words(high, weight))
     if paired(FMT):
         # tokens lie as (half, two steps, step, t, element)
@@ -179,7 +179,7 @@ def store_value_factors(raw, scales, zeros, complete, FMT: gl.constexpr):
     WORDS: gl.constexpr = raw.shape[0] // (2 * PAIRS)
     SCALES: gl.constexpr = scales.shape[0] // PAIRS
     STEPS: gl.constexpr = zeros.shape[0] // PAIRS
-    largest = gl.zeros((WORDS,), gl.int32, words_of_lanes(WORDS))
+    largest = gl.zeros((WORDS,), gl.int32, in_order(WORDS, gl.num_warps()))
     for pair in gl.static_range(PAIRS):
         raw_scales, raw_zeros = raw.slice(pair * WORDS, WORDS), raw.slice((PAIRS + pair) * WORDS, WORDS)
         pair_scales, pair_zeros = scales.slice(pair * SCALES, SCALES), zeros.slice(pair * STEPS, STEPS)

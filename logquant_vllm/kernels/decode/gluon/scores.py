@@ -13,15 +13,11 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from logquant_vllm.kernels.cache import read_from_page
 from logquant_vllm.kernels.decode.gluon.copies import key_tile
 from logquant_vllm.kernels.decode.gluon.factors import load_left, load_right
-from logquant_vllm.kernels.decode.gluon.sizes import key_channels
+from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector, key_channels
 from logquant_vllm.kernels.decode.gluon.state import no_products, raise_maxima
 from logquant_vllm.kernels.decode.gluon.thirds import load_thirds
 from logquant_vllm.kernels.decode.gluon.tiles import (
-    BY_HEAD,
-    BY_LANE,
     LOG_WEIGHT_UNIT,
-    MMA,
-    RIGHT,
     exp2,
     halves_of,
     lane_maxima,
@@ -31,13 +27,16 @@ from logquant_vllm.kernels.decode.gluon.tiles import (
     multiply_left,
     multiply_pairs,
     peak_bits,
+    products,
     reference_of,
+    right,
     row_steps,
     scale_and_shift,
     stack,
     take_columns,
     token_rows,
 )
+from logquant_vllm.kernels.decode.vectors import cap_scores
 
 # A weight times a value's scale, in PRODUCT_UNIT, must fit float16. So weights may be up to LIMIT, but where a scale is
 # above LARGE_SCALE they are relative to the largest score itself, and at most EXACT_LIMIT. All are float16's bits.
@@ -46,54 +45,66 @@ EXACT_LIMIT = gl.constexpr(0x5000)  # 2**5: WEIGHT_UNIT
 
 
 @gluon.jit
-def scale_queries(queries, key_scales, first: gl.constexpr, FMT: gl.constexpr):
-    """The queries times the keys' scales from quad ``first`` on, for each tile a tuple of right operands."""
+def scale_queries(queries, key_scales, first: gl.constexpr, chunk: gl.constexpr):
+    """The queries of 32 channels times the keys' scales, whose quads begin at ``first``: for each tile two steps of
+    right operands."""
     TILES: gl.constexpr = queries.shape[0]
+    even, odd = load_right(key_scales, first + chunk)
     rights = ()
     for tile in gl.static_range(TILES):
-        steps = ()
-        for chunk in gl.static_range(key_channels(FMT) // 32):
-            even, odd = load_right(key_scales, first + chunk)
-            q = row_steps(queries.index(tile).slice(32 * chunk, 32).load(RIGHT))
-            steps += (multiply_pairs(q[0], even), multiply_pairs(q[1], odd))
-        rights += (steps,)
+        q = row_steps(queries.index(tile).slice(32 * chunk, 32).load(right(gl.num_warps())))
+        rights += ((multiply_pairs(q[0], even), multiply_pairs(q[1], odd)),)
     return rights
 
 
 @gluon.jit
-def row_scores(memory, first: gl.constexpr, rights, FMT: gl.constexpr):
-    """Codes of 32 tokens from ``first`` on times the queries, float32 ``[32, 8]`` for each tile."""
+def load_rows(memory, first: gl.constexpr, COUNT: gl.constexpr, FMT: gl.constexpr):
+    """Words of ``COUNT`` tokens from ``first`` on, the same moved, and their third bits."""
     PLANES: gl.constexpr = FMT.key_planes
     BITS: gl.constexpr = FMT.key_planes[0].bits
-    words = load_words(key_tile(memory, FMT).slice(first, 32))
-    moved, thirds = move_all(words, BITS), load_thirds(memory, 0, first, 32, 1, PLANES)
-    scores = no_products(len(rights), 32)
-    for step in gl.static_range(key_channels(FMT) // 16):
-        scores = multiply_left(left_operand(words, moved, thirds, step, BITS), rights, step, scores)
-    return scores
+    words = load_words(key_tile(memory, FMT).slice(first, COUNT))
+    return words, move_all(words, BITS), load_thirds(memory, 0, first, COUNT, 1, PLANES)
+
+
+@gluon.jit
+def add_channels(scores, rows, rights, chunk: gl.constexpr, BITS: gl.constexpr):
+    """``scores`` of some :func:`load_rows`, float32 ``[count, 8]`` each and each tile, plus those of 32 channels."""
+    added = ()
+    for i in gl.static_range(len(rows)):
+        words, moved, thirds = rows[i]
+        sums = scores[i]
+        for step in gl.static_range(2):
+            sums = multiply_left(left_operand(words, moved, thirds, 2 * chunk + step, BITS), rights, step, sums)
+        added += (sums,)
+    return added
 
 
 @gluon.jit
 def group_scores(memory, group: gl.constexpr, COLUMNS: gl.constexpr, FMT: gl.constexpr):
     """Codes of a page's group of tokens times the queries, float32 ``[group, 8]`` for each tile.
 
-    32 tokens at a time: of more, the compiler would hold all words in registers, which then lack elsewhere.
+    32 channels at a time: the scaled queries of all would take registers that lack elsewhere.
     """
     GROUP: gl.constexpr = FMT.key_group_size
+    BITS: gl.constexpr = FMT.key_planes[0].bits
     CHUNKS: gl.constexpr = key_channels(FMT) // 32
     TILES: gl.constexpr = memory.queries.shape[0]
     # with columns of their own, scales of both groups lie together
     SCALES: gl.constexpr = 0 if COLUMNS == 2 else group * CHUNKS
-    blocks = ()
-    rights = scale_queries(memory.queries, memory.key_scales, SCALES, FMT)
-    for i in gl.static_range(GROUP // 32):
-        blocks += (row_scores(memory, group * GROUP + 32 * i, rights, FMT),)
+    AT_ONCE: gl.constexpr = max(16 * gl.num_warps(), 32)
+    rows, blocks = (), ()
+    for i in gl.static_range(GROUP // AT_ONCE):
+        rows += (load_rows(memory, group * GROUP + AT_ONCE * i, AT_ONCE, FMT),)
+        blocks += (no_products(TILES, AT_ONCE),)
+    for chunk in gl.static_range(CHUNKS):
+        rights = scale_queries(memory.queries, memory.key_scales, SCALES, chunk)
+        blocks = add_channels(blocks, rows, rights, chunk, BITS)
     scores = ()
     for tile in gl.static_range(TILES):
-        rows = ()
-        for i in gl.static_range(GROUP // 32):
-            rows += (blocks[i][tile],)
-        scores += (stack(rows),)
+        of_tile = ()
+        for i in gl.static_range(len(blocks)):
+            of_tile += (blocks[i][tile],)
+        scores += (stack(of_tile),)
     return scores
 
 
@@ -107,7 +118,7 @@ def part_scores(memory, part: gl.constexpr, COLUMNS: gl.constexpr, FMT: gl.const
         last = group_scores(memory, 1, COLUMNS, FMT)
         both = ()
         for tile in gl.static_range(len(scores)):
-            both += (take_columns(scores[tile], last[tile], MMA),)
+            both += (take_columns(scores[tile], last[tile]),)
         return both
 
 
@@ -117,16 +128,16 @@ def zero_scores(memory, unit, COLUMNS: gl.constexpr, FMT: gl.constexpr):
     TILES: gl.constexpr = memory.queries.shape[0]
     upper, lower, both = (), (), ()
     for tile in gl.static_range(TILES):
-        offsets = gl.zeros((16, 8), gl.float32, MMA)
+        offsets = gl.zeros((16, 8), gl.float32, products(gl.num_warps()))
         for chunk in gl.static_range(key_channels(FMT) // 32):
-            q = row_steps(memory.queries.index(tile).slice(32 * chunk, 32).load(RIGHT))
+            q = row_steps(memory.queries.index(tile).slice(32 * chunk, 32).load(right(gl.num_warps())))
             offsets = mma_v2(load_left(memory.key_zeros, 2 * chunk), q[0], offsets)
             offsets = mma_v2(load_left(memory.key_zeros, 2 * chunk + 1), q[1], offsets)
         first, last = halves_of(offsets)
         first, last = first * unit, last * unit
         upper += (first,)
         lower += (last,)
-        both += (take_columns(first, last, BY_LANE),)
+        both += (take_columns(first, last),)
     if COLUMNS == 2:
         return (both,)
     elif FMT.groups_per_page == 1:
@@ -139,7 +150,7 @@ def zero_scores(memory, unit, COLUMNS: gl.constexpr, FMT: gl.constexpr):
 def without_copied(scores, page, part: gl.constexpr, end, request, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
     """A part's scores with ``-inf`` for all tokens that are not read from pages."""
     GROUP: gl.constexpr = LAYOUT.fmt.key_group_size
-    column = gl.arange(0, 8, layout=BY_HEAD)[None, :] % COLUMNS
+    column = gl.arange(0, 8, layout=gl.SliceLayout(0, products(gl.num_warps())))[None, :] % COLUMNS
     position = token_rows(page * LAYOUT.fmt.page_size, GROUP)[:, None] + column * GROUP
     valid = read_from_page(position + part * GROUP, end, request, LAYOUT)
     masked = ()
@@ -180,24 +191,46 @@ def references(maximum):
 
 
 @gluon.jit
-def page_scores(memory, place, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+def capped(scores, factor, shifts, CAP: gl.constexpr):
+    """Scores of all parts, capped in units of log2; and what brings them there."""
+    parts, none = (), ()
+    for part in gl.static_range(len(scores)):
+        tiles, zeros = (), ()
+        for tile in gl.static_range(len(scores[part])):
+            tiles += (cap_scores(scale_and_shift(scores[part][tile], factor, shifts[part][tile]), CAP),)
+            zeros += (shifts[part][tile] * 0.0,)
+        parts += (tiles,)
+        none += (zeros,)
+    return parts, 1.0, none
+
+
+@gluon.jit
+def page_scores(memory, place, factor, shifts, VECTORS: gl.constexpr, LAYOUT: gl.constexpr):
     """Scores of all parts of a page; ``-inf`` for what is not read from it.
 
     Args:
         place: the page, whether some of its tokens have copies, where pages end, and the request.
+        factor, shifts: what brings the scores to units of log2.
+
+    Returns:
+        The scores, and what brings them to units of log2: that are capped already, if they are.
     """
     FMT: gl.constexpr = LAYOUT.fmt
+    COLUMNS: gl.constexpr = columns_of_vector(VECTORS, FMT)
     PARTS: gl.constexpr = FMT.groups_per_page // COLUMNS
+    CAP: gl.constexpr = VECTORS.softcap
     page, overlaid, end, request = place
     scores = ()
     for part in gl.static_range(PARTS):
         scores += (part_scores(memory, part, COLUMNS, FMT),)
+    if CAP > 0:
+        scores, factor, shifts = capped(scores, factor, shifts, CAP)
     if overlaid:
         masked = ()
         for part in gl.static_range(PARTS):
             masked += (without_copied(scores[part], page, part, end, request, COLUMNS, LAYOUT),)
         scores = masked
-    return scores
+    return scores, factor, shifts
 
 
 @gluon.jit
@@ -210,7 +243,7 @@ def weigh_all(scores, factor, shifts, maximum):
 
 
 @gluon.jit
-def weigh_page(sums, memory, place, units, limit, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+def weigh_page(sums, memory, place, units, limit, VECTORS: gl.constexpr, LAYOUT: gl.constexpr):
     """Weights of a page, for each part and tile, and ``sums`` relative to what they are relative to.
 
     Args:
@@ -220,8 +253,8 @@ def weigh_page(sums, memory, place, units, limit, COLUMNS: gl.constexpr, LAYOUT:
     """
     FMT: gl.constexpr = LAYOUT.fmt
     factor, zero_unit = units
-    shifts = zero_scores(memory, zero_unit, COLUMNS, FMT)
-    scores = page_scores(memory, place, COLUMNS, LAYOUT)
+    shifts = zero_scores(memory, zero_unit, columns_of_vector(VECTORS, FMT), FMT)
+    scores, factor, shifts = page_scores(memory, place, factor, shifts, VECTORS, LAYOUT)
     # weights relative to the references as they are; with none yet they are infinite or NaN
     weights = weigh_all(scores, factor, shifts, sums.maximum)
     if peak_bits(one_after_another(weights)) > limit:

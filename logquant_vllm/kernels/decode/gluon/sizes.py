@@ -10,6 +10,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 
 COLUMNS_OF_TILE = 8  # of a matrix instruction
+CHANNELS_OF_WARP = 128
 
 
 @gluon.constexpr_function
@@ -31,10 +32,10 @@ def key_channels(fmt):
 
 
 @gluon.constexpr_function
-def third_bits_bytes(fmt):
-    """Bytes of the third bits of a page's keys, or of its values; 0 where neither has them."""
-    rows = (fmt.key_planes, fmt.page_size), (fmt.value_planes, fmt.head_size)
-    return max(2 * count * planes[1].words if len(planes) == 2 else 0 for planes, count in rows)
+def third_bits_bytes(fmt, kind):
+    """Bytes of the third bits of a page's keys (``kind`` 0) or values (1); 0 where they have none."""
+    planes, rows = ((fmt.key_planes, fmt.page_size), (fmt.value_planes, fmt.head_size))[kind]
+    return 2 * rows * planes[1].words if len(planes) == 2 else 0
 
 
 @gluon.constexpr_function
@@ -72,6 +73,12 @@ def columns_of_vector(vectors, fmt):
 def window_rows(vectors, fmt):
     """Slots of the window that are attended to at a time: more where that takes neither programs nor registers away."""
     return 32 if num_tiles(vectors, fmt) == 1 and fmt.head_size <= 64 else 16
+
+
+@gluon.constexpr_function
+def num_warps(fmt):
+    """Warps of a program, which share out the channels."""
+    return max(padded(fmt.head_size) // CHANNELS_OF_WARP, 1)
 
 
 @gluon.constexpr_function

@@ -16,18 +16,19 @@ from logquant_vllm.kernels.decode.gluon.sizes import (
     key_channels,
     num_pairs,
     num_tiles,
+    num_warps,
     padded,
     third_bits_bytes,
     value_groups,
     window_rows,
 )
 from logquant_vllm.kernels.decode.gluon.tiles import (
-    BY_LANE,
     HEADROOM,
-    MMA,
     PLAIN,
+    by_lanes,
     column_maxima,
     exp2,
+    products,
     reference_of,
     rows_memory,
     scale_rows,
@@ -54,7 +55,8 @@ class Memory(NamedTuple):
     value_scales: Member
     value_zeros: Member  # with STEPS for each pair
     queries: Member  # float16 [tiles, key channels, 8]
-    third_bits: Member  # of keys and of values, int32 words; none where codes have one plane
+    third_bits: Member  # of keys and of values, int32 words; nothing where codes have one plane
+    weights: Member  # what warps tell each other of a page's, float16 [tokens, 8]; nothing for a single one
 
 
 COMPILERS = 256  # bytes at most, for what passes between lanes: a program too many takes twice the time
@@ -74,8 +76,20 @@ def memory_bytes(fmt: PageFormat, vectors: Vectors) -> int:
     key_factors = 2 * keys + 4 * key_channels(fmt)
     value_factors = (2 * columns * groups + 8 * num_pairs(fmt)) * fmt.page_size
     queries = 16 * num_tiles(vectors, fmt) * key_channels(fmt)
-    third_bits = 2 * third_bits_bytes(fmt)
-    return 4 * tile_elements(vectors, fmt) + raw + key_factors + value_factors + queries + third_bits + COMPILERS
+    third_bits = third_bits_bytes(fmt, 0) + third_bits_bytes(fmt, 1)
+    weights = 16 * fmt.page_size // columns if num_warps(fmt) > 1 else 0
+    tiles = 4 * tile_elements(vectors, fmt)
+    return tiles + raw + key_factors + value_factors + queries + third_bits + weights + COMPILERS
+
+
+@gluon.jit
+def third_bits_memory(kind: gl.constexpr, FMT: gl.constexpr):
+    """Shared memory for ``sizes.third_bits_bytes``, or nothing."""
+    BYTES: gl.constexpr = third_bits_bytes(FMT, kind)
+    if BYTES == 0:
+        return ()
+    else:
+        return gl.allocate_shared_memory(gl.int32, [BYTES // 4], PLAIN)
 
 
 @gluon.jit
@@ -95,14 +109,14 @@ def allocate(VECTORS: gl.constexpr, FMT: gl.constexpr):
     value_scales = quads_memory(VALUES // 32, COLUMNS)
     # rows of zeros, for each of a vector's columns, and as many of ones
     value_zeros = quads_memory(STEPS, 2 * COLUMNS)
-    ONES: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [8, 1, 4, 1], [1, 1, 1, 1], [3, 2, 1, 0])
+    ONES: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [8, 1, 4, 1], [gl.num_warps(), 1, 1, 1], [3, 2, 1, 0])
     value_zeros.slice(COLUMNS, COLUMNS, 1).store(gl.full((STEPS, COLUMNS, 4, 4), 0x3C003C00, gl.int32, ONES))
-    THIRD_BITS: gl.constexpr = third_bits_bytes(FMT) // 4
-    third_bits = ()
-    if THIRD_BITS > 0:
-        for _ in gl.static_range(2):
-            third_bits += (gl.allocate_shared_memory(gl.int32, [THIRD_BITS], PLAIN),)
-    return Memory(tiles, raw_keys, raw_values, key_scales, key_zeros, value_scales, value_zeros, queries, third_bits)
+    weights = ()
+    if gl.num_warps() > 1:
+        weights = gl.allocate_shared_memory(gl.float16, [FMT.page_size // COLUMNS, 8], rows_memory(8))
+    third_bits = third_bits_memory(0, FMT), third_bits_memory(1, FMT)
+    scales = key_scales, key_zeros, value_scales, value_zeros
+    return Memory(tiles, raw_keys, raw_values, *scales, queries, third_bits, weights)
 
 
 @gluon.jit
@@ -110,7 +124,7 @@ def no_products(TILES: gl.constexpr, ROWS: gl.constexpr):
     """Sums of nothing, of ``ROWS`` rows for each tile."""
     sums = ()
     for _ in gl.static_range(TILES):
-        sums += (gl.zeros((ROWS, 8), gl.float32, MMA),)
+        sums += (gl.zeros((ROWS, 8), gl.float32, products(gl.num_warps())),)
     return sums
 
 
@@ -124,7 +138,7 @@ def no_sums(TILES: gl.constexpr, FMT: gl.constexpr):
     for _ in gl.static_range(num_pairs(FMT)):
         totals += (no_products(TILES, 16),)
     for _ in gl.static_range(TILES):
-        maximum += (gl.full((8, 8), float("-inf"), gl.float32, BY_LANE),)
+        maximum += (gl.full((8, 8), float("-inf"), gl.float32, by_lanes(gl.num_warps())),)
     return Sums(acc, totals, maximum)
 
 

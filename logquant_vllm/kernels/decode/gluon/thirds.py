@@ -8,23 +8,25 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from logquant_vllm.kernels.decode.gluon.tiles import plain, words_layout
+from logquant_vllm.kernels.decode.gluon.tiles import plain, rows_above, words_layout
 
 
 @gluon.constexpr_function
-def thirds_layout(rows, words, groups, whole):
+def thirds_layout(rows, words, groups, whole, warps):
     """Registers of third bits for words of 2 bits, :func:`words_layout`: as ``[rows, groups, 2, words of a group]`` of
     words that serve two each, or without those two as ``[rows, groups * words of a group]``."""
     of_group = words // groups
     half = of_group // 2
-    registers = [[0, 1], [8, 0]] + ([[0, 8]] if words == 16 else []) + [[r, 0] for r in (16, 32, 64, 128) if r < rows]
+    above, of_warps = rows_above(rows, warps, 2)
+    registers = [[0, 1], [8, 0]] + ([[0, 8]] if words == 16 else []) + above
     lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
-    wide = [[[r, c // of_group, c % of_group // half, c % half] for r, c in bases] for bases in (registers, lanes)]
+    kinds = registers, lanes, of_warps
+    wide = [[[r, c // of_group, c % of_group // half, c % half] for r, c in bases] for bases in kinds]
     if whole:
-        return gl.DistributedLinearLayout(wide[0], wide[1], [], [], [rows, groups, 2, half])
+        return gl.DistributedLinearLayout(*wide, [], [rows, groups, 2, half])
     registers = [[r, g * half + c] for r, g, two, c in wide[0] if two == 0]
-    lanes = [[r, g * half + c] for r, g, _, c in wide[1]]
-    return gl.DistributedLinearLayout(registers, lanes, [], [], [rows, groups * half])
+    lanes, of_warps = ([[r, g * half + c] for r, g, _, c in bases] for bases in wide[1:])
+    return gl.DistributedLinearLayout(registers, lanes, of_warps, [], [rows, groups * half])
 
 
 @gluon.jit
@@ -68,11 +70,11 @@ def load_thirds(
         WORDS: gl.constexpr = PLANES[0].words
         OF_THIRDS: gl.constexpr = PLANES[1].words
         HALF: gl.constexpr = OF_THIRDS // GROUPS
-        WHOLE: gl.constexpr = thirds_layout(COUNT, WORDS, GROUPS, True)
-        LAYOUT: gl.constexpr = words_layout(COUNT, WORDS)
+        WHOLE: gl.constexpr = thirds_layout(COUNT, WORDS, GROUPS, True, gl.num_warps())
+        LAYOUT: gl.constexpr = words_layout(COUNT, WORDS, gl.num_warps())
         SIZE: gl.constexpr = 2 * memory.third_bits[kind].numel
         rows = memory.third_bits[kind]._reinterpret(gl.uint16, [SIZE // OF_THIRDS, OF_THIRDS], plain(2))
-        packed = rows.slice(first, COUNT).load(thirds_layout(COUNT, WORDS, GROUPS, False))
+        packed = rows.slice(first, COUNT).load(thirds_layout(COUNT, WORDS, GROUPS, False, gl.num_warps()))
         packed = gl.reshape(packed, (COUNT, GROUPS, HALF))
         packed = gl.convert_layout(packed, gl.SliceLayout(2, WHOLE), assert_trivial=True)[:, :, None, :]
         both = gl.broadcast(packed, gl.zeros((COUNT, GROUPS, 2, HALF), gl.uint16, WHOLE))[0]

@@ -15,8 +15,66 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 @gluon.constexpr_function
 def products(warps):
-    """Registers of products: a warp's 16 rows."""
+    """Registers of products: 16 rows of each warp in turn; of 16 rows alone, every warp has them."""
     return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1], instr_shape=[16, 8])
+
+
+@gluon.constexpr_function
+def whole(warps):
+    """Registers of products whose rows every warp has."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, warps], instr_shape=[16, 8])
+
+
+@gluon.constexpr_function
+def operand(index, parent):
+    """Registers of the left (0) or right (1) operand of products."""
+    return gl.DotOperandLayout(operand_index=index, parent=parent, k_width=2)
+
+
+@gluon.constexpr_function
+def left(warps):
+    """Registers of the left operand of :func:`products`."""
+    return operand(0, products(warps))
+
+
+@gluon.constexpr_function
+def right(warps):
+    """Registers of the right operand, which every warp has."""
+    return operand(1, products(warps))
+
+
+@gluon.constexpr_function
+def in_all(warps, dims):
+    """Bases of warps that have the same."""
+    return [[0] * dims] * (warps.bit_length() - 1)
+
+
+@gluon.constexpr_function
+def lanes(warps):
+    """An element a lane, the same in all warps."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@gluon.constexpr_function
+def in_order(elements, warps, at_once=None):
+    """Elements in the order of the lanes, each with as many as there are, or ``at_once``."""
+    return gl.BlockedLayout([at_once or max(elements // (32 * warps), 1)], [32], [warps], [0])
+
+
+@gluon.constexpr_function
+def by_lanes(warps):
+    """``[8, 8]`` that every lane can form of its own registers: results over the rows of equal remainder modulo 8."""
+    bases = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1]], bases, in_all(warps, 2), [], [8, 8])
+
+
+@gluon.constexpr_function
+def rows_above(rows, warps, dims):
+    """Bases of the rows from 16 on of a product's or left operand's, in registers and in warps."""
+    bases = [[r] + [0] * (dims - 1) for r in (16, 32, 64, 128) if r < rows]
+    bits = warps.bit_length() - 1
+    of_warps = bases[:bits]
+    return bases[bits:], of_warps + [[0] * dims] * (bits - len(of_warps))
 
 
 @gluon.constexpr_function
@@ -25,14 +83,6 @@ def plain(dims):
     return gl.SwizzledSharedLayout(1, 1, 1, order=list(range(dims - 1, -1, -1)))
 
 
-MMA = gl.constexpr(products(1))
-LEFT = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=MMA.value, k_width=2))
-RIGHT = gl.constexpr(gl.DotOperandLayout(operand_index=1, parent=MMA.value, k_width=2))
-BY_ROW = gl.constexpr(gl.SliceLayout(1, MMA.value))
-BY_HEAD = gl.constexpr(gl.SliceLayout(0, MMA.value))
-# what every lane can form of its own registers: results over the rows of equal remainder modulo 8
-BY_LANE = gl.constexpr(gl.DistributedLinearLayout([[0, 1]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [8, 8]))
-LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 PLAIN = gl.constexpr(plain(1))
 
 CODE_UNIT = gl.constexpr(2.0**24)  # one over the smallest float16
@@ -46,12 +96,13 @@ WEIGHT_UNIT = gl.constexpr(2.0**5)
 
 
 @gluon.constexpr_function
-def words_layout(rows, words):
+def words_layout(rows, words, warps):
     """Registers of ``[rows, words]``: the matrix unit's own, or for 8 words its left half."""
     if words == 16:
-        return LEFT
-    bases = [[0, 1]] + [[r, 0] for r in (8, 16, 32, 64, 128) if r < rows]
-    return gl.DistributedLinearLayout(bases, [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [rows, words])
+        return left(warps)
+    above, of_warps = rows_above(rows, warps, 2)
+    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [8, 0], *above], lanes, of_warps, [], [rows, words])
 
 
 @gluon.constexpr_function
@@ -62,12 +113,12 @@ def rows_memory(elements):
 
 
 @gluon.constexpr_function
-def copy_layout(elements, pitch=8):
+def copy_layout(elements, warps, pitch=8):
     """Who copies rows of 16-bit elements, ``pitch`` of which lead to the next row: 16 bytes a lane, or as many as all
     rows are aligned to."""
     at_once = next(n for n in (8, 4, 2) if pitch % n == 0)
     lanes = min(elements // at_once, 32)
-    return gl.BlockedLayout([1, at_once], [32 // lanes, lanes], [1, 1], [1, 0])
+    return gl.BlockedLayout([1, at_once], [32 // lanes, lanes], [warps, 1], [1, 0])
 
 
 # -- codes ------------------------------------------------------------------------------------------------------------
@@ -115,7 +166,7 @@ def load_words(memory):
         HALF: gl.constexpr = WORDS // 2
         return load_words(memory.slice(0, HALF, 1)) + load_words(memory.slice(HALF, HALF, 1))
     else:
-        return (memory.load(words_layout(memory.shape[0], WORDS)),)
+        return (memory.load(words_layout(memory.shape[0], WORDS, gl.num_warps())),)
 
 
 @gluon.jit
@@ -145,7 +196,7 @@ def left_operand(words, moved, thirds, step: gl.constexpr, BITS: gl.constexpr):
     else:
         even = codes_of_slot(words[0], moved[0], thirds, 2 * step, BITS)
         odd = codes_of_slot(words[0], moved[0], thirds, 2 * step + 1, BITS)
-        return gl.convert_layout(side_by_side(even, odd), LEFT, assert_trivial=True)
+        return gl.convert_layout(side_by_side(even, odd), left(gl.num_warps()), assert_trivial=True)
 
 
 @gluon.jit
@@ -168,7 +219,9 @@ def stack(rows):
     else:
         pairs = ()
         for i in gl.static_range(len(rows) // 2):
-            pairs += (gl.convert_layout(on_top(rows[2 * i], rows[2 * i + 1]), MMA, assert_trivial=True),)
+            pairs += (
+                gl.convert_layout(on_top(rows[2 * i], rows[2 * i + 1]), rows[0].type.layout, assert_trivial=True),
+            )
         return stack(pairs)
 
 
@@ -177,7 +230,7 @@ def row_steps(x):
     """``[16 * steps, columns]`` as a tuple of right operands ``[16, columns]``; a renaming of registers."""
     ROWS: gl.constexpr = x.shape[0]
     if ROWS == 16:
-        return (gl.convert_layout(x, RIGHT, assert_trivial=True),)
+        return (gl.convert_layout(x, right(gl.num_warps()), assert_trivial=True),)
     else:
         halves = gl.permute(gl.reshape(x, (2, ROWS // 2, x.shape[1])), (1, 2, 0))
         first, second = gl.split(halves)
@@ -236,23 +289,24 @@ def distance(pointer, base):
 def scale_and_shift(x, factor, shifts):
     """``[rows, 8]`` times a number plus ``[8, 8]`` with equal rows."""
     blocks = by_lane(x)
-    return gl.convert_layout(gl.reshape(blocks * factor + beside(shifts, blocks), x.shape), MMA, assert_trivial=True)
+    moved = gl.reshape(blocks * factor + beside(shifts, blocks), x.shape)
+    return gl.convert_layout(moved, x.type.layout, assert_trivial=True)
 
 
 @gluon.jit
 def scale_rows(x, factors):
     """``[rows, 8]`` times ``[8, 8]`` with equal rows."""
     blocks = by_lane(x)
-    return gl.convert_layout(gl.reshape(blocks * beside(factors, blocks), x.shape), MMA, assert_trivial=True)
+    scaled = gl.reshape(blocks * beside(factors, blocks), x.shape)
+    return gl.convert_layout(scaled, x.type.layout, assert_trivial=True)
 
 
 @gluon.jit
 def halves_of(x):
     """The upper and the lower eight rows of ``[16, 8]``, as ``[8, 8]`` by lane; a renaming of registers."""
     upper, lower = gl.split(gl.permute(by_lane(x), (1, 2, 0)))
-    return gl.convert_layout(upper, BY_LANE, assert_trivial=True), gl.convert_layout(
-        lower, BY_LANE, assert_trivial=True
-    )
+    LAYOUT: gl.constexpr = by_lanes(gl.num_warps())
+    return gl.convert_layout(upper, LAYOUT, assert_trivial=True), gl.convert_layout(lower, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -266,48 +320,51 @@ def spread_rows(lanes, first: gl.constexpr, COLUMNS: gl.constexpr):
     column = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
     own = gl.expand_dims(kind[:, None] == first + column[None, :] % COLUMNS, 0)
     both = gl.broadcast(gl.sum(gl.where(own, kinds, 0.0), 1)[:, None, :], kinds)[0]
-    return gl.convert_layout(gl.reshape(both, (8, 8)), BY_LANE, assert_trivial=True)
+    return gl.convert_layout(gl.reshape(both, (8, 8)), by_lanes(gl.num_warps()), assert_trivial=True)
 
 
 @gluon.jit
-def take_columns(even, odd, LAYOUT: gl.constexpr):
+def take_columns(even, odd):
     """``[rows, 8]`` with the even columns of one and the odd columns of the other; a renaming of registers."""
     ROWS: gl.constexpr = even.shape[0]
     first = gl.split(gl.reshape(even, (ROWS, 4, 2)))[0]
     second = gl.split(gl.reshape(odd, (ROWS, 4, 2)))[1]
-    return gl.convert_layout(gl.reshape(gl.join(first, second), (ROWS, 8)), LAYOUT, assert_trivial=True)
+    return gl.convert_layout(gl.reshape(gl.join(first, second), (ROWS, 8)), even.type.layout, assert_trivial=True)
 
 
 @gluon.constexpr_function
-def row_blocks(rows):
+def row_blocks(rows, warps):
     """Rows of a product as ``[rows / 8, 8]``: what a lane holds differs in the first index alone."""
-    bases = [[b, 0] for b in (1, 2, 4, 8) if b < rows // 8]
-    return gl.DistributedLinearLayout(bases, [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], [], [], [rows // 8, 8])
+    above, of_warps = rows_above(rows, warps, 2)
+    above, of_warps = ([[row // 8, 0] for row, _ in bases] for bases in (above, of_warps))
+    lanes = [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]]
+    return gl.DistributedLinearLayout([[1, 0], *above], lanes, of_warps, [], [rows // 8, 8])
 
 
 @gluon.jit
 def token_rows(first, ROWS: gl.constexpr):
     """``first`` and the numbers that follow, of the rows of a product. The sum is hidden from the compiler, which would
     keep one register a row for it in all of a loop."""
-    LAYOUT: gl.constexpr = row_blocks(ROWS)
+    LAYOUT: gl.constexpr = row_blocks(ROWS, gl.num_warps())
     row = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT))
     row = gl.inline_asm_elementwise(
         "add.s32 $0, $1, $2;", "=r,r,r", [row, first], dtype=gl.int32, is_pure=False, pack=1
     )
     rows = 8 * gl.arange(0, ROWS // 8, layout=gl.SliceLayout(1, LAYOUT))[:, None] + row[None, :]
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, products(gl.num_warps()))
     return gl.convert_layout(gl.reshape(rows, (ROWS,)), BY_ROW, assert_trivial=True)
 
 
 @gluon.jit
 def lane_maxima(x):
     """``[rows, 8]`` to ``[8, 8]`` without a word between lanes."""
-    return gl.convert_layout(gl.max(by_lane(x), 0), BY_LANE, assert_trivial=True)
+    return gl.convert_layout(gl.max(by_lane(x), 0), by_lanes(gl.num_warps()), assert_trivial=True)
 
 
 @gluon.jit
 def column_maxima(lanes):
     """The largest of each column of ``[8, 8]``, as ``[8, 8]`` with equal rows."""
-    row = gl.convert_layout(gl.max(lanes, 0), gl.SliceLayout(0, BY_LANE), assert_trivial=True)
+    row = gl.convert_layout(gl.max(lanes, 0), gl.SliceLayout(0, by_lanes(gl.num_warps())), assert_trivial=True)
     return gl.broadcast(row[None, :], lanes)[0]
 
 
@@ -321,28 +378,38 @@ def larger_pairs(a, b):
 
 @gluon.jit
 def fold_maxima(x):
-    """The largest of float16 ``[8, 8, n]`` along the last index, ``[8, 8]``."""
-    N: gl.constexpr = x.shape[2]
+    """The largest of float16 ``[8, 8, warps, n]`` along the last index."""
+    N: gl.constexpr = x.shape[3]
     if N == 1:
-        return gl.reshape(x, (8, 8))
+        return gl.reshape(x, (8, 8, x.shape[2]))
     else:
-        a, b = gl.split(gl.reshape(x, (8, 8, N // 2, 2)))
+        a, b = gl.split(gl.reshape(x, (8, 8, x.shape[2], N // 2, 2)))
         return fold_maxima(larger_pairs(a, b))
+
+
+@gluon.jit
+def own_maxima(x):
+    """The largest of what each warp has of float16 ``[rows, 8]``, ``[8, 8, warps]``."""
+    WARPS: gl.constexpr = gl.num_warps()
+    TURNS: gl.constexpr = x.shape[0] // (16 * WARPS)
+    # rows lie as (turn, warp, half, 8)
+    blocks = gl.permute(gl.reshape(by_lane(x), (TURNS, WARPS, 2, 8, 8)), (3, 4, 1, 0, 2))
+    return fold_maxima(gl.reshape(blocks, (8, 8, WARPS, 2 * TURNS)))
 
 
 @gluon.jit
 def peak_bits(weights):
     """Bits (int32) of the largest of a tuple of non-negative float16 ``[rows, 8]``; those of a NaN are the largest."""
-    lanes = fold_maxima(gl.permute(by_lane(weights[0]), (1, 2, 0)))
+    lanes = own_maxima(weights[0])
     for i in gl.static_range(1, len(weights)):
-        lanes = larger_pairs(lanes, fold_maxima(gl.permute(by_lane(weights[i]), (1, 2, 0))))
-    return gl.max(gl.reshape(lanes.to(gl.uint16, bitcast=True).to(gl.int32), (64,)), 0)
+        lanes = larger_pairs(lanes, own_maxima(weights[i]))
+    return gl.max(gl.reshape(lanes.to(gl.uint16, bitcast=True).to(gl.int32), (lanes.numel,)), 0)
 
 
 @gluon.jit
 def of_heads(lanes):
     """``[8, 8]`` with equal rows to ``[8]``."""
-    return gl.convert_layout(gl.max(lanes, 0), BY_HEAD)
+    return gl.convert_layout(gl.max(lanes, 0), gl.SliceLayout(0, products(gl.num_warps())))
 
 
 @gluon.jit

@@ -8,21 +8,24 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from logquant_vllm.kernels.decode.gluon.copies import value_tile
 from logquant_vllm.kernels.decode.gluon.factors import load_left, load_right
-from logquant_vllm.kernels.decode.gluon.scales import LOG_PRODUCT_UNIT
+from logquant_vllm.kernels.decode.gluon.scales import LOG_PRODUCT_UNIT, SCALE_UNIT
 from logquant_vllm.kernels.decode.gluon.sizes import group_channels, num_pairs, paired
 from logquant_vllm.kernels.decode.gluon.state import Sums
 from logquant_vllm.kernels.decode.gluon.thirds import load_thirds
 from logquant_vllm.kernels.decode.gluon.tiles import (
-    BY_ROW,
     CODE_UNIT,
     LOG_WEIGHT_UNIT,
+    by_lane,
     halves_of,
     left_operand,
     load_words,
     move_all,
     multiply_left,
     multiply_pairs,
+    on_top,
     on_top_blocks,
+    products,
+    right,
     row_steps,
     scale_and_shift,
     spread_rows,
@@ -31,9 +34,50 @@ from logquant_vllm.kernels.decode.gluon.tiles import (
 
 
 @gluon.jit
-def right_steps(weights, tile: gl.constexpr, COLUMNS: gl.constexpr, FMT: gl.constexpr):
+def pass_weights(memory, weights, FMT: gl.constexpr):
+    """Store a page's weights for all warps, in the order in which the words of values hold tokens: at once, as stores
+    to the same memory wait for each other."""
+    blocks = by_lane(weights[0][0])
+    if len(weights) == 2:
+        both = gl.join(blocks, by_lane(weights[1][0]))
+        blocks = gl.permute(both, (0, 3, 1, 2) if paired(FMT) else (3, 0, 1, 2))
+    memory.weights.store(gl.reshape(blocks, memory.weights.shape))
+
+
+@gluon.jit
+def twice(x, half: gl.constexpr):
+    """The upper or the lower eight rows of ``[16, 8]``, twice; a renaming of registers."""
+    halves = gl.split(gl.permute(gl.reshape(x, (2, 8, 8)), (1, 2, 0)))
+    return gl.convert_layout(on_top(halves[half], halves[half]), right(gl.num_warps()), assert_trivial=True)
+
+
+@gluon.jit
+def passed_steps(memory, COLUMNS: gl.constexpr):
+    """:func:`right_steps` of what :func:`pass_weights` stored."""
+    unscaled, steps = (), ()
+    for i in gl.static_range(memory.weights.shape[0] // 32):
+        unscaled += row_steps(memory.weights.slice(32 * i, 32).load(right(gl.num_warps())))
+    if COLUMNS == 1:
+        return unscaled, unscaled
+    else:
+        for i in gl.static_range(len(unscaled)):
+            steps += (twice(unscaled[i], 0), twice(unscaled[i], 1))
+        return steps, unscaled
+
+
+@gluon.jit
+def right_steps(memory, weights, tile: gl.constexpr, COLUMNS: gl.constexpr, FMT: gl.constexpr):
     """A tile's weights as right operands, in the order in which the words of values hold tokens, and as
     :func:`add_weights` takes them."""
+    if gl.num_warps() > 1:
+        return passed_steps(memory, COLUMNS)
+    else:
+        return transposed_steps(weights, tile, COLUMNS, FMT)
+
+
+@gluon.jit
+def transposed_steps(weights, tile: gl.constexpr, COLUMNS: gl.constexpr, FMT: gl.constexpr):
+    """:func:`right_steps` of a single warp."""
     tiles = transpose_tiles(weights[0][tile])
     if COLUMNS == 2:
         # eight tokens of either group: the scales are 0 where a column's weight is of the other
@@ -95,9 +139,11 @@ def add_weights(totals, rights, value_zeros, pair: gl.constexpr, FMT: gl.constex
 @gluon.jit
 def add_page(sums, memory, weights, COLUMNS: gl.constexpr, FMT: gl.constexpr):
     """``sums`` with a page's values, by their weights."""
+    if gl.num_warps() > 1:
+        pass_weights(memory, weights, FMT)
     rights, unscaled = (), ()
     for tile in gl.static_range(len(weights[0])):
-        both = right_steps(weights, tile, COLUMNS, FMT)
+        both = right_steps(memory, weights, tile, COLUMNS, FMT)
         rights += (both[0],)
         unscaled += (both[1],)
     async_copy.wait_group(1)
@@ -114,7 +160,7 @@ def add_page(sums, memory, weights, COLUMNS: gl.constexpr, FMT: gl.constexpr):
 def begin_pages(sums, COLUMNS: gl.constexpr):
     """``sums`` in the units of pages. Rows of totals take the weights times the values' zeros too, in turn."""
     UNIT: gl.constexpr = 2.0 ** (LOG_PRODUCT_UNIT - LOG_WEIGHT_UNIT) / CODE_UNIT
-    kind = gl.arange(0, 16, layout=BY_ROW)[:, None] % (2 * COLUMNS)
+    kind = gl.arange(0, 16, layout=gl.SliceLayout(1, products(gl.num_warps())))[:, None] % (2 * COLUMNS)
     acc, totals = (), ()
     for group in gl.static_range(len(sums.acc)):
         tiles = ()
@@ -137,7 +183,7 @@ def end_pages(sums, COLUMNS: gl.constexpr):
         tiles = ()
         for tile in gl.static_range(len(sums.maximum)):
             zeros = spread_rows(halves_of(sums.totals[group // 2][tile])[group % 2], 0, COLUMNS)
-            tiles += (scale_and_shift(sums.acc[group][tile], CODE_UNIT, zeros),)
+            tiles += (scale_and_shift(sums.acc[group][tile], CODE_UNIT, zeros * SCALE_UNIT),)
         acc += (tiles,)
     for pair in gl.static_range(len(sums.totals)):
         tiles = ()

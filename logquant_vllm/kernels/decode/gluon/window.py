@@ -12,24 +12,24 @@ from logquant_vllm.kernels.decode.gluon.queries import index_columns, place
 from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector, group_channels, padded, window_rows
 from logquant_vllm.kernels.decode.gluon.state import Sums, raise_maxima
 from logquant_vllm.kernels.decode.gluon.tiles import (
-    BY_HEAD,
-    BY_ROW,
-    LANES,
-    LEFT,
     LOG_WEIGHT_UNIT,
-    MMA,
     SLACK,
     copy_layout,
     distance,
     exp2,
     lane_maxima,
+    lanes,
+    left,
     multiply_left,
+    operand,
     reference_of,
     row_steps,
     scale_and_shift,
     stack,
     transpose_tiles,
+    whole,
 )
+from logquant_vllm.kernels.decode.vectors import cap_scores
 
 
 @gluon.jit
@@ -48,7 +48,7 @@ def find_slots(first, new, cache, blocks, request, due, VECTORS: gl.constexpr, L
     QUERIES: gl.constexpr = VECTORS.queries
     ROWS: gl.constexpr = window_rows(VECTORS, LAYOUT.fmt)
     new_key, new_value, key_stride, value_stride = new
-    slot = first + gl.arange(0, ROWS, layout=LANES)
+    slot = first + gl.arange(0, ROWS, layout=lanes(gl.num_warps()))
     token = new_token_in(slot, request, due, QUERIES, LAYOUT)
     is_new = (token >= 0) & (token < request.query_len)
     held = (slot < LAYOUT.num_slots) & ~is_new & holds_copy(slot, request, due, LAYOUT)
@@ -64,7 +64,7 @@ def find_slots(first, new, cache, blocks, request, due, VECTORS: gl.constexpr, L
 def copy_rows(memory, base, offsets, CHANNELS: gl.constexpr):
     """Start to copy rows of 16-bit elements, which lie anywhere (multiples of 16 bytes), to shared memory: ``CHANNELS``
     of them, and zeros behind."""
-    COPY: gl.constexpr = copy_layout(memory.shape[1])
+    COPY: gl.constexpr = copy_layout(memory.shape[1], gl.num_warps())
     rows = gl.multiple_of(gl.convert_layout(offsets, gl.SliceLayout(1, COPY)), 8)
     channel = gl.arange(0, memory.shape[1], layout=gl.SliceLayout(0, COPY))
     exist = None if memory.shape[1] == CHANNELS else (channel < CHANNELS)[None, :]
@@ -84,12 +84,16 @@ def rows_of_step(memory, step: gl.constexpr):
 def slot_scores(memory, q, seen_from, block, scale, VECTORS: gl.constexpr, FMT: gl.constexpr):
     """Scores ``[rows, 8]`` of slots' keys for each tile; ``-inf`` where a column does not attend to a slot."""
     BLOCKS: gl.constexpr = memory.shape[0] // 16
+    WHOLE: gl.constexpr = whole(gl.num_warps())
+    BY_HEAD: gl.constexpr = gl.SliceLayout(0, WHOLE)
+    CAP: gl.constexpr = VECTORS.softcap
     blocks = ()
     for i in gl.static_range(BLOCKS):
-        k = rows_of_step(memory, i).load(LEFT)
+        k = rows_of_step(memory, i).load(operand(0, WHOLE))
         products = ()
         for tile in gl.static_range(len(q)):
-            products += (mma_v2(k, q[tile], gl.zeros((16, 8), gl.float32, MMA)) * scale,)
+            column = gl.convert_layout(q[tile], operand(1, WHOLE), assert_trivial=True)
+            products += (mma_v2(k, column, gl.zeros((16, 8), gl.float32, WHOLE)) * scale,)
         blocks += (products,)
     scores = ()
     for tile in gl.static_range(len(q)):
@@ -99,7 +103,7 @@ def slot_scores(memory, q, seen_from, block, scale, VECTORS: gl.constexpr, FMT: 
         token, _, _ = place(index_columns(tile, VECTORS, FMT, BY_HEAD), block, VECTORS)
         # one of a vector's columns attends to them
         own = gl.arange(0, 8, layout=BY_HEAD)[None, :] % columns_of_vector(VECTORS, FMT) == 0
-        scores += (gl.where((seen_from[:, None] <= token[None, :]) & own, stack(rows), float("-inf")),)
+        scores += (gl.where((seen_from[:, None] <= token[None, :]) & own, cap_scores(stack(rows), CAP), float("-inf")),)
     return scores
 
 
@@ -122,11 +126,11 @@ def add_slots(sums, memory, rights, FMT: gl.constexpr):
     GROUPS: gl.constexpr = FMT.value_groups
     counted, acc = sums.totals[0], sums.acc
     for step in gl.static_range(STEPS):
-        counted = multiply_left(gl.full((16, 16), 1.0, rights[0][0].dtype, LEFT), rights, step, counted)
+        counted = multiply_left(gl.full((16, 16), 1.0, rights[0][0].dtype, left(gl.num_warps())), rights, step, counted)
         rows, added = rows_of_step(memory, step), ()
         for group in gl.static_range(GROUPS):
             v = rows.slice(group * FMT.value_group_size, group_channels(FMT, group), 1)
-            added += (multiply_left(v.permute((1, 0)).load(LEFT), rights, step, acc[group]),)
+            added += (multiply_left(v.permute((1, 0)).load(left(gl.num_warps())), rights, step, acc[group]),)
         acc = added
     totals = (counted,)
     for pair in gl.static_range(1, len(sums.totals)):
@@ -164,7 +168,7 @@ def attend_window(
     copy_rows(memory.index(1), copies, value_rows, HEAD_SIZE)
     async_copy.commit_group()
     while first < end_slot:
-        seen = gl.convert_layout(seen_from, BY_ROW)
+        seen = gl.convert_layout(seen_from, gl.SliceLayout(1, whole(gl.num_warps())))
         following = skip_hole(first + ROWS, hole)
         more = following < end_slot
         async_copy.wait_group(1)
