@@ -157,7 +157,8 @@ def test_answers(name: str, tmp_path: Path) -> None:
     assert distance(own.short, ours.short) < rounding
     assert distance(own.cold[:1], ours.cold[:1]) < rounding
     if cached:
-        assert ours.cached[1] >= 512 and ours.cached[3] >= 384 and ours.cached[-1] == 0, ours.cached
+        assert ours.cached[1] >= 512 and ours.cached[3] >= 384, ours.cached
+        assert ours.cached[-1] == 0 or name not in BLOCKS, ours.cached
     unrelated = divergence(own.cold, own.cold[1:] + own.cold[:1])
     kl = {
         "long": divergence(own.cold[1:], ours.cold[1:]),
