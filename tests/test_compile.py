@@ -32,10 +32,11 @@ TRITONS = {"3.8": "what vLLM 0.33 installs", "3.6": "what the results in docs/ w
 
 SPILLS = {
     # with error feedback, 255 registers of a lane do not hold a group of keys and all its errors
-    "store.prompt.quantize_kernel": {"sm_80", "sm_89", "sm_100", "sm_120"},
-    "store.step.store_step_kernel": {"sm_80", "sm_89", "sm_120"},
+    "store.prompt.quantize_kernel": {"sm_80", "sm_86", "sm_89", "sm_100", "sm_120"},
+    "store.step.store_step_kernel": {"sm_80", "sm_86", "sm_89", "sm_120"},
     "store.feedback.rounding.round_kernel": set(GPUS),
     "decode.triton_kernel.decode_kernel": {"sm_80"},
+    "decode.gluon.kernel.decode_kernel": {"sm_100"},  # two registers, with Triton 3.8
 }
 """Kernels that keep a part of their registers in memory on some GPUs: known to be slower there."""
 
