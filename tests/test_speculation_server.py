@@ -143,8 +143,8 @@ def test_answers_are_those_without_drafts(
 
 
 def check_several_answers(server: Server, case: Case) -> None:
-    """``n > 1`` forks a prompt, and each answer has drafts of its own. What they say is not compared: on a CPU vLLM 0.32
-    draws wrong tokens when it samples with drafts, with its own cache as well."""
+    """``n > 1`` forks a prompt, and each answer has drafts of its own. What they say is not compared: on a CPU vLLM
+    0.32 draws wrong tokens when it samples with drafts, with its own cache as well."""
     result = server.client.completions.create(
         model=server.model, prompt=case.prompt, n=3, max_tokens=60, temperature=1, extra_body={"ignore_eos": True}
     )
