@@ -6,8 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from logquant_vllm.kernels.decode.gluon.layouts import copy_layout, in_order, lanes, rows_memory
 from logquant_vllm.kernels.decode.gluon.sizes import key_channels, largest_power, padded, value_groups
-from logquant_vllm.kernels.decode.gluon.tiles import copy_layout, in_order, lanes, rows_memory
 
 
 @gluon.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from logquant_vllm.kernels.decode.gluon.tiles import in_all, left, plain, right
+from logquant_vllm.kernels.decode.gluon.layouts import in_all, left, plain, right
 
 QUADS = gl.constexpr(plain(4))
 HALF_QUADS = gl.constexpr(plain(5))

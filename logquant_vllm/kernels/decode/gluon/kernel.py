@@ -23,6 +23,7 @@ from logquant_vllm.kernels.arguments import Member, Rows, Step
 from logquant_vllm.kernels.cache import Request, find_sink, load_header, open_header, page_row, read_lengths, window_row
 from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS, DecodeOutput
 from logquant_vllm.kernels.decode.gluon.copies import block_of, copy_first_keys, load_blocks
+from logquant_vllm.kernels.decode.gluon.layouts import lanes, products
 from logquant_vllm.kernels.decode.gluon.pages import attend_pages
 from logquant_vllm.kernels.decode.gluon.queries import (
     Block,
@@ -42,7 +43,7 @@ from logquant_vllm.kernels.decode.gluon.sizes import (
     padded,
 )
 from logquant_vllm.kernels.decode.gluon.state import allocate, memory_bytes, no_sums
-from logquant_vllm.kernels.decode.gluon.tiles import WEIGHT_UNIT, exp2, lanes, of_heads, products, reference_of
+from logquant_vllm.kernels.decode.gluon.tiles import WEIGHT_UNIT, exp2, of_heads, reference_of
 from logquant_vllm.kernels.decode.gluon.window import attend_window
 from logquant_vllm.kernels.decode.tile_scheduler import (
     WINDOW_SLOTS,

@@ -24,10 +24,11 @@ from logquant_vllm.kernels.decode.gluon.copies import (
     load_key_scales,
     wanted_by_lanes,
 )
+from logquant_vllm.kernels.decode.gluon.layouts import PLAIN
 from logquant_vllm.kernels.decode.gluon.scales import SCALE_UNIT, store_key_factors, store_value_factors
 from logquant_vllm.kernels.decode.gluon.scores import EXACT_LIMIT, LIMIT, weigh_page
 from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector
-from logquant_vllm.kernels.decode.gluon.tiles import CODE_UNIT, PLAIN, power_of_two
+from logquant_vllm.kernels.decode.gluon.tiles import CODE_UNIT, power_of_two
 from logquant_vllm.kernels.decode.gluon.values import add_page, begin_pages, end_pages
 
 

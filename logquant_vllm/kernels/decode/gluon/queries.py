@@ -8,9 +8,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from logquant_vllm.kernels.arguments import Member
+from logquant_vllm.kernels.decode.gluon.layouts import right
 from logquant_vllm.kernels.decode.gluon.scales import LOG_SCALE_UNIT
 from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector, key_channels, num_tiles, padded
-from logquant_vllm.kernels.decode.gluon.tiles import code_shift, power_of_two, right
+from logquant_vllm.kernels.decode.gluon.tiles import code_shift, power_of_two
 from logquant_vllm.kernels.decode.vectors import place_vectors
 
 

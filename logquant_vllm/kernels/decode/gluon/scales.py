@@ -10,8 +10,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from logquant_vllm.kernels.decode.gluon.layouts import in_order
 from logquant_vllm.kernels.decode.gluon.sizes import key_channels, num_pairs, padded, paired
-from logquant_vllm.kernels.decode.gluon.tiles import LOG_WEIGHT_UNIT, code_shift, in_order
+from logquant_vllm.kernels.decode.gluon.tiles import LOG_WEIGHT_UNIT, code_shift
 
 LOG_SCALE_UNIT = gl.constexpr(8)  # the exponents' biases of float16 and e4m3 differ by it
 SCALE_UNIT = gl.constexpr(2.0**8)

@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from logquant_vllm.kernels.cache import read_from_page
 from logquant_vllm.kernels.decode.gluon.copies import key_tile
 from logquant_vllm.kernels.decode.gluon.factors import load_left, load_right
+from logquant_vllm.kernels.decode.gluon.layouts import products, right
 from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector, key_channels
 from logquant_vllm.kernels.decode.gluon.state import no_products, raise_maxima
 from logquant_vllm.kernels.decode.gluon.thirds import load_thirds
@@ -27,9 +28,7 @@ from logquant_vllm.kernels.decode.gluon.tiles import (
     multiply_left,
     multiply_pairs,
     peak_bits,
-    products,
     reference_of,
-    right,
     row_steps,
     scale_and_shift,
     stack,

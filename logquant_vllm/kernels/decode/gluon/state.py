@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.arguments import Member
 from logquant_vllm.kernels.decode.gluon.factors import quads_memory
+from logquant_vllm.kernels.decode.gluon.layouts import PLAIN, by_lanes, products, rows_memory
 from logquant_vllm.kernels.decode.gluon.sizes import (
     columns_of_vector,
     group_channels,
@@ -22,17 +23,7 @@ from logquant_vllm.kernels.decode.gluon.sizes import (
     value_groups,
     window_rows,
 )
-from logquant_vllm.kernels.decode.gluon.tiles import (
-    HEADROOM,
-    PLAIN,
-    by_lanes,
-    column_maxima,
-    exp2,
-    products,
-    reference_of,
-    rows_memory,
-    scale_rows,
-)
+from logquant_vllm.kernels.decode.gluon.tiles import HEADROOM, column_maxima, exp2, reference_of, scale_rows
 from logquant_vllm.kernels.decode.vectors import Vectors
 
 

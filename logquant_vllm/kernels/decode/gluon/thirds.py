@@ -8,7 +8,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from logquant_vllm.kernels.decode.gluon.tiles import plain, rows_above, words_layout
+from logquant_vllm.kernels.decode.gluon.layouts import plain, rows_above, words_layout
 
 
 @gluon.constexpr_function

@@ -8,6 +8,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from logquant_vllm.kernels.decode.gluon.copies import value_tile
 from logquant_vllm.kernels.decode.gluon.factors import load_left, load_right
+from logquant_vllm.kernels.decode.gluon.layouts import products, right
 from logquant_vllm.kernels.decode.gluon.scales import LOG_PRODUCT_UNIT, SCALE_UNIT
 from logquant_vllm.kernels.decode.gluon.sizes import group_channels, num_pairs, paired
 from logquant_vllm.kernels.decode.gluon.state import Sums
@@ -24,8 +25,6 @@ from logquant_vllm.kernels.decode.gluon.tiles import (
     multiply_pairs,
     on_top,
     on_top_blocks,
-    products,
-    right,
     row_steps,
     scale_and_shift,
     spread_rows,

@@ -8,26 +8,22 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from logquant_vllm.kernels.cache import compaction_due, find_hole, holds_copy, new_token_in, skip_hole, slot_offset
 from logquant_vllm.kernels.decode.gluon.copies import matrices, start_copies
+from logquant_vllm.kernels.decode.gluon.layouts import copy_layout, lanes, left, operand, whole
 from logquant_vllm.kernels.decode.gluon.queries import index_columns, place
 from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector, group_channels, padded, window_rows
 from logquant_vllm.kernels.decode.gluon.state import Sums, raise_maxima
 from logquant_vllm.kernels.decode.gluon.tiles import (
     LOG_WEIGHT_UNIT,
     SLACK,
-    copy_layout,
     distance,
     exp2,
     lane_maxima,
-    lanes,
-    left,
     multiply_left,
-    operand,
     reference_of,
     row_steps,
     scale_and_shift,
     stack,
     transpose_tiles,
-    whole,
 )
 from logquant_vllm.kernels.decode.vectors import cap_scores
 

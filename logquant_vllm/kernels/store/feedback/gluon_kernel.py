@@ -23,7 +23,8 @@ from triton.language.extra.cuda import gdc_wait
 
 from logquant_vllm.kernels.cache import find_task, load_lengths, num_reqs, read_lengths
 from logquant_vllm.kernels.codes import bits_of_plane
-from logquant_vllm.kernels.decode.gluon.tiles import distance, plain, products
+from logquant_vllm.kernels.decode.gluon.layouts import plain, products
+from logquant_vllm.kernels.decode.gluon.tiles import distance
 from logquant_vllm.kernels.store.feedback.codes import channels_again, choose_code, pick
 from logquant_vllm.kernels.store.group import copied_keys, copy_offset, open_group
 from logquant_vllm.kernels.store.quantize import (
