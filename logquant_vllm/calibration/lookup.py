@@ -168,7 +168,8 @@ def _samples(path: Path, size: int) -> Iterator[bytes]:
 
 
 def _tensor_offsets(file: BinaryIO, size: int) -> list[int]:
-    """The middle of each tensor of a safetensors file: of a merged adapter some differ alone. None if it is damaged."""
+    """The middle of each tensor of a safetensors file: of a merged adapter some differ alone. No offsets if it is
+    damaged."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     try:

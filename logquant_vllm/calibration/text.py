@@ -19,9 +19,9 @@ from logquant_vllm.config import shown
 TOKENS = 16_384
 """Of all sequences, at most."""
 LONGEST, SHORTEST = 2048, 256
+"""Tokens of a sequence; what is shorter says little of keys far back."""
 KEPT = 1000
 """Tokens of a prompt from which what is measured serves any later start: keys turn with their position."""
-"""Tokens of a sequence; what is shorter says little of keys far back."""
 CHARACTERS = 32
 """Of a text for each token that is asked for, more than any text has: what lies behind them is not tokenized."""
 
