@@ -63,6 +63,15 @@ def pytest_make_collect_report() -> Iterator[None]:
     return report
 
 
+@pytest.fixture(scope="module")
+def in_this_process() -> Iterator[None]:
+    """Engines that a test can look into: vLLM's CPU engine without a process of its own, with little memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        yield
+
+
 @pytest.fixture
 def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """One thread, or a test's parameter ``threads``: on small tensors threads wait for each other most of the time."""

@@ -17,13 +17,13 @@ from torch import Tensor
 from logquant_vllm.planning import model_shape, plan
 from tests.families import MIXED
 from tests.models import write_model
-from tests.test_engine import Engine, distance, in_this_process, prompts_of  # noqa: F401
+from tests.test_engine import Engine, distance, prompts_of
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from tests.test_mixed import DELTA_NETS, LENGTH, OPTIONS, divergence, engine_of
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.usefixtures("in_this_process")]
 
 TOKENS = 20_000
 AT_ONCE = 6

@@ -5,7 +5,7 @@ Nothing here depends on the version of vLLM: ``tests.test_other_vllm`` runs it o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from logquant_vllm.plugin.specs import WindowManager
 from logquant_vllm.plugin.window_layer import WindowLayer
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("in_this_process")]
 
 VOCABULARY = 512
 ROUNDING = 1e-3 if not torch.cuda.is_available() else 0.2
@@ -128,14 +128,6 @@ def agreeing(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
 def mean_kl(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Mean KL divergence of distributions, in nats."""
     return sum(float((a.exp() * (a - b)).sum()) for a, b in pairs) / len(pairs)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        yield
 
 
 @pytest.fixture(scope="module")

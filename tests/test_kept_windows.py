@@ -25,18 +25,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from logquant_vllm.plugin.specs import WindowManager
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("in_this_process")]
 
 STEP, LONGEST = 256, 1024
 """Tokens of a step, and of a request."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tests.models import write_model
 from tests.test_engine import Engine, distance, mean_kl, prompts_of
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("in_this_process")]
 
 OPTIONS = {"window_length": 128, "key_bits": 4, "value_bits": 4}
 LENGTH = 1024
@@ -86,14 +86,6 @@ def transformers_answers(path: Path) -> list[Tensor]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.inference_mode():
         return [model(torch.tensor([p])).logits[0, -1:].float().log_softmax(-1) for p in prompts_of(*SHORT)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        yield
 
 
 def assert_planned(engine: Engine) -> None:

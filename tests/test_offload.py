@@ -5,13 +5,10 @@ Nothing here depends on the version of vLLM: ``tests.test_other_vllm`` runs it o
 
 from __future__ import annotations
 
-import gc
 import random
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,17 +29,14 @@ from logquant_vllm.plugin.backend import LogQuantImpl
 from logquant_vllm.plugin.specs import WindowManager
 from logquant_vllm.plugin.window_layer import pages_of
 from tests.host_memory import Copies, HostMemory
+from tests.test_mixed import engine_of
 
 pytestmark = [pytest.mark.server, pytest.mark.skipif(torch.cuda.is_available(), reason="copies are a CPU's")]
 
-LONGEST = 1024
-
 
 @pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Iterator[None]:
+def copies_of_the_cpu(in_this_process: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setattr(offload, "copies_blocks", lambda: True)
         patch.setitem(OffloadingSpecFactory._registry, offload.IN_HOST_MEMORY, lambda: HostMemory)
         yield
@@ -51,21 +45,6 @@ def in_this_process() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "llama")
-
-
-@contextmanager
-def started(path: Path, **arguments: Any) -> Iterator[Engine]:
-    """An engine that makes room for the next: there is one KV connector in a process."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    engine = Engine(path, max_model_len=LONGEST, max_num_batched_tokens=512, **arguments)
-    try:
-        yield engine
-    finally:
-        engine.core.shutdown()
-        engine.llm = engine.core = None  # type: ignore[assignment]
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 def forget(engine: Engine) -> None:
@@ -97,7 +76,7 @@ class TestPages:
     @classmethod
     def engine(cls, model: Path) -> Iterator[Engine]:
         """With blocks for two requests, and host memory for all that is asked here."""
-        with started(model, num_gpu_blocks_override=60, kv_offloading_size=0.25) as engine:
+        with engine_of(model, num_gpu_blocks_override=60, kv_offloading_size=0.25) as engine:
             yield engine
 
     def test_pages_come_back_as_they_were(self, engine: Engine) -> None:
@@ -147,7 +126,7 @@ def test_beside_layers_of_other_kinds(tmp_path: Path) -> None:
     """Sliding windows' blocks travel with the pages, several of them to a block of ours."""
     path = write_model(tmp_path / "model", **MIXED["Gemma 3"])
     options = {"logquant": {"key_bits": 4, "value_bits": 4}}
-    with started(path, num_gpu_blocks_override=260, kv_offloading_size=0.25, additional_config=options) as engine:
+    with engine_of(path, num_gpu_blocks_override=260, kv_offloading_size=0.25, additional_config=options) as engine:
         free, (prompt,) = engine.free_blocks, prompts_of(900)
         engine.ask([prompt], 4)
         forget_copies(engine)
@@ -172,7 +151,7 @@ def test_a_full_pool_and_a_full_store(model: Path) -> None:
     answers: list[list[Tensor]] = []
     cached: list[int] = []
     for arguments in ({"num_gpu_blocks_override": 600}, {"num_gpu_blocks_override": 70, "kv_offloading_size": 0.002}):
-        with started(model, **arguments) as engine:
+        with engine_of(model, **arguments) as engine:
             free, texts = engine.free_blocks, [list(text) for text in said]
             g, mine = random.Random(1), []
             for turn in turns:
@@ -211,7 +190,7 @@ def test_a_model_is_measured_all_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     words.write_text("A page holds the tokens of a prefix, and a window those of a request. " * 60)
     options = {"logquant": {"calibration_text": str(words)}}
     stored = Copies.stored
-    with started(path, kv_offloading_size=0.25, skip_tokenizer_init=False, additional_config=options) as engine:
+    with engine_of(path, kv_offloading_size=0.25, skip_tokenizer_init=False, additional_config=options) as engine:
         _, note = engine.core.logquant_calibration()
         assert note.startswith("measured at this start")
         assert Copies.stored == stored

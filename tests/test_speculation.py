@@ -8,7 +8,6 @@ nothing behind. Nothing here depends on the version of vLLM. Look-up (ngram) is 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from tests.test_engine import ROUNDING, Engine, distance, prompts_of
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("in_this_process")]
 
 DRAFTS = 3
 PAGE = 128
 SIZES = {"max_model_len": 1024, "num_gpu_blocks_override": 200, "max_num_batched_tokens": 4096}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        yield
 
 
 class Models:
