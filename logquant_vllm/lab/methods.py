@@ -121,8 +121,7 @@ def all_methods() -> dict[str, Method]:
         Method("calibrated-w64-k4v2", LogSelection(64), CALIBRATED_K4V2),
         Method("log-w64-k4v4", LogSelection(64), Quantizer(key_bits=4, value_bits=4)),
         Method("calibrated-w64-k4v4", LogSelection(64), Quantizer(key_bits=4, value_bits=4, calibrated=True)),
-        Method("calibrated-w64-2.5bits", LogSelection(64), CALIBRATED, bits=2.5),
-        Method("calibrated-w64-2.55bits", LogSelection(64), CALIBRATED, bits=2.55),
+        *(Method(f"calibrated-w64-{bits}bits", LogSelection(64), CALIBRATED, bits=bits) for bits in (2.3, 2.5, 2.55)),
         Method("calibrated-w64-k3v2", LogSelection(64), Quantizer(key_bits=3, calibrated=True)),
         Method("log-w64-k3v3", LogSelection(64), K3V3),
         Method("calibrated-w64-k3v3", LogSelection(64), replace(K3V3, calibrated=True)),
@@ -182,7 +181,7 @@ GENERAL = (
     BASELINE,
     "fp8",
     *PRIMARIES[::-1],
-    *(f"calibrated-w64-{preset}" for preset in ("2.55bits", "k3v2", "k3v3", "k4v2", "k4v4")),
+    *(f"calibrated-w64-{preset}" for preset in ("2.3bits", "2.5bits", "2.55bits", "k3v2", "k3v3", "k4v2", "k4v4")),
     "sink-window-w64-calibrated",
     "kivi-g32-r160",
 )
