@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
 from logquant_vllm.lab.methods import BASELINE, PRIMARY
 from logquant_vllm.lab.questions import QUESTIONS, asked
-from logquant_vllm.lab.tasks import ALIKE, SCORES, Item, Task
+from logquant_vllm.lab.tasks import ALIKE, SCORES, Item, Task, all_tasks
 from logquant_vllm.lab.texts import KINDS
 
 CONTEXTS = {"1k": 1024, "4k": 4096, "7k": 7040}
@@ -76,6 +77,8 @@ def general_tasks(quick: bool = False) -> dict[str, Task]:
         return {task.name: task for task in chosen}
     counts = {"1k": 100, "4k": 48, "7k": 24}  # all of them at once, in some 15 GiB
     chosen = [text_task(kind, label, CONTEXTS[label], n, n) for label, n in counts.items() for kind in KINDS]
+    # the first tokens of each file: easier to foresee, and what versions were compared on before there were other texts
+    chosen.append(replace(all_tasks()["code"], name="files 1k", context=CONTEXTS["1k"], count=200, batch=100))
     chosen += [text_task(kind, "1k", CONTEXTS["1k"], 100, 100, HIT_REPLAY) for kind in ("prose", "chat")]
     chosen += [question_task(name, label, CONTEXTS[label], n, n) for label, n in counts.items() for name in QUESTIONS]
     chosen.append(writing_task("greedy text 256 tokens", 256, 64, greedy=True))
