@@ -149,6 +149,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
         ("peers_h200.json", ServeRecord),
         ("speculation_h200.json", ServeRecord),
         ("store_h200.json", StoreRecord),
+        ("store_h100.json", StoreRecord),
     ],
 )
 def test_committed_results_have_todays_form(name: str, kind: type) -> None:
