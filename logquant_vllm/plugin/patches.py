@@ -1,5 +1,5 @@
 """The vLLM functions that are wrapped, in vLLM 0.32 and 0.33 alike: three methods of the platform class, one of the
-engine, one of the scheduler, and a constructor.
+engine, two of the scheduler, and a constructor.
 
 =================================  =============================================================================
 ``get_attn_backend_cls``           vLLM picks an attention backend per platform and knows no plugin's dtype; the
@@ -16,6 +16,9 @@ engine, one of the scheduler, and a constructor.
 ``_mark_prefix_replay``            of ``Scheduler``: where it says of a request how much of its prefix hit is computed
                                    again: nothing, if the request goes on with a kept window. vLLM asks a KV connector
                                    alone. It is wrapped with the engine's method.
+``allocate_slots``                 of ``KVCacheManager``: asks every group of layers whether a request's step needs
+                                   blocks. With a recurrent state in the model there are tens of them, and hundreds of
+                                   steps that need none. It is wrapped with the engine's method.
 =================================  =============================================================================
 
 All act only if the KV cache dtype is ours, and none is wrapped unless all still are what is expected.
@@ -148,6 +151,16 @@ def _mark_prefix_replay(
     return original(scheduler, request, num_hit_tokens, window_loaded)
 
 
+def _allocate_slots(
+    original: Callable[..., Any], manager: Any, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any
+) -> Any:
+    from logquant_vllm.plugin.quiet import Quiet
+
+    if not args and Quiet.of(manager).holds(request, num_new_tokens, kwargs):
+        return manager.empty_kv_cache_blocks
+    return original(manager, request, num_new_tokens, *args, **kwargs)
+
+
 def _patch_chunked_attention() -> None:
     """See the module's text; does nothing the second time.
 
@@ -202,13 +215,18 @@ def _with_original(wrapper: Callable[..., Any], original: Callable[..., Any]) ->
 
 def _engine_methods() -> list[tuple[type, str, list[str], Callable[..., Any]]]:
     """What is wrapped in an engine's process: owner, name, parameters, and what is called with the original."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
     hit = ["self", "request", "num_hit_tokens", "window_loaded"]
+    slots = "self request num_new_tokens num_new_computed_tokens new_computed_blocks num_lookahead_tokens"
+    more = "num_external_computed_tokens delay_cache_blocks num_encoder_tokens full_sequence_must_fit reserved_blocks"
+    last = "has_scheduled_reqs skip_zeroing_group_ids"
     return [
         (EngineCore, "_initialize_kv_caches", ["self", "vllm_config"], _initialize_kv_caches),
         (Scheduler, "_mark_prefix_replay", hit, _mark_prefix_replay),
+        (KVCacheManager, "allocate_slots", f"{slots} {more} {last}".split(), _allocate_slots),
     ]
 
 

@@ -103,6 +103,11 @@ class WindowManager(CircularBufferManager):
         own = kept[SINK_COLUMNS:]
         return max(missing - len(own), 0) + self._get_num_evictable_blocks(own)
 
+    def is_settled(self, request_id: str, num_tokens: int) -> bool:
+        """Whether a request has all blocks that it needs for so many tokens, and is not to look for a sink block."""
+        decided = request_id not in self._undecided or not self.enable_caching
+        return decided and self._missing_blocks(request_id, num_tokens) == 0
+
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> Sequence[KVCacheBlock]:
