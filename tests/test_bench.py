@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from logquant_vllm.bench.conversations import Conversations, Run, Turn
 from logquant_vllm.bench.decode import random_inputs
 from logquant_vllm.bench.engine import Plan, Workload
 from logquant_vllm.bench.records import ConversationRecord, DecodeRecord, Results, ServeRecord, StoreRecord
+from logquant_vllm.bench.serve import Engine
 from logquant_vllm.bench.shapes import (
     HEADS,
     SHAPES,
@@ -113,6 +115,20 @@ def test_random_calibration_fits_its_shape(tmp_path: Path) -> None:
     assert len(calibration.load(path, (32, 8, 128))) == 32
     assert path.name != calibration.FILE_NAME
     assert Plan(name="logquant-calibrated", kv_gib=1, engine={}).kv_cache_dtype == "logquant"
+
+
+def test_an_engines_log_has_both_its_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "python"
+    says = "echo first >&2; echo KV cache size: 5 tokens; echo READY; read order; echo second >&2; exit 3"
+    script.write_text(f"#!/bin/sh\n{says}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    engine = Engine(Plan(name="auto", kv_gib=1, engine={}))
+    engine.wait_ready()
+    with pytest.raises(RuntimeError, match="the auto engine ended with 3"):
+        engine.measure(Workload.parse("1x1+1"))
+    assert engine.log.read_text().splitlines() == ["first", "KV cache size: 5 tokens", "second"]
+    engine.log.unlink()
 
 
 def test_summary() -> None:

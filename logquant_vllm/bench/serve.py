@@ -31,7 +31,7 @@ class Engine:
         self.plan = plan
         self.capacity = 0
         self.log = Path(tempfile.mkstemp(prefix=f"bench-{plan.name}-", suffix=".log")[1])
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "logquant_vllm.bench.engine", plan.model_dump_json(), str(os.getpid())],
                 stdin=subprocess.PIPE,
