@@ -275,6 +275,18 @@ def test_refused_drafts(name: str, tmp_path: Path) -> None:
         create_config(write_config(tmp_path / "model"), speculative_config={"num_speculative_tokens": 2, **speculation})
 
 
+@pytest.mark.parametrize("dtype", ["auto", "logquant"])
+def test_what_suffix_decoding_lacks_is_for_vllm_to_say(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm.config.speculative.has_arctic_inference", lambda: False)
+    suffix = {"method": "suffix", "num_speculative_tokens": 3}
+    with pytest.raises(
+        ImportError, match="^Arctic Inference is required for suffix decoding. Install via `pip install"
+    ):
+        create_config(write_config(tmp_path / "model"), speculative_config=suffix, kv_cache_dtype=dtype)
+
+
 def test_bits_are_not_for_drafts(tmp_path: Path) -> None:
     path = write_config(tmp_path / "model")
     draft = {"model": str(path), "method": "draft_model", "num_speculative_tokens": 3, "kv_cache_dtype": "logquant"}
