@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from logquant_vllm import calibration
-from logquant_vllm.bench.conversations import Conversations, Run, Turn
+from logquant_vllm.bench.conversations import Conversations, Run, Turn, turns_per_s
 from logquant_vllm.bench.decode import random_inputs
 from logquant_vllm.bench.engine import Plan, Workload
 from logquant_vllm.bench.records import ConversationRecord, DecodeRecord, Results, ServeRecord, StoreRecord
@@ -236,7 +236,7 @@ def test_conversations_that_cannot_be(arguments: list[str], message: str) -> Non
 
 
 def test_goodput_counts_turns_within_both_limits() -> None:
-    found = Run(2.0, [Turn(0.1, 0.01, 100, 0), Turn(0.5, 0.01, 200, 100), Turn(0.1, 0.09, 100, 100)])
+    found = Run(2.0, [Turn(0.1, 0.01, 100, 0, 0.5), Turn(0.5, 0.01, 200, 100, 1.5), Turn(0.1, 0.09, 100, 100, 2.0)])
     work = Conversations.parse(1, 3, "5+2", shared=0, at_once=1, ttft_limit_ms=200, tpot_limit_ms=50)
     assert found.within(work) == 1
     assert found.within(work.model_copy(update={"tpot_limit_ms": None})) == 2
@@ -262,6 +262,25 @@ def test_conversations_on_this_machine(tmp_path: Path) -> None:
         assert record.prefix_hit_rate == pytest.approx(sum(ends) / sum(300 + 308 * turn for turn in range(3)), abs=0.1)
         assert record.finished == 9
         assert record.requests_per_s == pytest.approx(9 / record.total_s) == record.goodput_per_s
+
+
+def _conversations(name: str, finished: int, ended_s: list[float]) -> ConversationRecord:
+    work = Conversations.parse(9, 9, "5+2", shared=0, at_once=1, at_most_s=100.0)
+    rate = finished / (total := 100.0)
+    return ConversationRecord(
+        **work.model_dump(),
+        **{"kv_cache_dtype": name, "kv_gib": 1.0, "host_gib": 0.0, "capacity_tokens": 100, "finished": finished},
+        **{"requests_per_s": rate, "goodput_per_s": rate, "total_s": total, "ended_s": ended_s},
+        **{"ttft_ms_median": 1.0, "tpot_ms_median": 1.0, "prefix_hit_rate": 0.5},
+    )
+
+
+def test_runs_that_were_cut_are_compared_over_the_same_turns() -> None:
+    """Later turns are longer: one that came far is not blamed for them."""
+    cut, whole = _conversations("auto", 70, [20.0, 80.0]), _conversations("logquant", 100, [10.0, 20.0, 40.0])
+    assert turns_per_s([cut, whole]) == [64 / 80, 64 / 20]
+    assert turns_per_s([whole, whole]) == [1.0, 1.0]
+    assert turns_per_s([cut, _conversations("fp8", 20, [])]) == [0.7, 0.2]
 
 
 @pytest.mark.slow

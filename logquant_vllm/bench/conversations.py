@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,8 @@ class Turn:
     tpot_s: float
     prompt_tokens: int
     cached_tokens: int
+    ended_s: float
+    """Since the run began."""
 
 
 @dataclass
@@ -132,7 +135,9 @@ def run(llm: Any, work: Conversations, seed: int = 0) -> Run:
                 said[i] += output.outputs[0].token_ids
                 per_token = (m.last_token_ts - m.first_token_ts) / (work.answer - 1)
                 cached = output.num_cached_tokens or 0
-                found.turns.append(Turn(m.first_token_latency, per_token, len(output.prompt_token_ids), cached))
+                ended = time.perf_counter() - begin
+                prompt = len(output.prompt_token_ids)
+                found.turns.append(Turn(m.first_token_latency, per_token, prompt, cached, ended))
                 if len(found.turns) % REPORT_TURNS == 0:  # the engine's log says how far it has come
                     print(f"{len(found.turns)} turns, {found.prefix_hit_rate:.0%} cached", flush=True)
     found.seconds = time.perf_counter() - begin
@@ -162,4 +167,14 @@ def measure(
         ttft_ms_median=1000 * statistics.median(t.ttft_s for t in found.turns),
         tpot_ms_median=1000 * statistics.median(t.tpot_s for t in found.turns),
         prefix_hit_rate=found.prefix_hit_rate,
+        ended_s=[turn.ended_s for turn in found.turns[REPORT_TURNS - 1 :: REPORT_TURNS]],
     )
+
+
+def turns_per_s(records: Sequence[ConversationRecord]) -> list[float]:
+    """Rates of runs of one workload. If some were cut, of as many turns as all have seen the end of, as far as noted:
+    later turns are longer."""
+    common = min(len(record.ended_s) for record in records)
+    if common and len({record.finished for record in records}) > 1:
+        return [REPORT_TURNS * common / record.ended_s[common - 1] for record in records]
+    return [record.requests_per_s for record in records]

@@ -112,6 +112,8 @@ class ConversationRecord(BaseModel):
     tpot_ms_median: float
     prefix_hit_rate: float
     """Share of all prompts' tokens that were cached."""
+    ended_s: list[float] = []
+    """When every 32nd turn ended, in seconds: later turns are longer, so runs that were cut are compared by these."""
 
 
 Record = TypeVar("Record", DecodeRecord, StoreRecord, ServeRecord, ConversationRecord)

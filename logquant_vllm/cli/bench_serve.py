@@ -196,11 +196,13 @@ def _comparison(found: list[ServeRecord]) -> Table:
 
 def _compared(found: list[ConversationRecord]) -> Table:
     """As :func:`_comparison`, of conversations."""
+    from logquant_vllm.bench.conversations import turns_per_s
+
     table = Table("KV cache", "tokens that fit", "cached", "requests/s", "goodput", "first token", "per token")
-    b = found[0]
-    for r in found:
+    b, rates = found[0], turns_per_s(found)
+    for r, rate in zip(found, rates, strict=True):
         ratios = [
-            r.requests_per_s / b.requests_per_s,
+            rate / rates[0],
             r.goodput_per_s / b.goodput_per_s if b.goodput_per_s else None,
             b.ttft_ms_median / r.ttft_ms_median,
             b.tpot_ms_median / r.tpot_ms_median,
