@@ -6,7 +6,7 @@ key, value -> rotate -> quantize completed groups -> attention over pages, windo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any, ClassVar
@@ -18,11 +18,8 @@ from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
-    AttentionCGSupport,
     AttentionImpl,
-    AttentionMetadataBuilder,
     AttentionType,
-    CommonAttentionMetadata,
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -30,16 +27,15 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.page_format import PageFormat
-from logquant_vllm.core.paged import Batch, PagedCache
-from logquant_vllm.core.parts import Parts
+from logquant_vllm.core.paged import PagedCache
 from logquant_vllm.planning import BlockShape
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.basis import load_basis
 from logquant_vllm.plugin.measure import obstacle
+from logquant_vllm.plugin.metadata import LogQuantMetadata, LogQuantMetadataBuilder
 from logquant_vllm.plugin.observe import Observer
-from logquant_vllm.plugin.parts import parts_of
 from logquant_vllm.plugin.speculation import decode_query_len, is_draft_model, options_of, rollback_tokens
-from logquant_vllm.plugin.window_layer import WindowLayer, page_table, pages_of
+from logquant_vllm.plugin.window_layer import WindowLayer, pages_of
 
 WINDOW_SUFFIX = ".logquant_window"
 
@@ -110,51 +106,6 @@ def configured_backend(config: LogQuantConfig, block: BlockShape) -> type[LogQua
     """:class:`LogQuantBackend` with the options in force."""
     attributes = {"config": config, "block": block, "__module__": __name__}
     return type(LogQuantBackend.__name__, (LogQuantBackend,), attributes)
-
-
-@dataclass
-class LogQuantMetadata:
-    """One step: the whole batch, and its requests by what they need."""
-
-    num_actual_tokens: int
-    batch: Batch
-    block_table: Tensor
-    parts: Parts | None
-
-
-class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
-    """Lengths stay on the device: with asynchronous scheduling the host knows only upper bounds."""
-
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-    # so that the steps of a head that drafts are one CUDA graph, with nothing for the host to do between them
-    supports_draft_decode_metadata_update: bool = True
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if current_platform.is_cuda():  # elsewhere requests may come in any order
-            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        impl = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]].impl
-        self.decode_query_len, self.uncounted = impl.decode_query_len, int(impl.drafts)
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> LogQuantMetadata:
-        common = common_attn_metadata
-        longest = common.max_query_len
-        if 1 < longest < self.decode_query_len:  # kernels are compiled for one and for all of them
-            longest = self.decode_query_len
-        batch = Batch(common.query_start_loc, common.seq_lens, longest, common.max_seq_len)
-        parts = None
-        if current_platform.is_cuda():
-            from logquant_vllm.plugin.prefill import past_room
-
-            room = past_room(self.vllm_config.scheduler_config.max_num_seqs)
-            parts = parts_of(common, batch, room, self.decode_query_len, self.uncounted)
-        block_table = page_table(common.block_table_tensor, self.kv_cache_spec)
-        return LogQuantMetadata(common.num_actual_tokens, batch, block_table, parts)
-
-    def update_draft_decode_metadata(self, metadata: LogQuantMetadata) -> None:
-        """Nothing: a decode step's metadata are vLLM's own buffers, in which lengths and blocks are the newest."""
 
 
 _warmed_up = set[Any]()

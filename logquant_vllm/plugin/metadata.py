@@ -1,0 +1,60 @@
+"""What a layer is told of a step, built once for all layers of a kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
+
+from logquant_vllm.core.paged import Batch
+from logquant_vllm.core.parts import Parts
+from logquant_vllm.plugin.parts import parts_of
+from logquant_vllm.plugin.window_layer import page_table
+
+
+@dataclass
+class LogQuantMetadata:
+    """One step: the whole batch, and its requests by what they need."""
+
+    num_actual_tokens: int
+    batch: Batch
+    block_table: Tensor
+    parts: Parts | None
+
+
+class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
+    """Lengths stay on the device: with asynchronous scheduling the host knows only upper bounds."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    # so that the steps of a head that drafts are one CUDA graph, with nothing for the host to do between them
+    supports_draft_decode_metadata_update: bool = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if current_platform.is_cuda():  # elsewhere requests may come in any order
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        impl = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]].impl
+        self.decode_query_len, self.uncounted = impl.decode_query_len, int(impl.drafts)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> LogQuantMetadata:
+        common = common_attn_metadata
+        longest = common.max_query_len
+        if 1 < longest < self.decode_query_len:  # kernels are compiled for one and for all of them
+            longest = self.decode_query_len
+        batch = Batch(common.query_start_loc, common.seq_lens, longest, common.max_seq_len)
+        parts = None
+        if current_platform.is_cuda():
+            from logquant_vllm.plugin.prefill import past_room
+
+            room = past_room(self.vllm_config.scheduler_config.max_num_seqs)
+            parts = parts_of(common, batch, room, self.decode_query_len, self.uncounted)
+        block_table = page_table(common.block_table_tensor, self.kv_cache_spec)
+        return LogQuantMetadata(common.num_actual_tokens, batch, block_table, parts)
+
+    def update_draft_decode_metadata(self, metadata: LogQuantMetadata) -> None:
+        """Nothing: a decode step's metadata are vLLM's own buffers, in which lengths and blocks are the newest."""
