@@ -14,7 +14,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from logquant_vllm.planning import CHUNKED, Capacity, LocalLayers, ModelShape, plan, rollback_tokens
-from tests.families import PUBLIC
+from tests.public_models import PUBLIC
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GIB = 1 << 30

@@ -50,3 +50,14 @@ def write_model(path: Path, seed: int = 0, **changes: Any) -> Path:
                 weight.mul_(2.0)
     model.save_pretrained(path)
     return path
+
+
+def create_config(path: Path, **arguments: Any) -> Any:
+    """vLLM's configuration of an engine with our cache: whatever it raises comes before weights are loaded."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from logquant_vllm.plugin import register
+
+    register()  # vLLM may call it in every process, more than once
+    arguments = {"kv_cache_dtype": "logquant", "max_model_len": 512, **arguments}
+    return EngineArgs(model=str(path), skip_tokenizer_init=True, **arguments).create_engine_config()

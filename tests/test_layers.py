@@ -1,4 +1,4 @@
-"""Who may import whom: read from the source, so that no import has to succeed."""
+"""Who may import whom, and how large a thing may be: read from the source, so that no import has to succeed."""
 
 from __future__ import annotations
 
@@ -103,3 +103,27 @@ def test_importing_is_light(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'vllm', 'triton') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+LONGEST_FILE, MOST_PARAMETERS = 400, 12
+
+
+def test_no_file_is_long() -> None:
+    """One idea each, whether it is code or tests of it."""
+    parts = (ROOT, ROOT.parent / "tests", ROOT.parent / "loadtest", ROOT.parent / ".ci")
+    paths = [path for part in parts for path in part.rglob("*") if path.suffix in {".py", ".cpp", ".h"}]
+    lines = {str(path.relative_to(ROOT.parent)): len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert {name: n for name, n in lines.items() if n > LONGEST_FILE} == {}
+
+
+def test_no_function_has_many_parameters() -> None:
+    """Things that go together are one object. A command of the command line has one parameter for each option."""
+    found = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                is_command = any(re.search(r"\.(command|callback)\(", ast.unparse(d)) for d in node.decorator_list)
+                given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                if len(given) > MOST_PARAMETERS and not (own_part(path) == "cli" and is_command):
+                    found[f"{path.relative_to(ROOT)}: {node.name}"] = len(given)
+    assert found == {}

@@ -30,7 +30,11 @@ pytestmark = [
         pytest.param(
             "test_engine test_register test_planning test_window_manager test_quiet test_configs", id="engine"
         ),
-        pytest.param("test_startup test_measure", id="startup", marks=pytest.mark.slow),
+        pytest.param(
+            "test_startup test_startup_layers test_startup_calibration test_measure",
+            id="startup",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("test_models test_mixed test_metrics test_streaming", id="models", marks=pytest.mark.slow),
         pytest.param("test_kept_windows test_offload", id="prefixes", marks=pytest.mark.slow),
         pytest.param("test_speculation", id="speculation", marks=pytest.mark.slow),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.planning import CHUNKED, MAMBA, MAMBA2, LocalLayers, ModelShape, model_shape, plan
-from tests import families
+from tests import public_models
 from tests.families import GPU_ONLY, MIXED
 from tests.models import write_config
 
@@ -111,10 +111,12 @@ def test_layers_of_several_kinds(tmp_path: Path) -> None:
 
 
 def test_the_table_of_models_is_current() -> None:
-    """``python -m tests.families`` writes it."""
-    assert families.PATH.read_text(encoding="utf-8") == families.document()
-    assert {*MIXED, *GPU_ONLY} - {*families.PUBLIC} == {"Gemma 4"}  # whose public models have heads of 512 channels
-    rows = {name: families.row(public) for name, public in families.PUBLIC.items()}
+    """``python -m tests.public_models`` writes it."""
+    assert public_models.PATH.read_text(encoding="utf-8") == public_models.document()
+    assert {*MIXED, *GPU_ONLY} - {*public_models.PUBLIC} == {
+        "Gemma 4"
+    }  # whose public models have heads of 512 channels
+    rows = {name: public_models.row(public) for name, public in public_models.PUBLIC.items()}
     # a state of Nemotron's is larger than 1,024 tokens of all of its attention layers
     assert {name for name, row in rows.items() if row.grain > 1024} == {"Nemotron-H"}
     assert {name for name, row in rows.items() if row.bfloat16 / row.logquant < 5.5} == {"Nemotron-H"}
