@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -20,6 +21,10 @@ _set_num_threads = torch.set_num_threads
 
 if not torch.cuda.is_available():  # Triton is asked when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton") is not None:
+        from tests.interpreter import hasten
+
+        hasten()
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # the other processes need the other cores
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[int(worker.removeprefix("gw")) % len(cores)]))

@@ -10,6 +10,7 @@ Copies to shared memory that are not waited for may have happened or not: either
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 from collections.abc import Iterator
@@ -197,9 +198,15 @@ def mma_v2(a: tl.tensor, b: tl.tensor, c: tl.tensor) -> tl.tensor:
         return tensor(floats(a) @ floats(b) + c.handle.data, tl.float32)
 
 
+def reduce(x: tl.tensor, axis: int, combine: Any) -> tl.tensor:
+    """One slice after another, not one element."""
+    first, *others = (tensor(part, x.dtype) for part in np.moveaxis(x.handle.data, axis, 0))
+    return functools.reduce(combine, others, first)
+
+
 # -- the stand-in -----------------------------------------------------------------------------------------------------
 SAME = "load store where maximum minimum sum max abs join split permute reshape broadcast expand_dims multiple_of log2 "
-SAME += "program_id num_programs cdiv static_range reduce zeros_like"
+SAME += "program_id num_programs cdiv static_range zeros_like"
 LAYOUTS = (
     "BlockedLayout SliceLayout DotOperandLayout NVMMADistributedLayout SwizzledSharedLayout DistributedLinearLayout"
 )
@@ -228,7 +235,7 @@ def stand_in(late: bool) -> dict[str, ModuleType]:
     language.full = lambda shape, value, dtype, layout: tl.full([*map(number, shape)], value, dtype)
     language.barrier = lambda: None
     language.convert_layout = lambda x, layout, assert_trivial=False: x
-    language.inline_asm_elementwise = inline_asm_elementwise
+    language.inline_asm_elementwise, language.reduce = inline_asm_elementwise, reduce
     language.allocate_shared_memory = Shared.allocate
     language.num_warps = lambda: Function.warps
     ampere.async_copy, ampere.mma_v2 = Copies(late), mma_v2
