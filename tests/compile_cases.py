@@ -87,16 +87,18 @@ class Case:
 
 
 def operations(machine: Machine, gpu: str, cases: list[Case]) -> None:
-    """Every operation, without a calibration and with one."""
+    """Every operation, without a calibration and with one; with work for more programs than a GPU holds."""
     from logquant_vllm.kernels.store.feedback.rounding import round_with_feedback
 
     for case in cases:
         with machine.gpu(gpu, "operations") as device:
-            case.warm_up(device)
+            case.warm_up(device, length=LONGEST)
             basis, fmt = case.layer(device).basis, case.layout.fmt
             if basis is not None and basis.feedback is not None:
                 keys = torch.empty(1, KV_HEADS, fmt.key_group_size, case.head_size, device=device)
                 round_with_feedback(keys, quantize_key_group(keys, fmt), fmt.key_bits, basis.feedback)
+    with machine.gpu(gpu, "full") as device:
+        cases[0].decode_step(device, 2, LONGEST)
 
 
 def steps(machine: Machine, gpu: str, cases: list[Case]) -> None:
@@ -120,13 +122,7 @@ def graphs(machine: Machine, gpu: str, cases: list[Case]) -> None:
                     case.decode_step(device, captured, LONGEST)
 
 
-def full(machine: Machine, gpu: str, cases: list[Case]) -> None:
-    """A step that has work for more programs than a GPU holds."""
-    with machine.gpu(gpu) as device:
-        cases[0].decode_step(device, 256, LONGEST)
-
-
-SCENARIOS = {scenario.__name__: scenario for scenario in (operations, steps, graphs, full)}
+SCENARIOS = {scenario.__name__: scenario for scenario in (operations, steps, graphs)}
 
 
 def entry_kernels() -> set[str]:
