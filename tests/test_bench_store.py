@@ -9,7 +9,7 @@ from logquant_vllm.bench import store
 from logquant_vllm.bench.shapes import Shape
 from logquant_vllm.config import LogQuantConfig
 from tests.calibrations import feedback_of
-from tests.test_triton import DEVICE
+from tests.pair import DEVICE
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

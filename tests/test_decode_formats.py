@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from logquant_vllm.config import LogQuantConfig
+from tests.pair import ON_GPU, Pair
 from tests.test_decode_gluon import CASES, layout_of
-from tests.test_triton import ON_GPU, Pair
 
 FORMATS = [
     (128, {}),

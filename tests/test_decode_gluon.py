@@ -15,7 +15,7 @@ from logquant_vllm.kernels.architecture import Architecture
 from logquant_vllm.kernels.decode import launch
 from logquant_vllm.kernels.decode.choice import why_not_gluon
 from tests.gluon_interpreter import imported
-from tests.test_triton import ON_GPU, Pair
+from tests.pair import ON_GPU, Pair
 
 CASES = [
     # head size, query heads of a KV head, new tokens of a request, options
@@ -56,10 +56,14 @@ def layout_of(head_size: int, queries: int, options: dict[str, object]) -> Cache
 
 
 @pytest.mark.skipif(ON_GPU, reason="kernels run compiled: tests/test_decode_formats.py")
-@pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
-    ("head_size", "gqa", "queries", "options"),
-    [*CASES[:3], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[3:])],
+    ("head_size", "gqa", "queries", "options", "late"),
+    [
+        *((*case, True) for case in CASES[:3]),
+        *(pytest.param(*case, True, marks=pytest.mark.slow) for case in CASES[3:]),
+        # what is copied, and where to, depends on bits, groups and warps
+        *(pytest.param(*case, False, marks=pytest.mark.slow) for case in CASES[:12] + CASES[-2:]),
+    ],
     ids=str,
 )
 def test_decode(
@@ -87,10 +91,10 @@ def steps(monkeypatch: pytest.MonkeyPatch, pair: Pair, queries: int, late: bool)
     """Prompts, then two steps of the Gluon kernel."""
     layout = pair.layout
     monkeypatch.setattr(arguments, "architecture", lambda device: Architecture((0, 0), 228 << 10, 1))
-    pair.step([1, 191, 700, 0])
+    pair.fill([1, 191, 700, 0])
     for side in (pair.expected, pair.actual):
         side.hit(2, 3, 512)
-    pair.step([0, 0, 0, layout.prefix_replay_tokens + 70])
+    pair.fill([0, 0, 0, layout.prefix_replay_tokens + 70])
     with imported("logquant_vllm.kernels.decode.gluon.kernel", late) as kernel:
         monkeypatch.setattr(launch, "_choose", lambda *_: kernel)
         pair.step([queries, queries, 1, queries], seed=1, queries=queries)

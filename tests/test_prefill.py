@@ -18,7 +18,7 @@ from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import Batch, CacheLayout
 from tests.paging import PagedBatch, assert_close, random_qkv
-from tests.test_triton import DEVICE, needs_gpu
+from tests.pair import DEVICE, needs_gpu
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("triton", reason="Triton is not installed")

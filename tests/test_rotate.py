@@ -13,7 +13,7 @@ from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.kernels import operations as kernels
 from logquant_vllm.kernels.decode import triton_kernel
 from tests.paging import assert_close, random_qkv
-from tests.test_triton import DEVICE, Pair
+from tests.pair import DEVICE, Pair
 
 
 @pytest.mark.parametrize(

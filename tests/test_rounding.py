@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from logquant_vllm.kernels.store.feedback import launch
 from logquant_vllm.kernels.store.feedback.rounding import round_with_feedback
 from tests.calibrations import feedback_of
 from tests.gluon_interpreter import imported
-from tests.test_triton import DEVICE, ON_GPU, SMALL, Pair, needs_gpu, small_layout
+from tests.pair import DEVICE, ON_GPU, SMALL, Pair, needs_gpu, small_layout
 
 # formats whose keys the Gluon kernel quantizes with feedback
 GLUON = [
@@ -62,27 +65,35 @@ def test_no_groups() -> None:
     assert round_with_feedback(x, q, 2, torch.zeros(2, 32, 32, device=DEVICE)).codes.shape == x.shape
 
 
+STEPS = [[130, 70], [1, 1], [3, 2]]
+"""New tokens of two requests: of prompts, in a decode step, and with drafts."""
+
+
 @pytest.mark.parametrize(
-    "case",
+    ("case", "new"),
     [
-        SMALL[0],
-        SMALL[9],
-        *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:9] + SMALL[10:]),
-        *(pytest.param(c, marks=[pytest.mark.gpu, needs_gpu]) for c in GLUON),
+        *itertools.product((SMALL[0], SMALL[9]), STEPS),
+        *(pytest.param(c, STEPS[i % 3], marks=pytest.mark.slow) for i, c in enumerate(SMALL[1:9] + SMALL[10:])),
+        *(pytest.param(*pair, marks=[pytest.mark.gpu, needs_gpu]) for pair in itertools.product(GLUON, STEPS)),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("new", [[130, 70], [1, 1], [3, 2]])
 def test_feedback(case, new: list[int]) -> None:
     for dense in (False, True):
         check_pages(case, new, dense)
 
 
+def pairwise() -> Iterator[Any]:
+    """Of the product of formats, steps and twice two ways, every pair of values that can come together."""
+    for i, case in enumerate(GLUON):
+        for j, new in enumerate(STEPS):
+            dense, late = (i + j) % 2 == 0, (i // 2 + j // 2) % 2 == 0
+            quick = (i, j) == (4, 1)
+            yield pytest.param(case, dense, new, late, marks=[] if quick else [pytest.mark.slow])
+
+
 @pytest.mark.skipif(ON_GPU, reason="the kernel runs compiled: test_feedback")
-@pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("new", [*(pytest.param(new, marks=pytest.mark.slow) for new in ([130, 70], [3, 2])), [1, 1]])
-@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", [GLUON[4], *(pytest.param(c, marks=pytest.mark.slow) for c in GLUON if c != GLUON[4])])
+@pytest.mark.parametrize(("case", "dense", "new", "late"), pairwise(), ids=str)
 def test_feedback_in_gluon(monkeypatch: pytest.MonkeyPatch, case, dense: bool, new: list[int], late: bool) -> None:
     """The Gluon kernel in the interpreter.
 

@@ -18,7 +18,7 @@ from logquant_vllm.kernels.arguments import BatchArgument, Rows
 from logquant_vllm.kernels.decode import combine, tile_scheduler
 from logquant_vllm.kernels.decode.vectors import Vectors
 from tests.paging import assert_close
-from tests.test_triton import DEVICE
+from tests.pair import DEVICE
 
 
 @triton.jit
