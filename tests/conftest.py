@@ -29,7 +29,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # the other processes need 
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[int(worker.removeprefix("gw")) % len(cores)]))
 
-LONG = ("test_triton", "test_compile", "test_prefill", "test_lab")
+LONG = ("test_compile", "test_decode_gluon", "test_lab", "test_prefill", "test_rounding", "test_triton")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,6 +71,9 @@ def pytest_make_collect_report() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def in_this_process() -> Iterator[None]:
     """Engines that a test can look into: vLLM's CPU engine without a process of its own, with little memory."""
+    from tests.models import look_at_architectures_here
+
+    look_at_architectures_here()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -52,6 +52,17 @@ def write_model(path: Path, seed: int = 0, **changes: Any) -> Path:
     return path
 
 
+def look_at_architectures_here() -> None:
+    """And not in a process of their own, in which vLLM imports one that it does not know yet, for many seconds, so that
+    CUDA is left alone in this one: without a GPU there is nothing to leave alone."""
+    import torch
+    from vllm.model_executor.models import registry
+
+    assert callable(registry._run_in_subprocess)
+    if not torch.cuda.is_available():
+        registry._run_in_subprocess = lambda look: look()
+
+
 def create_config(path: Path, **arguments: Any) -> Any:
     """vLLM's configuration of an engine with our cache: whatever it raises comes before weights are loaded."""
     from vllm.engine.arg_utils import EngineArgs
@@ -59,5 +70,6 @@ def create_config(path: Path, **arguments: Any) -> Any:
     from logquant_vllm.plugin import register
 
     register()  # vLLM may call it in every process, more than once
+    look_at_architectures_here()
     arguments = {"kv_cache_dtype": "logquant", "max_model_len": 512, **arguments}
     return EngineArgs(model=str(path), skip_tokenizer_init=True, **arguments).create_engine_config()

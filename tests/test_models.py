@@ -13,7 +13,7 @@ import torch
 
 from logquant_vllm import calibration
 from logquant_vllm.bench.calibrations import random_moments
-from tests.models import write_model
+from tests.models import look_at_architectures_here, write_model
 from tests.paging import assert_close
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -97,6 +97,7 @@ def logprobs(path: Path, kv_cache_dtype: str, lengths: list[int], **arguments: A
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    look_at_architectures_here()
 
 
 def dtype_for_exactness() -> str:

@@ -310,7 +310,6 @@ def test_drafts_count_among_the_tokens_taken_back(asynchronous: bool, tmp_path: 
     assert (rollback_tokens(with_layers), num_draft_layers(with_layers)) == (10 if asynchronous else 6, 2)
 
 
-# vLLM imports an architecture that it does not know yet in a process of its own, for many seconds
 @pytest.mark.parametrize(
     "arguments", [{}, {"disable_sliding_window": True, "max_model_len": 256}], ids=["", "window disabled"]
 )
