@@ -42,11 +42,11 @@ $(VENV)/.project: pyproject.toml $(VENV)/.engine-$(DEVICE)
 	@touch $@
 
 # other versions beside it, of which tests alone know
-$(VENV)/.beside: .ci/install_beside.py logquant_vllm/engines.py $(VENV)/.project
-	$(BIN)/python .ci/install_beside.py triton-3.8 triton-3.6 vllm-cuda
+$(VENV)/.beside-%: .ci/install_beside.py logquant_vllm/engines.py $(VENV)/.project
+	$(BIN)/python .ci/install_beside.py $*
 	@touch $@
 
-other-versions: $(VENV)/.beside  ## install what the tests for GPUs' Triton and vLLM need
+other-versions: $(addprefix $(VENV)/.beside-,triton-3.8 triton-3.6 vllm-cuda)  ## install what the tests for GPUs' Triton and vLLM need
 
 # without what it requires: that would compile llama.cpp, and what is needed of it vLLM has brought
 $(VENV)/.smollm2: logquant_vllm/hf/smollm2.py $(VENV)/.project
@@ -78,7 +78,7 @@ lint: setup  ## check style and types
 	$(BIN)/mypy
 
 $(VENV)/.docs: pyproject.toml $(VENV)/.project
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[docs]'
+	$(if $(findstring docs,$(EXTRAS)),,$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[docs]')
 	@touch $@
 
 docs: $(VENV)/.docs  ## build the documentation site into site/, and check its links

@@ -44,6 +44,7 @@ pytestmark = [
 def test_with_vllm_for_cuda(files: str) -> None:
     env = {name: value for name, value in os.environ.items() if name != "REFUSE_SKIPS"}
     env |= {"PYTHONPATH": f"{BESIDE}{os.pathsep}{ROOT}", "VLLM_TARGET_DEVICE": "cpu"}
+    env["PYTHONDONTWRITEBYTECODE"] = ""  # the next process need not compile what was only unpacked
     found = subprocess.run([sys.executable, "-c", "import vllm; print(vllm.__version__)"], env=env, capture_output=True)
     assert found.stdout.decode().startswith("{}.{}.".format(*VERSIONS["cuda"])), found.stderr.decode()
     paths = [f"tests/{name}.py" for name in files.split()]
