@@ -87,6 +87,12 @@ def random_inputs(
     return Inputs(q, k, v, cache, Batch(starts, lens, queries, context))
 
 
+def random_sinks(shape: Shape) -> Tensor | None:
+    """A logit for each query head, in the dtype in which models have them; None if the shape has none."""
+    g = torch.Generator(device="cuda").manual_seed(0)
+    return torch.randn(shape.num_heads, device="cuda", generator=g).to(torch.bfloat16) if shape.sinks else None
+
+
 def flash_attention(batch: int, context: int, shape: Shape, seed: int, queries: int = 1) -> Callable[[], object]:
     """A call of FlashAttention as vLLM makes it for a bfloat16 cache of pages of 128 tokens: version 3 on Hopper, and 4
     for heads of more than 256 channels."""
@@ -104,7 +110,8 @@ def flash_attention(batch: int, context: int, shape: Shape, seed: int, queries: 
     output = torch.empty_like(query)
     starts = queries * torch.arange(batch + 1, dtype=torch.int32, device="cuda")
     lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-    version = get_flash_attn_version(head_size=shape.head_dim)
+    version = get_flash_attn_version(head_size=shape.head_dim, has_sinks=shape.sinks)
+    sinks = random_sinks(shape)
 
     def call() -> object:
         return flash_attn_varlen_func(
@@ -120,12 +127,13 @@ def flash_attention(batch: int, context: int, shape: Shape, seed: int, queries: 
             causal=True,
             block_table=table,
             fa_version=version,
+            s_aux=sinks,
         )
 
     return call
 
 
-def check(inputs: Inputs, layout: CacheLayout, scale: float) -> float:
+def check(inputs: Inputs, layout: CacheLayout, scale: float, sinks: Tensor | None = None) -> float:
     """Relative error of the kernel to the reference, over at most four requests.
 
     Raises:
@@ -141,8 +149,8 @@ def check(inputs: Inputs, layout: CacheLayout, scale: float) -> float:
     )
     starts, lens, *bounds = inputs.batch
     batch = Batch(starts[: few + 1], lens[:few], *bounds)
-    actual, _ = operations.decode(q, k, v, cache, batch, layout, scale)
-    expected, _ = reference.attention(q, k, v, cache, batch, layout, scale)
+    actual, _ = operations.decode(q, k, v, cache, batch, layout, scale, sinks=sinks)
+    expected, _ = reference.attention(q, k, v, cache, batch, layout, scale, sinks=sinks)
     error = (actual.double() - expected.double()).norm().item() / expected.double().norm().item()
     if not error <= TOLERANCE:
         raise RuntimeError(f"batch {requests}, context {batch.max_seq_len}: relative error {error:.1e}")
@@ -170,6 +178,7 @@ def measure(
 
     layout, scale = config.layout(shape.head_dim), shape.head_dim**-0.5
     layout = dataclasses.replace(layout, rollback_tokens=2 * queries - 1)
+    sinks = random_sinks(shape)
     for batch, context in cases:
         tokens = batch * context * shape.num_kv_heads
         pages = tokens * layout.fmt.head_bytes // layout.fmt.page_size
@@ -184,14 +193,14 @@ def measure(
             random_inputs(batch, context, shape, layout, seed, queries=queries)
             for seed in range(min(8, math.ceil(L2_BYTES / read["logquant"])))
         ]
-        check(sets[0], layout, scale)
+        check(sets[0], layout, scale, sinks)
         timings = time_in_turns(
             {
                 "bfloat16": [
                     flash_attention(batch, context, shape, seed, queries)
                     for seed in range(min(8, math.ceil(L2_BYTES / read["bfloat16"])))
                 ],
-                "logquant": [lambda x=x: operations.decode(*x, layout, scale) for x in sets],  # type: ignore
+                "logquant": [lambda x=x: operations.decode(*x, layout, scale, sinks=sinks) for x in sets],  # type: ignore
             }
         )
         yield [

@@ -25,6 +25,7 @@ class DecodeRecord(BaseModel):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    sinks: bool = False
     queries: int = 1
     """New tokens of a request."""
     time_us: float

@@ -182,10 +182,17 @@ class Shape(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    sinks: bool = False
+    """Whether each query head has a logit beside its scores."""
 
 
 HEADS: dict[str, Shape] = {
-    name: Shape(config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"])
+    name: Shape(
+        config["num_attention_heads"],
+        config["num_key_value_heads"],
+        config["head_dim"],
+        config["model_type"] == "gpt_oss",
+    )
     for name, config in SHAPES.items()
 } | {
     "qwen3-14b": Shape(40, 8, 128),
@@ -195,7 +202,6 @@ HEADS: dict[str, Shape] = {
     "olmo-2-7b": Shape(32, 32, 128),
     "nemotron-4-15b": Shape(48, 8, 128),
     "llama-3.2-1b": Shape(32, 8, 64),
-    "gpt-oss": Shape(64, 8, 64),  # without its sinks
     "qwen2.5-0.5b": Shape(14, 2, 64),
     "phi-3-mini": Shape(32, 32, 96),
     "phi-3-heads-of-96": Shape(32, 8, 96),

@@ -90,7 +90,8 @@ def decode(
     results = records.Results[records.DecodeRecord].begin(bandwidth_tb_s=bandwidth / 1e12, options=options)
     console.print(f"{results.device}; memory delivers {bandwidth / 1e12:.2f} TB/s")
     for shape, count in itertools.product(heads, counts):
-        console.print(f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}, queries {count}:")
+        sinks = " with sinks" if shape.sinks else ""
+        console.print(f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}{sinks}, queries {count}:")
         for group in bench.measure(pairs, shape, config, bandwidth, count):
             base, ours = group
             console.print(
