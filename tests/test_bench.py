@@ -157,8 +157,9 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
     [
         ("decode_h200.json", DecodeRecord),
         ("decode_shapes.json", DecodeRecord),
-        ("decode_shapes_before.json", DecodeRecord),
+        ("decode_shapes_h200.json", DecodeRecord),
         ("decode_queries.json", DecodeRecord),
+        ("decode_queries_h200.json", DecodeRecord),
         ("serve_h200.json", ServeRecord),
         ("serve_16k_h200.json", ServeRecord),
         ("serve_calibrated_h200.json", ServeRecord),
