@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -113,6 +114,30 @@ def test_what_is_not_there(command: str, message: str, tmp_path: Path) -> None:
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["plan some/model --memory 1GiB --max-model-len 10", "doctor some/model"])
+@pytest.mark.parametrize("hub", ["http://127.0.0.1:9", None], ids=["unreachable", "HF_HUB_OFFLINE"])
+def test_without_the_hub(command: str, hub: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once: transformers alone would ask again and again for half a minute."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", hub is None)
+    monkeypatch.setattr(constants, "ENDPOINT", hub or constants.ENDPOINT)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    began = time.monotonic()
+    result = runner.invoke(app, command.split())
+    assert time.monotonic() - began < 20
+    assert result.exit_code == 2, result.output
+    assert "'some/model' is not on this machine, and the hub cannot be reached" in result.stderr
+    assert "HF_ENDPOINT" in result.stderr and "demo or smollm2" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_what_is_no_name_of_a_model() -> None:
+    pytest.importorskip("huggingface_hub")
+    result = runner.invoke(app, "plan models/of/mine --memory 1GiB --max-model-len 10".split())
+    assert result.exit_code == 2
+    assert "there is no directory 'models/of/mine', and it is no name of a model on the hub" in result.stderr
 
 
 def test_mistakes_of_ours_are_not_the_users() -> None:

@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 
 import logquant_vllm
+from logquant_vllm.config import shown
 
 DEMO = "demo"
 SMOLLM2 = "smollm2"
 NAMES = (DEMO, SMOLLM2)
+HUB_SECONDS = 5
+"""To wait for the hub's answer."""
 NAMED = 'or "demo" or "smollm2", which need no hub'
 """Ends the help of an argument that takes a model."""
 
@@ -49,11 +52,37 @@ def model_directory(model: str) -> str:
     """The directory or hub name behind a MODEL argument.
 
     Raises:
-        ValueError: if it is a path and no model is there, or what :func:`named_model` says.
+        ValueError: if it is a path and no model is there, a name and the hub cannot be reached, or what
+            :func:`named_model` says.
     """
     if model in NAMES:
         return str(named_model(model))
     local = model.startswith(("/", ".", "~")) or Path(model).is_dir()
-    if local and not (Path(model) / "config.json").is_file():
+    if not local:
+        _find_on_hub(model)
+    elif not (Path(model) / "config.json").is_file():
         raise ValueError(f"no config.json in {model}: name the model's directory, or its name on the hub")
     return model
+
+
+def _find_on_hub(name: str) -> None:
+    """Ask the hub once for a model that is not in its cache here; transformers would ask again for half a minute.
+
+    Raises:
+        ValueError: if the hub cannot be reached, or this is no name of a model.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if not isinstance(hub.try_to_load_from_cache(name, "config.json"), str):
+            hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"), timeout=HUB_SECONDS)
+    except HfHubHTTPError:
+        return  # it answers, and whoever loads the model tells what
+    except HFValidationError:
+        raise ValueError(f"there is no directory {shown(name)}, and it is no name of a model on the hub") from None
+    except Exception as error:  # of the library for HTTP, which differs between versions
+        raise ValueError(
+            f"model {shown(name)} is not on this machine, and the hub cannot be reached ({error}): give a directory "
+            f"with its config.json, name a mirror in HF_ENDPOINT, or take {DEMO} or {SMOLLM2}, which need no hub"
+        ) from None
