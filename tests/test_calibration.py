@@ -96,6 +96,20 @@ def test_a_prompt_that_was_cut_has_no_queries() -> None:
     assert torch.equal(whole.moments().query, with_cut.moments().query)
 
 
+def test_queries_are_looked_at_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there is room for, with the keys that they can see; the moments are the same, and so are the costs."""
+    q, k, v = (torch.randn(n, 400, 16, generator=torch.Generator().manual_seed(0)) for n in (4, 2, 2))
+    found = []
+    for scores in (1 << 19, 10_000, 2):
+        monkeypatch.setattr("logquant_vllm.core.moments.CACHED_SCORES", scores)
+        sums = MomentSums(64, 64)
+        sums.add(q, k, v, 0.25, torch.eye(16).expand(4, -1, -1), first=13)
+        found.append(sums.moments())
+    for pieces in found[1:]:
+        for ours, expected in zip(pieces, found[0], strict=True):
+            assert_close(ours, expected, 1e-5, "moments")
+
+
 def test_cost_of_errors() -> None:
     """What errors cost of a layer's output: twice its size changes nothing, sharper attention and larger keys do."""
     g = torch.Generator().manual_seed(0)

@@ -13,6 +13,8 @@ KEY_ERRORS = 2.7
 """Squared errors of quantized keys over those of values of the same spread; measured on a real model."""
 SCORES = 1 << 21
 """Scores that are looked at at once, float32: a bound on the memory that measuring takes."""
+CACHED_SCORES = 1 << 19
+"""The same on a CPU, where they should stay in a core's cache; and keys behind all of them are left out."""
 
 
 class MomentSums:
@@ -46,7 +48,8 @@ class MomentSums:
         self.key, self.keys = self.key + (k.mT @ k).double().cpu(), self.keys + k.shape[1]
         shared = zip(query.unflatten(0, (heads, -1)), key, value, output.unflatten(0, (heads, -1)), strict=True)
         stride = query.shape[0] // heads
-        step = max(1, SCORES // (stride * tokens))
+        scores = CACHED_SCORES if query.device.type == "cpu" else SCORES
+        step = max(1, scores // (stride * tokens))
         positions = torch.arange(min(first, tokens), tokens, stride, device=query.device).split(step)
         moments = []
         for q, k, v, size in shared:
