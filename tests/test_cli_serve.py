@@ -33,6 +33,23 @@ def test_serve_on_the_cpu_wheel_runs_the_server_module() -> None:
     ]
 
 
+@pytest.mark.parametrize("model", ["/nonexistent", "./nonexistent", "."])
+def test_serve_of_no_model(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before vLLM is imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(serve_module, "installed_engine", lambda: CPU)
+    result = runner.invoke(app, ["serve", model])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: no config.json or params.json in {model}: name")
+
+
+@pytest.mark.parametrize("name", ["config.json", "params.json", "model.gguf"])
+def test_serve_of_a_path(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    model = str(tmp_path / name if name.endswith("gguf") else tmp_path)
+    assert server_command(model, [], CPU)[5:7] == ["--model", model]
+
+
 def test_serve_on_the_cuda_wheel_runs_the_vllm_command() -> None:
     command = server_command("some/model", ["-tp", "2"], CUDA)
     assert command[1:] == [

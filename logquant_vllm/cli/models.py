@@ -15,6 +15,9 @@ from logquant_vllm.config import shown
 DEMO = "demo"
 SMOLLM2 = "smollm2"
 NAMES = (DEMO, SMOLLM2)
+CONFIGURATIONS = ("config.json", "params.json")
+"""Files of which a model's directory has one, for vLLM: the second is Mistral's."""
+
 HUB_SECONDS = 5
 """To wait for the hub's answer."""
 NAMED = 'or "demo" or "smollm2", which need no hub'
@@ -57,12 +60,29 @@ def model_directory(model: str) -> str:
     """
     if model in NAMES:
         return str(named_model(model))
-    local = model.startswith(("/", ".", "~")) or Path(model).is_dir()
-    if not local:
+    if not is_path(model):
         _find_on_hub(model)
     elif not (Path(model) / "config.json").is_file():
         raise ValueError(f"no config.json in {model}: name the model's directory, or its name on the hub")
     return model
+
+
+def is_path(model: str) -> bool:
+    """Whether a MODEL argument is a path, and no name on the hub."""
+    return model.startswith(("/", ".", "~")) or Path(model).is_dir()
+
+
+def check_path(model: str) -> None:
+    """Say at once what vLLM would say after half a minute: that there is no model.
+
+    Raises:
+        ValueError: if a MODEL argument is a path, and neither a file nor a directory with a configuration.
+    """
+    path = Path(model)
+    if is_path(model) and not path.is_file() and not any((path / name).is_file() for name in CONFIGURATIONS):
+        raise ValueError(
+            f"no {' or '.join(CONFIGURATIONS)} in {model}: name the model's directory, or its name on the hub"
+        )
 
 
 def _find_on_hub(name: str) -> None:

@@ -16,7 +16,7 @@ import typer
 from logquant_vllm import calibration
 from logquant_vllm.cli.engine import Engine, installed_engine, wrong_builds
 from logquant_vllm.cli.errors import user_errors
-from logquant_vllm.cli.models import NAMED, NAMES, named_model
+from logquant_vllm.cli.models import NAMED, NAMES, check_path, named_model
 from logquant_vllm.config import LogQuantConfig, shown
 
 KV_CACHE_DTYPE = "logquant"
@@ -109,6 +109,7 @@ def server_command(model: str, flags: Sequence[str], engine: Engine) -> list[str
         defaults |= {"--served-model-name": model, **NAMED_FLAGS}
         defaults |= NAMED_CPU_FLAGS if engine.device == "cpu" else {}
         model = str(named_model(model))
+    check_path(model)
     # before the user's, so that those win however they are written
     added = [(flag, value) for flag, value in defaults.items() if not _is_set(flags, flag)]
     flags = [part for pair in added for part in pair if part is not None] + list(flags)
