@@ -99,13 +99,12 @@ def unused(gpu: str, name: str) -> set[str]:
     return kernels
 
 
-QUICK = ("sm_90", "sm_120")
 OTHERS = [name for name in FORMATS if name != "default"]
 SMALLER = [gpu for gpu in GPUS if gpu not in ("sm_90", "sm_100")]
 """GPUs with less memory for a program than those, and without the Gluon kernel for feedback."""
 ALL = [
     *(
-        pytest.param("3.8", gpu, "default", id=f"3.8-{gpu}", marks=[pytest.mark.slow] * (gpu not in QUICK))
+        pytest.param("3.8", gpu, "default", id=f"3.8-{gpu}", marks=[pytest.mark.slow] * (gpu != "sm_90"))
         for gpu in GPUS
     ),
     *(pytest.param("3.6", gpu, "default", id=f"3.6-{gpu}", marks=pytest.mark.slow) for gpu in ("sm_80", "sm_90")),
@@ -167,8 +166,8 @@ def test_graphs_round_the_same() -> None:
 @pytest.mark.parametrize(
     ("gpu", "name"),
     [
-        *((gpu, "default") for gpu in QUICK),
-        *(pytest.param(gpu, "default", marks=pytest.mark.slow) for gpu in ("sm_80", "sm_89")),
+        ("sm_90", "default"),
+        *(pytest.param(gpu, "default", marks=pytest.mark.slow) for gpu in ("sm_80", "sm_89", "sm_120")),
         *(pytest.param("sm_90", name, marks=pytest.mark.slow) for name in ("k4v2", "k3v3", "gqa16", "d256")),
         pytest.param("sm_100", "d96", marks=pytest.mark.slow),
     ],
