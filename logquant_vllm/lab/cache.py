@@ -113,7 +113,12 @@ class LabCache(Cache):
         Returns:
             positions: int64 ``[batch, width]``.
             mask: bool ``[batch, 1, width, room]``, what each token may attend to.
+
+        Raises:
+            ValueError: if the buffers have no room for them.
         """
+        if (longest := int((self.seq_len + count).max())) >= self.room:
+            raise ValueError(f"{longest} tokens do not fit into buffers of {self.room}: prefill with more new tokens")
         start = self.seq_len.to(self.device)[:, None]
         step = torch.arange(width, device=self.device)[None]
         positions = (start + step).clamp(max=self.room - 1)

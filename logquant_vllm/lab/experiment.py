@@ -106,7 +106,8 @@ class Experiment:
             return False
         new_tokens = max(item.new_tokens for item in items)
         cut = new_tokens if items[0].right is None and not task.writes else 0
-        prompts = self.runner.prefill([item.ids[: len(item.ids) - cut] for item in items], new_tokens)
+        room = max(new_tokens, task.writes)
+        prompts = self.runner.prefill([item.ids[: len(item.ids) - cut] for item in items], room)
         tally = self.tallies[task.name]
         for i, item in enumerate(items):
             tally.bins[first + i] = item.bins
