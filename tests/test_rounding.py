@@ -93,7 +93,7 @@ def pairwise() -> Iterator[Any]:
 
 
 @pytest.mark.skipif(ON_GPU, reason="the kernel runs compiled: test_feedback")
-@pytest.mark.parametrize(("case", "dense", "new", "late"), pairwise(), ids=str)
+@pytest.mark.parametrize(("case", "dense", "new", "late"), list(pairwise()), ids=str)
 def test_feedback_in_gluon(monkeypatch: pytest.MonkeyPatch, case, dense: bool, new: list[int], late: bool) -> None:
     """The Gluon kernel in the interpreter.
 
