@@ -76,9 +76,13 @@ class Pair:
         self.same_bytes(f"window after {new}")
         return expected, actual
 
-    def fill(self, new: list[int]) -> None:
+    def fill(self, new: list[int], qkv=None) -> None:
         """Tokens that the reference stores for both, where what stores them is not what a test is about."""
-        self.expected.step(*self.qkv(sum(new), 0), new, self.scale)
+        self.expected.step(*(qkv or self.qkv(sum(new), 0)), new, self.scale)
+        self.copy()
+
+    def copy(self) -> None:
+        """Let the kernels go on with what the reference has stored."""
         self.actual.cache.pages.copy_(self.expected.cache.pages)
         self.actual.seq_lens = list(self.expected.seq_lens)
 

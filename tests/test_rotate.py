@@ -45,7 +45,7 @@ def test_outputs_are_rotated_back(monkeypatch: pytest.MonkeyPatch, head_size: in
     for i, new in enumerate([[600, 3, 130], [1, 1, 1], [1, 0, 1]]):
         q, k, v = rotate_heads(*pair.qkv(sum(new), i), bases[0])
         if max(new) > 1:
-            pair.step(new, qkv=(q, k, v))
+            pair.fill(new, (q, k, v))
             continue
         sides = zip((pair.expected, pair.actual), (reference, kernels), bases, ("cpu", DEVICE), strict=True)
         expected, actual = (

@@ -114,7 +114,7 @@ def test_prefix_hit(sink: bool) -> None:
     layout = CacheLayout(fmt, 32, prefix_replay_tokens=replay)
     pair = Pair(layout, 2, 1, 2, 400, torch.float16)
     q, k, v = pair.qkv(300, 1)
-    pair.step([300, 0], qkv=(q, k, v))
+    pair.fill([300, 0], (q, k, v))
     hit = 4 * 64
     for side in (pair.expected, pair.actual):
         side.hit(0, 1, hit, sink)
