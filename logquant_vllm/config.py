@@ -7,6 +7,7 @@ Importing this module does not import torch: the command line reads settings on 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,6 +111,11 @@ class LogQuantConfig(BaseModel):
         "prefix-cache hit that goes on from it exactly; it takes the memory of some 1,400 tokens until others need it; "
         "null: none is kept",
     )
+    keep_all_windows: bool = Field(
+        False,
+        description="keep windows of all lengths, not only those without a compaction behind the last whole page (half "
+        "of them, if window_length is 64); a request's window takes a third more memory",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> LogQuantConfig:
@@ -124,6 +130,11 @@ class LogQuantConfig(BaseModel):
                 f"prefix_replay_tokens {self.replay_tokens} is more than what brings a full-precision copy back: with "
                 f"window_length {self.window_length} the oldest but token 0 are {self._longest_replay()} tokens back. "
                 f"Use at most {self._longest_replay()}"
+            )
+        if self.keep_all_windows and self.kept_behind_page > self.window_length:
+            raise ValueError(
+                f"keep_all_windows with window_length {self.window_length}: up to {self.kept_behind_page} tokens would "
+                "be taken back, more than a compaction takes in. Use a window_length of 64 or more, or leave it out"
             )
         if self.bits is not None and (self.key_bits, self.value_bits) != (2, 2):
             raise ValueError(
@@ -157,6 +168,11 @@ class LogQuantConfig(BaseModel):
         if self.prefix_replay_tokens is not None:
             return self.prefix_replay_tokens
         return max(2 * self.window_length, PAGE_SIZE)
+
+    @property
+    def kept_behind_page(self) -> int:
+        """Tokens for which compaction waits, so that none is made before the page that it would be behind is whole."""
+        return PAGE_SIZE - math.gcd(self.window_length, PAGE_SIZE)
 
     def page_format(self, head_size: int) -> PageFormat:
         """The block format for heads of ``head_size`` channels.
@@ -193,6 +209,8 @@ class LogQuantConfig(BaseModel):
         """
         from logquant_vllm.core.paged import CacheLayout
 
+        if self.keep_all_windows and prefix_caching:
+            rollback_tokens = max(rollback_tokens, self.kept_behind_page)
         return CacheLayout(
             fmt=self.page_format(head_size),
             window_length=self.window_length,

@@ -62,6 +62,10 @@ def test_replay_tokens(window: int, given: int | None, tokens: int) -> None:
         ({"range_shrink": float("nan")}, ["range_shrink", "got nan"]),
         ({"value_range_shrink": 1.1}, ["value_range_shrink", "1", "got 1.1"]),
         ({"rotation": 1}, ["rotation", "boolean", "got 1"]),
+        (
+            {"keep_all_windows": True, "window_length": 32, "key_group_size": 32},
+            ["keep_all_windows with window_length 32", "Use a window_length of 64 or more"],
+        ),
         ({"prefix_replay_tokens": -1}, ["prefix_replay_tokens", "got -1"]),
         ({"prefix_replay_tokens": 513}, ["prefix_replay_tokens 513", "window_length 64", "Use at most 512"]),
         ({"prefix_replay_tokens": 10**12}, ["prefix_replay_tokens", "Use at most 512"]),

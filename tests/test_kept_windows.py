@@ -118,6 +118,25 @@ def test_what_is_not_kept(engine: Engine, length: int) -> None:
 
 
 @pytest.mark.slow
+def test_all_are_kept(tmp_path: Path) -> None:
+    """Compactions wait for the page that is not whole yet, and the window takes more blocks."""
+    path = write_model(tmp_path / "llama")
+    options = {"logquant": {"keep_windows_from": STEP, "keep_all_windows": True}}
+    with engine_of(path, num_gpu_blocks_override=120, max_num_batched_tokens=STEP, additional_config=options) as engine:
+        free = engine.free_blocks
+        for behind in (0, 63, 64, 65, 100, 127):
+            (prompt,) = prompts_of(3 * STEP + behind)
+            expected = cold(engine, prompt)
+            for i, length in enumerate((STEP + behind, 2 * STEP + behind)):
+                _, cached = engine.ask([prompt[:length]], 1)
+                assert cached == [i * STEP]
+            found, cached = engine.ask([prompt], 20)
+            assert cached == [2 * STEP]
+            assert distance(expected, found) < ROUNDING
+        assert engine.free_blocks == free
+
+
+@pytest.mark.slow
 def test_beside_layers_of_other_kinds(tmp_path: Path) -> None:
     """Where nothing is ever computed again, a kept window is all that fills the recent past after a hit."""
     path = write_model(tmp_path / "model", **MIXED["Gemma 3"])

@@ -16,6 +16,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+from logquant_vllm.config import LogQuantConfig
 from tests.block_pool import LONGEST, PAGE, PAGES, WINDOW, Pool, cache_config, prompt
 
 
@@ -165,9 +166,22 @@ def test_a_conversation_goes_on_with_its_window(replay: int) -> None:
 def test_how_many_windows_can_go_back(window_length: int, share: float) -> None:
     """Of all lengths, those without a compaction behind the last whole page."""
     _, spec = cache_config(10, 0, 0, None)
-    spec = replace(spec, window_length=window_length)
+    spec = replace(spec, window_length=window_length, num_slots=3 * window_length)
     lengths = range(1536, 3072)
     assert sum(spec.goes_back(n, n // PAGE * PAGE) for n in lengths) / len(lengths) == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize("window_length", [64, 96, 128, 192, 256])
+def test_all_windows_can_go_back(window_length: int) -> None:
+    """If compactions wait for so many tokens, and not for one less."""
+    config = LogQuantConfig(window_length=window_length, keep_all_windows=True)
+    _, spec = cache_config(10, 0, 0, None)
+    spec = replace(spec, window_length=window_length, num_slots=config.layout(64).num_slots)
+    lengths = range(1536, 3072)
+    assert all(spec.goes_back(n, n // PAGE * PAGE) for n in lengths)
+    if config.kept_behind_page:
+        spec = replace(spec, num_slots=spec.num_slots - 1)
+        assert not all(spec.goes_back(n, n // PAGE * PAGE) for n in lengths)
 
 
 def test_a_window_that_is_not_kept_again_is_given_back_first() -> None:

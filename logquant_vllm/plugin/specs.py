@@ -57,9 +57,10 @@ class WindowSpec(CircularBufferSpec):
         """Whether the window of a request of ``num_tokens`` tokens is what it was after ``length`` of them, once those
         behind are taken back.
 
-        It is unless there was a compaction in between, which waits for tokens that vLLM may take back itself.
+        It is unless there was a compaction in between, which waits until the tokens that vLLM may take back are more.
         """
-        return num_tokens // self.window_length == length // self.window_length
+        waits = self.num_slots - 3 * self.window_length + 1
+        return max(num_tokens - waits, length) // self.window_length == length // self.window_length
 
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
         # runner V1 computes a slot mapping for every group and reads the table at position // block_size, and kernels
