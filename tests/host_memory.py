@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 Copy = tuple[Tensor, Tensor]
 
@@ -61,4 +63,18 @@ class HostMemory(CPUOffloadingSpec):
     def get_worker(self, kv_caches: Any) -> OffloadingWorker:
         if self._worker is None:
             self._worker = Copies(kv_caches, self.num_chunks)  # type: ignore[assignment]
+        return self._worker  # type: ignore[return-value]
+
+
+class HostMemoryBeforeFiles(TieringOffloadingSpec):
+    """Host memory that vLLM's tiers read and write, too."""
+
+    def get_worker(self, kv_caches: Any) -> OffloadingWorker:
+        if self._worker is None:
+            size, stride = self.cpu_page_size_per_worker, self.kv_bytes_per_chunk
+            region = SharedOffloadRegion(self._engine_id, self.num_chunks, 0, stride, size)
+            chunks = torch.frombuffer(region.mmap_obj, dtype=torch.int8).view(self.num_chunks, stride)  # type: ignore[call-overload]
+            worker = Copies(kv_caches, 0)
+            worker.host = list(chunks.split([t.page_size_bytes for t in kv_caches.tensors] + [stride - size], 1))
+            self._worker = worker  # type: ignore[assignment]
         return self._worker  # type: ignore[return-value]

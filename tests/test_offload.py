@@ -5,10 +5,12 @@ Nothing here depends on the version of vLLM: ``tests.test_other_vllm`` runs it o
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from logquant_vllm.plugin import offload
 from logquant_vllm.plugin.backend import LogQuantImpl
 from logquant_vllm.plugin.specs import WindowManager
 from logquant_vllm.plugin.window_layer import pages_of
-from tests.host_memory import Copies, HostMemory
+from tests.host_memory import Copies, HostMemory, HostMemoryBeforeFiles
 from tests.test_mixed import engine_of
 
 pytestmark = [pytest.mark.server, pytest.mark.skipif(torch.cuda.is_available(), reason="copies are a CPU's")]
@@ -39,6 +41,7 @@ def copies_of_the_cpu(in_this_process: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(offload, "copies_blocks", lambda: True)
         patch.setitem(OffloadingSpecFactory._registry, offload.IN_HOST_MEMORY, lambda: HostMemory)
+        patch.setitem(OffloadingSpecFactory._registry, offload.IN_TIERS, lambda: HostMemoryBeforeFiles)
         yield
 
 
@@ -200,3 +203,52 @@ def test_a_model_is_measured_all_the_same(tmp_path: Path, monkeypatch: pytest.Mo
             (result,) = engine.llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)  # type: ignore[list-item]
             assert result.num_cached_tokens == found
             forget(engine)
+
+
+def files(directory: Path) -> list[Path]:
+    return list(directory.rglob("*.bin"))
+
+
+@pytest.mark.slow
+def test_pages_in_files(model: Path, tmp_path: Path) -> None:
+    """The next engine finds them, one whose pages mean something else does not, and one that loses them goes on."""
+    tiers = {"cpu_bytes_to_use": 1 << 26, "secondary_tiers": [{"type": "fs", "root_dir": str(tmp_path)}]}
+    transfer = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"spec_name": offload.IN_TIERS, **tiers},
+    }
+
+    def begin(**options: Any) -> Any:
+        arguments = {"kv_transfer_config": copy.deepcopy(transfer), "additional_config": {"logquant": options}}
+        return engine_of(model, num_gpu_blocks_override=60, **arguments)
+
+    prompt, other, third = prompts_of(900, 901, 902)
+    with begin() as engine:
+        engine.ask([prompt], 1)
+        forget_copies(engine)
+        here, cached = engine.ask([prompt], 20)
+        assert cached == [896]
+        while len(files(tmp_path)) < 7:
+            engine.ask([other[:20]], 1)
+    loaded = Copies.loaded
+    with begin() as engine:
+        back, cached = engine.ask([prompt], 20)
+        assert cached == [896] and Copies.loaded == loaded + 7
+        assert distance(here, back) < ROUNDING
+        # another's files are in place of ours, and none
+        engine.ask([other], 1)
+        while len(files(tmp_path)) < 14:
+            engine.ask([third[:20]], 1)
+    with begin(value_rotation=False) as engine:
+        _, cached = engine.ask([prompt], 20)
+        assert cached == [0]
+    with begin() as engine:
+        for path in files(tmp_path):
+            path.write_bytes(b"")
+        computed, cached = engine.ask([prompt], 20)
+        assert mean_kl([(here[0], computed[0])]) < 0.05
+        shutil.rmtree(tmp_path)
+        engine.ask([other], 20)
+        engine.ask([third], 20)
+        assert engine.ask([third], 1)[1] == [896]

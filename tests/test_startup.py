@@ -134,16 +134,37 @@ CASES = {
         )
         for name in ("ExampleConnector", "NixlConnector", "LMCacheMPConnector", "MultiConnector")
     },
-    "a store that outlives the engine": (
+    **{
+        f"a tier {name}": (
+            {},
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "OffloadingConnector",
+                    "kv_role": "kv_both",
+                    "kv_connector_extra_config": {
+                        "spec_name": "TieringOffloadingSpec",
+                        "cpu_bytes_to_use": 1 << 20,
+                        "secondary_tiers": [tier],
+                    },
+                }
+            },
+            message,
+        )
+        for name, tier, message in (
+            ("that is no file system", {"type": "obj"}, 'of the type obj, .* another format or calibration: use "fs"'),
+            ("without a directory", {"type": "fs"}, "has no root_dir: name a directory"),
+        )
+    },
+    "a store of somebody else's": (
         {},
         {
             "kv_transfer_config": {
                 "kv_connector": "OffloadingConnector",
                 "kv_role": "kv_both",
-                "kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 1 << 20},
+                "kv_connector_extra_config": {"spec_name": "TheirSpec", "cpu_bytes_to_use": 1 << 20},
             }
         },
-        r"spec_name .* TieringOffloadingSpec, .* another format or calibration: only host memory",
+        r"spec_name .* TheirSpec, .* another format or calibration: use CPUOffloadingSpec, .* or TieringOffloadingSpec",
     ),
     "offloading by LMCache": (
         {},

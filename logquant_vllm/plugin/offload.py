@@ -1,4 +1,4 @@
-"""Pages that leave the GPU: vLLM's own offloading to host memory, and what other KV connectors would do to them.
+"""Pages that leave the GPU: vLLM's offloading to host memory and files, and what other KV connectors would do to them.
 
 A page is a block of vLLM's prefix cache, and the offloading connector copies such blocks as bytes, whatever is in them.
 Window blocks are no part of a prefix cache, so they stay with their request. A hit in host memory is thus like one on
@@ -6,19 +6,23 @@ the GPU: pages, a few tokens that are computed again, and the exact copy of toke
 
 The memory lives and ends with its engine, so format and calibration of what it holds are the engine's. Stores that
 outlive it, or that several engines share, find a block by its tokens and the model's name, and another engine's bytes
-may mean something else: they are refused.
+may mean something else. In a file system each meaning gets a directory of its own (:func:`keep_apart`); other stores
+are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import vllm.envs as envs
 from vllm.platforms import current_platform
 
 CONNECTOR = "OffloadingConnector"
-IN_HOST_MEMORY = "CPUOffloadingSpec"
+IN_HOST_MEMORY, IN_TIERS = "CPUOffloadingSpec", "TieringOffloadingSpec"
+IN_FILES = "fs"
 
 
 def copies_blocks() -> bool:
@@ -48,11 +52,18 @@ def connector_problems(vllm_config: Any) -> Iterator[str]:
         )
         return
     extra = (transfer.kv_connector_extra_config if transfer is not None else None) or {}
-    if (store := extra.get("spec_name", IN_HOST_MEMORY)) != IN_HOST_MEMORY:
+    if (store := extra.get("spec_name", IN_HOST_MEMORY)) not in (IN_HOST_MEMORY, IN_TIERS):
         yield (
-            f"spec_name of the {CONNECTOR} is {store}, which may find blocks of another format or calibration: only "
-            f"host memory of the engine's own is supported ({IN_HOST_MEMORY}), leave it out"
+            f"spec_name of the {CONNECTOR} is {store}, which may find blocks of another format or calibration: use "
+            f"{IN_HOST_MEMORY}, for host memory of the engine's own, or {IN_TIERS} with files behind it"
         )
+    elif others := [tier.get("type") for tier in extra.get("secondary_tiers", []) if tier.get("type") != IN_FILES]:
+        yield (
+            f"a secondary tier of the {CONNECTOR} is of the type {others[0]}, which may find blocks of another format "
+            f'or calibration: use "{IN_FILES}"'
+        )
+    elif not all(tier.get("root_dir") for tier in extra.get("secondary_tiers", [])):
+        yield f'a secondary tier of the {CONNECTOR} of the type "{IN_FILES}" has no root_dir: name a directory'
     if extra.get("canonical_layout"):
         yield f"canonical_layout of the {CONNECTOR} cuts blocks into tokens, which a page is not: leave it out"
     if not cache.enable_prefix_caching:
@@ -61,6 +72,20 @@ def connector_problems(vllm_config: Any) -> Iterator[str]:
         yield f"recurrent states have not been offloaded beside pages yet: leave {option} out"
     if not copies_blocks():
         yield f"vLLM offloads from a GPU, and this is a {current_platform.device_name}: leave {option} out"
+
+
+def keep_apart(transfer: Any, meanings: Sequence[str]) -> None:
+    """Give blocks that lie in files a directory for what they mean: format, options and calibration.
+
+    Called before the scheduler, which reads and writes the files, is made.
+
+    Args:
+        transfer: vLLM's ``KVTransferConfig``.
+        meanings: what the blocks of each rank mean, see :func:`logquant_vllm.plugin.meaning.meaning`.
+    """
+    directory = f"logquant-{hashlib.sha256(' '.join(meanings).encode()).hexdigest()[:16]}"
+    for tier in (transfer.kv_connector_extra_config or {}).get("secondary_tiers", []):
+        tier["root_dir"] = os.path.join(tier["root_dir"], directory)
 
 
 def no_transfers() -> Any:

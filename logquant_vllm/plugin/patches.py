@@ -12,7 +12,8 @@ engine, two of the scheduler, and a constructor.
                                    of a block. vLLM's own choice knows neither our pages nor several backends.
 ``_initialize_kv_caches``          of ``EngineCore``: the last that a starting engine does with its workers, which
                                    then have loaded, warmed up and captured everything: the place to measure the
-                                   model. The engine is imported only where it is already, or the dtype is ours.
+                                   model, and to name what its blocks mean. The engine is imported only where it is
+                                   already, or the dtype is ours.
 ``_mark_prefix_replay``            of ``Scheduler``: where it says of a request how much of its prefix hit is computed
                                    again: nothing, if the request goes on with a kept window. vLLM asks a KV connector
                                    alone. It is wrapped with the engine's method.
@@ -132,9 +133,13 @@ def _update_block_size_for_backend(original: Callable[..., None], vllm_config: A
 def _initialize_kv_caches(original: Callable[..., Any], engine: Any, vllm_config: Any) -> Any:
     kv_cache_config = original(engine, vllm_config)
     if vllm_config.cache_config.cache_dtype == KV_CACHE_DTYPE:
+        from logquant_vllm.plugin.meaning import meaning
         from logquant_vllm.plugin.measure import calibrate
+        from logquant_vllm.plugin.offload import keep_apart
 
         status = calibrate(vllm_config, engine.model_executor, kv_cache_config)
+        if vllm_config.kv_transfer_config is not None:
+            keep_apart(vllm_config.kv_transfer_config, engine.model_executor.collective_rpc(meaning))
         engine.logquant_calibration = lambda: list(status)  # answers its clients (`call_utility_async`)
     return kv_cache_config
 

@@ -1,0 +1,28 @@
+"""What the bytes of an engine's blocks mean: formats, windows and matrices of all layers, as a digest.
+
+vLLM finds blocks by their tokens and by what it knows of a model. Where blocks outlive an engine or leave it, that is
+not enough: with other options or another calibration the same bytes are other keys and values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import logquant_vllm
+from logquant_vllm.plugin.backend import LogQuantImpl
+from logquant_vllm.plugin.basis import held_basis
+from logquant_vllm.plugin.window_layer import WindowLayer
+
+
+def meaning(worker: Any) -> str:
+    """That of the blocks of a worker whose layers quantize as they will."""
+    digest = hashlib.sha256(f"{logquant_vllm.__version__} {worker.vllm_config.parallel_config.world_size}".encode())
+    for name, layer in worker.vllm_config.compilation_config.static_forward_context.items():
+        if isinstance(layer, WindowLayer):
+            digest.update(f"{name} {layer.layout}".encode())
+        elif isinstance(impl := getattr(layer, "impl", None), LogQuantImpl):
+            digest.update(f"{name} {impl.fmt}".encode())
+            for matrix in held_basis(layer) or ():
+                digest.update(b"-" if matrix is None else matrix.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
