@@ -23,7 +23,7 @@ import torch
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.kernels.architecture import architecture_of
 from logquant_vllm.kernels.decode import choice
-from tests.compile_cases import FORMATS
+from tests.compile_cases import FORMATS, ROUNDED
 from tests.compile_only import GPUS, Launch
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -83,7 +83,7 @@ def short(kernel: str) -> str:
 
 
 def unused(gpu: str, name: str) -> set[str]:
-    """Kernels that the package says it has no use for on a GPU, in a format."""
+    """Kernels that the package says it has no use for on a GPU, in a format, or that are not compiled in it."""
     from logquant_vllm.kernels.store.feedback import launch
 
     options, head_size, gqa, _ = FORMATS[name]
@@ -94,6 +94,8 @@ def unused(gpu: str, name: str) -> set[str]:
     kernels = {f"decode.{decode}.decode_kernel"}
     if launch.why_not_gluon(this, torch.bfloat16, layout.fmt):
         kernels.add("store.feedback.gluon_kernel.feedback_kernel")
+    if name not in ROUNDED:
+        kernels.add("store.feedback.rounding.round_kernel")
     if head_size.bit_count() == 1:  # the kernel that combines rotates back
         kernels.add("rotate.rotate_output_kernel")
     return kernels
