@@ -95,6 +95,12 @@ def test_doctor_without_an_engine(bare: Path) -> None:
     [
         ("calibrate /nonexistent --output {}/x", "no config.json in /nonexistent"),
         ("calibrate demo --output {}/missing/x", "there is no directory"),
+        ("calibrate demo --output {}", "is a directory: name a file"),
+        ("eval --quick --output /dev/null/x", "/dev/null/x"),
+        ("eval figure attention-mass -o {}/missing/a.png", "there is no directory"),
+        ("bench decode --json {}/missing/x", "there is no directory"),
+        ("bench store --json {}/missing/x", "there is no directory"),
+        ("bench serve demo --json {}/missing/x", "there is no directory"),
         ("calibrate demo --output {}/x --device cuda:64", "--device cuda:64: torch"),
         ("calibrate demo --output {}/x --device gpu", "--device gpu: use cpu, cuda or cuda:1"),
         ("eval --model /nonexistent --output {}", "no config.json in /nonexistent"),

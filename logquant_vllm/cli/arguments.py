@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from logquant_vllm.config import shown
@@ -19,6 +21,22 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device}: use cpu, cuda or cuda:1")
     if int(index or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"--device {device}: torch {torch.__version__} finds {count} CUDA devices on this machine")
+
+
+def check_output(name: str, path: Path | None) -> None:
+    """Before anything is computed: that its result can be written.
+
+    Raises:
+        ValueError: if there is no directory for the file that option ``name`` gives, or it cannot be written.
+    """
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ValueError(f"{name} {path}: there is no directory {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{name} {path} is a directory: name a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{name} {path} cannot be written")
 
 
 def parse_json(name: str, text: str) -> dict[str, Any]:

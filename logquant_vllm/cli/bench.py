@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from logquant_vllm.cli.arguments import parse_json
+from logquant_vllm.cli.arguments import check_output, parse_json
 from logquant_vllm.cli.bench_serve import serve
 from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.config import LogQuantConfig, shown
@@ -82,6 +82,7 @@ def decode(
     heads = list(dict.fromkeys(HEADS[name] for name in names)) or [Shape(num_heads, num_kv_heads, head_dim)]
     for shape in heads:
         config.page_format(shape.head_dim)
+    check_output("--json", output)
     need_gpu("bench decode")
     from logquant_vllm.bench import records
 
@@ -121,6 +122,7 @@ def store(
     counts = parse_counts("--batches", batches), parse_counts("--prompts", prompts)
     config = LogQuantConfig.from_options(parse_json("--options", options))
     config.page_format(head_dim)
+    check_output("--json", output)
     need_gpu("bench store")
     from logquant_vllm.bench import records
     from logquant_vllm.bench import store as bench

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from logquant_vllm.cli.arguments import parse_json
+from logquant_vllm.cli.arguments import check_output, parse_json
 from logquant_vllm.cli.engine import installed_engine
 from logquant_vllm.cli.environment import find_gpu
 from logquant_vllm.cli.errors import user_errors
@@ -107,6 +107,7 @@ def serve(
     if drafts := parse_json("--speculative", speculative):
         engine["speculative_config"] = drafts
     engine |= parse_json("--engine-args", engine_args)
+    check_output("--json", output)
     need_engine()
     with contextlib.ExitStack() as stack:
         if shape:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from logquant_vllm.cli.arguments import check_device
+from logquant_vllm.cli.arguments import check_device, check_output
 from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.models import DEMO, NAMED, model_directory
 
@@ -81,8 +81,7 @@ def calibrate(
         raise ValueError(f"{model} is not a directory on this machine: say with --output where to write the file")
     path = output or Path(directory) / calibration.FILE_NAME
     check_device(device)
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: there is no directory {path.parent}")
+    check_output("--output", path)
     given = [document for file in text or [] for document in documents(str(file))]
     calibration.save(_measure(directory, device, None if model == DEMO and not given else given, tokens), path)
     typer.echo(f"wrote {path}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from logquant_vllm.cli.arguments import check_device
+from logquant_vllm.cli.arguments import check_device, check_output
 from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.figures import app as figures
 from logquant_vllm.cli.models import DEMO, NAMED, model_directory
@@ -61,14 +61,15 @@ def evaluate(
             names = list(QUICK if quick else GENERAL)
         chosen = choose_methods(names)
         asked = choose_tasks(split(tasks), quick, general=model != DEMO)
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / "result.json"
+        check_output("--output", path)
         result = (
             _with_progress(directory, device, chosen, asked, count, time_limit, batch)
             if base_url is None
             else _served(base_url, directory, asked, count, concurrency)
         )
         result = {"model": Path(model).name, **result}
-        output.mkdir(parents=True, exist_ok=True)
-        path = output / "result.json"
         path.write_text(json.dumps(result, indent=1), encoding="utf-8")
         if not result["complete"]:
             typer.echo("time is up: the results are partial")

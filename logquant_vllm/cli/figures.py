@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from logquant_vllm.cli.arguments import check_device
+from logquant_vllm.cli.arguments import check_device, check_output
 from logquant_vllm.cli.errors import user_errors
 from logquant_vllm.cli.models import DEMO, NAMED, model_directory
 
@@ -23,7 +23,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 Count = Annotated[int, typer.Option(min=2, help="Prompts of each task.")]
 
 
-def check_output(output: Path) -> None:
+def check_picture(output: Path) -> None:
     """Before anything is computed: that a PNG is asked for and can be drawn.
 
     Raises:
@@ -31,6 +31,7 @@ def check_output(output: Path) -> None:
     """
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output {output}: figures are PNG files, so write {output.with_suffix('.png').name}")
+    check_output("--output", output)
     from logquant_vllm.lab.figures import new_figure
 
     new_figure(1, 1)
@@ -75,7 +76,7 @@ def _write_numbers(document: dict[str, Any], output: Path) -> None:
 @user_errors()
 def attention_mass(output: Output, model: Model = DEMO, device: Device = "cpu", count: Count = 40) -> None:
     """Attention covered by each selection against tokens kept (the paper's Fig. 4); numbers as JSON beside it."""
-    check_output(output)
+    check_picture(output)
     from logquant_vllm.lab.attention import samples
     from logquant_vllm.lab.attention_mass import measure
     from logquant_vllm.lab.figures import draw_attention_mass
@@ -90,7 +91,7 @@ def attention_mass(output: Output, model: Model = DEMO, device: Device = "cpu", 
 @user_errors()
 def attention_error(output: Output, model: Model = DEMO, device: Device = "cpu", count: Count = 40) -> None:
     """What evicting and quantizing do to attention (the paper's Fig. 5); numbers as JSON beside it."""
-    check_output(output)
+    check_picture(output)
     from logquant_vllm.lab.attention import samples
     from logquant_vllm.lab.attention_error import measure
     from logquant_vllm.lab.figures import draw_attention_error
@@ -107,7 +108,7 @@ def accuracy_compression(
     output: Output, result: Annotated[Path, typer.Option(help="A result.json of `logquant-vllm eval`.")]
 ) -> None:
     """Accuracy against compression with the Pareto front (the paper's Fig. 7)."""
-    check_output(output)
+    check_picture(output)
     from logquant_vllm.lab.figures import draw_accuracy_compression
     from logquant_vllm.lab.report import load
 
@@ -123,7 +124,7 @@ def memory_throughput(
     shape: Annotated[str, typer.Option(help="The geometry that was benchmarked.")] = "llama-3.1-8b",
 ) -> None:
     """Memory and throughput against the number of requests (the paper's Fig. 8)."""
-    check_output(output)
+    check_picture(output)
     from logquant_vllm.bench.shapes import shape_directory
     from logquant_vllm.lab.memory_throughput import draw_memory_throughput, load
     from logquant_vllm.planning import model_shape
