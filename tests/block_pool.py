@@ -137,7 +137,7 @@ class Pool:
         assert [content.index for content in found] == list(range(len(found)))
         assert all(content.begin == begin and content.tokens == tokens for content in found)
         assert tokens[:hit] == list(request.all_token_ids[:hit])
-        assert len(tokens) // self.spec.window_length == hit // self.spec.window_length
+        assert self.spec.goes_back(len(tokens), hit)
         for i, block in enumerate(own):
             self.contents[block.block_id] = Content(i, begin, tokens[:hit])
 
