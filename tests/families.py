@@ -226,49 +226,115 @@ GPU_ONLY: dict[str, dict[str, Any]] = {
         "mamba_expand": 2,
         "mamba_dt_rank": 16,
     },
+    "MiniMax-M2": {
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "tie_word_embeddings": False,
+        "model_type": "minimax_m2",
+        "attn_type_list": [1, 1],
+        "head_dim": 128,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 1,
+        "rotary_dim": 64,
+        "use_qk_norm": True,
+        "qk_norm_type": "per_layer",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+        "shared_intermediate_size": 0,
+        "use_mtp": False,
+        "rope_theta": 5000000.0,
+    },
 }
 """Families that vLLM's CPU engine does not run, likewise."""
 
-SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "StarCoder2": (
-        {"architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2", "sliding_window": 4096},
-        {},
-    ),
-    "Phi-3.5-MoE": ({"architectures": ["PhiMoEForCausalLM"], "model_type": "phimoe", "sliding_window": 131072}, {}),
-    "Mixtral": ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}, {}),
-    "Qwen3": ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, {}),
-    "Qwen3-MoE": ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "sliding_window": 4096}, {}),
-    "GLM-4": ({"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"}, {}),
-    "GLM-4.5": (
-        {"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "tie_word_embeddings": False},
-        {},
-    ),
-    "OLMo 2": ({"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}, {}),
-    "Granite": ({"architectures": ["GraniteForCausalLM"], "model_type": "granite"}, {}),
-    "SmolLM3": ({"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}, {}),
-    "ERNIE 4.5": ({"architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5"}, {}),
-    "ERNIE 4.5 MoE": ({"architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe"}, {}),
-    "Seed-OSS": ({"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss"}, {}),
-    "EXAONE 4 1.2B": (
-        {
-            "architectures": ["Exaone4ForCausalLM"],
-            "model_type": "exaone4",
-            "sliding_window": None,
-            "sliding_window_pattern": None,
-            "layer_types": ["full_attention"] * 2,
-        },
-        {},
-    ),
-    "Command-R": ({"architectures": ["CohereForCausalLM"], "model_type": "cohere"}, {}),
-    "OPT": (
-        {"architectures": ["OPTForCausalLM"], "model_type": "opt", "ffn_dim": 256, "word_embed_proj_dim": 256},
-        {},
-    ),
-    "GPT-2": (
-        {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 256, "n_head": 4, "n_positions": 1024},
-        {},
-    ),
-    "Pythia": ({"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}, {}),
-    "StableLM": ({"architectures": ["StableLmForCausalLM"], "model_type": "stablelm"}, {}),
+_PHI3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 2}
+_PHI3_MINI = {**_PHI3, "head_dim": 96, "hidden_size": 384, "num_key_value_heads": 4}
+_LONG_ROPE = {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072, "sliding_window": 262144}
+
+
+def _long_rope(channels: int) -> dict[str, Any]:
+    """Rotary frequencies that are spread one by one, others for long contexts."""
+    factors = {"short_factor": [1.05] * (channels // 2), "long_factor": [2.5] * (channels // 2)}
+    return {**_LONG_ROPE, "rope_scaling": {"type": "longrope", **factors}}
+
+
+SERVED: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2.5": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "sliding_window": 131072,
+        "use_sliding_window": False,
+        "max_window_layers": 2,
+    },
+    "Mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096},
+    "Phi-2": {
+        "architectures": ["PhiForCausalLM"],
+        "model_type": "phi",
+        "partial_rotary_factor": 0.4,
+        "head_dim": 80,
+        "hidden_size": 320,
+        "num_key_value_heads": 4,
+    },
+    "Phi-3-mini-4k": {**_PHI3_MINI, "sliding_window": 2047, "max_position_embeddings": 4096},
+    "Phi-3-mini-128k": {**_PHI3_MINI, **_long_rope(96)},
+    "Phi-4-mini": {
+        **_PHI3,
+        **_long_rope(96),
+        "partial_rotary_factor": 0.75,
+        "head_dim": 128,
+        "hidden_size": 768,
+        "num_attention_heads": 6,
+    },
+    "StarCoder2": {
+        "architectures": ["Starcoder2ForCausalLM"],
+        "model_type": "starcoder2",
+        "hidden_act": "gelu_pytorch_tanh",
+        "use_bias": True,
+        "sliding_window": 4096,
+    },
+    "Phi-3.5-MoE": {
+        "architectures": ["PhiMoEForCausalLM"],
+        "tie_word_embeddings": False,
+        "model_type": "phimoe",
+        "head_dim": 128,
+        "hidden_size": 512,
+        "num_key_value_heads": 1,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "sliding_window": 131072,
+    },
+    "Mixtral": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None},
+    "Qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "Qwen3-MoE": {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "sliding_window": 4096},
+    "GLM-4": {"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"},
+    "GLM-4.5": {"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "tie_word_embeddings": False},
+    "OLMo 2": {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"},
+    "Granite": {"architectures": ["GraniteForCausalLM"], "model_type": "granite"},
+    "SmolLM3": {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"},
+    "ERNIE 4.5": {"architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5"},
+    "ERNIE 4.5 MoE": {"architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe"},
+    "Seed-OSS": {"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss"},
+    "EXAONE 4 1.2B": {
+        "architectures": ["Exaone4ForCausalLM"],
+        "model_type": "exaone4",
+        "sliding_window": None,
+        "sliding_window_pattern": None,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+    "Command-R": {"architectures": ["CohereForCausalLM"], "model_type": "cohere"},
+    "OPT": {"architectures": ["OPTForCausalLM"], "model_type": "opt", "ffn_dim": 256, "word_embed_proj_dim": 256},
+    "GPT-2": {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_embd": 256,
+        "n_head": 4,
+        "n_positions": 1024,
+    },
+    "Pythia": {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"},
+    "StableLM": {"architectures": ["StableLmForCausalLM"], "model_type": "stablelm"},
 }
-"""Architectures that were served beside vLLM's own cache with the same answers."""
+"""Families with full attention in every layer, likewise."""

@@ -1,6 +1,6 @@
 """Public models of the families in ``tests.families``, and what ``docs/models.md`` says of them.
 
-``python -m tests.public_models`` writes the latter's list and table.
+``python -m tests.public_models`` writes the latter's list and tables.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Public(NamedTuple):
     """All of them, by kind."""
     shape: ModelShape
     """Of those in our cache, and of recurrent states, which blocks have to hold."""
+    longest: int = 8192
+    """Tokens of a request."""
 
 
 def _states(kind: str, count: int, inputs: int, matrix: int, matrix_bytes: int = 2) -> tuple[LocalLayers, ...]:
@@ -86,32 +88,50 @@ PUBLIC = {
 }
 
 
+PUBLIC_ALIKE = {
+    "Llama": Public("Llama-3.1-8B", "32 full", ModelShape(32, 8, 128)),
+    "Qwen2.5": Public("Qwen2.5-7B", "28 full", ModelShape(28, 4, 128)),
+    "Qwen2.5-VL": Public("Qwen2.5-VL-7B", "28 full", ModelShape(28, 4, 128)),
+    "Qwen3": Public("Qwen3-8B", "36 full", ModelShape(36, 8, 128)),
+    "Qwen3-VL": Public("Qwen3-VL-8B", "36 full", ModelShape(36, 8, 128)),
+    "MiniMax-M2": Public("MiniMax-M2", "62 full", ModelShape(62, 8, 128)),
+    "Phi-2": Public("phi-2", "32 full", ModelShape(32, 32, 80)),
+    "Phi-3-mini-4k": Public("Phi-3-mini-4k", "32 sliding, up to 2,047", ModelShape(32, 32, 96), 2047),
+    "Phi-3-mini-128k": Public("Phi-3-mini-128k", "32 sliding (262,144)", ModelShape(32, 32, 96)),
+    "Phi-3.5-MoE": Public("Phi-3.5-MoE", "32 sliding (131,072)", ModelShape(32, 8, 128)),
+    "Phi-4-mini": Public("Phi-4-mini", "32 sliding (262,144)", ModelShape(32, 8, 128)),
+    "Mistral": Public("Mistral-7B-v0.1", "32 sliding, up to 4,096", ModelShape(32, 8, 128), 4096),
+    "StarCoder2": Public("starcoder2-7b", "32 sliding, up to 4,096", ModelShape(32, 4, 128), 4096),
+}
+"""Of :data:`SERVED` and of models with pictures."""
+
+
 class Row(NamedTuple):
     """Of a public model."""
 
     bfloat16: int
     """Bytes of its growing layers for a token."""
     logquant: float
-    """Likewise, of a request of 8,192 tokens with its window blocks."""
+    """Likewise, of a longest request with its window blocks."""
     grain: int
     """Tokens of a block, whole ones of which are found by a prefix hit."""
 
 
 def row(public: Public) -> Row:
     """What the table says of a model."""
-    shape, engine = public.shape, Engine(1 << 40, 8192)
+    shape, engine = public.shape, Engine(1 << 40, public.longest)
     ours = growing(LogQuantConfig(), shape, engine)
     token = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_size
     return Row(token, ours.request_bytes / engine.max_model_len, ours.block.pages * PAGE_SIZE)
 
 
-def table() -> str:
-    """The table of :data:`PUBLIC`."""
+def table(models: dict[str, Public]) -> str:
+    """The table of some public models."""
     rows = [
         "| family | public model | its layers | bfloat16 | fp8 | logquant | block |",
         "|---|---|---|---|---|---|---|",
     ]
-    for family, public in PUBLIC.items():
+    for family, public in models.items():
         bf16, ours, grain = row(public)
         figures = f"{bf16:,} | {bf16 // 2:,} | {ours:,.0f} ({bf16 / ours:.1f}x) | {grain:,}"
         rows.append(f"| {family} | {public.name} | {public.layers} | {figures} |")
@@ -122,11 +142,11 @@ MARK = "<!-- by python -m tests.public_models, until the next empty line -->\n"
 
 
 def document() -> str:
-    """``docs/models.md``, with its list and its table as they follow from the tests."""
-    first, second, third = PATH.read_text(encoding="utf-8").split(MARK)
+    """``docs/models.md``, with its list and its tables as they follow from this file."""
+    first, *rest = PATH.read_text(encoding="utf-8").split(MARK)
     alike = textwrap.fill(", ".join(SERVED) + ".", 120)
-    parts = [first, alike + second[second.index("\n\n") :], table() + third[third.index("\n\n") :]]
-    return MARK.join(parts)
+    written = (alike, table(PUBLIC_ALIKE), table(PUBLIC))
+    return MARK.join([first, *(new + old[old.index("\n\n") :] for new, old in zip(written, rest, strict=True))])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Models whose layers are of several kinds: full attention in our cache, the others in vLLM's own, from one pool.
+"""Models of all families, most of whose layers are of several kinds: full attention in our cache, the others in vLLM's
+own, from one pool.
 
 The control is vLLM's own cache in the same engine. Nothing is read in few bits up to 383 tokens: so far answers are
 equal. Beyond, and after a prefix hit, they differ by the full-attention layers' rounding, which is to 4 bits, so that
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.planning import DEFAULT_BLOCK_SIZE, model_shape, plan
-from tests.families import MIXED
+from tests.families import MIXED, SERVED
 from tests.models import write_model
+from tests.paging import assert_close
 from tests.test_engine import Engine, distance, mean_kl, prompts_of
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -30,6 +32,7 @@ OPTIONS = {"window_length": 128, "key_bits": 4, "value_bits": 4}
 LENGTH = 1024
 TOKENS = 4
 SHORT = (100, 40, 128)
+FAMILIES = {**MIXED, **SERVED}
 FAST = ("Gemma 3",)
 BLOCKS = {"Qwen3-Next": 60, "Qwen3.5": 60, "LFM2": 60}
 """So few that others' requests evict the first one's."""
@@ -96,10 +99,10 @@ def assert_planned(engine: Engine) -> None:
     (page_bytes,) = {group.kv_cache_spec.page_size_bytes for group in config.kv_cache_groups}
     layers = max(len(group.layer_names) for group in config.kv_cache_groups)
     planned = plan(
-        model_shape(str(engine.path), str(vllm_config.model_config.dtype).removeprefix("torch.")),
+        model_shape(str(engine.path), str(vllm_config.model_config.dtype).removeprefix("torch."), LENGTH),
         config.num_blocks * layers * page_bytes,
         LENGTH,
-        LogQuantConfig(**OPTIONS),
+        LogQuantConfig.from_additional_config(vllm_config.additional_config),
         block_size=DEFAULT_BLOCK_SIZE[vllm_config.device_config.device_type],
         in_flight_tokens=vllm_config.max_in_flight_tokens,
     )[2]
@@ -126,12 +129,12 @@ def rotated_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("rotated_by_token")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in MIXED])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in FAMILIES])
 def test_answers(name: str, tmp_path: Path) -> None:
     """Cold, after a prefix hit, after one in the same step, and when the blocks of a hit are gone."""
     if name == "Qwen3.5":
         pytest.importorskip("torchvision", reason="vLLM's Qwen3.5 comes with a vision model")
-    path = write_model(tmp_path / "model", **MIXED[name])
+    path = write_model(tmp_path / "model", **FAMILIES[name])
     expected = transformers_answers(path)  # first: vLLM compiles transformers' class where it has no model of its own
     on_gpu = torch.cuda.is_available()
     dtype, rounding = ("bfloat16", 0.2) if on_gpu or name in DELTA_NETS else ("float32", 1e-3)
@@ -139,15 +142,17 @@ def test_answers(name: str, tmp_path: Path) -> None:
     arguments = {"dtype": dtype, "enable_prefix_caching": cached}
     with engine_of(path, kv_cache_dtype="auto", num_gpu_blocks_override=60, **arguments) as engine:
         own = answers(engine)
-    arguments |= {"num_gpu_blocks_override": BLOCKS.get(name, 260), "additional_config": {"logquant": OPTIONS}}
+    options = {"logquant": OPTIONS | {"prefix_replay_tokens": 0}}  # as it is beside layers of other kinds
+    arguments |= {"num_gpu_blocks_override": BLOCKS.get(name, 260), "additional_config": options}
     with engine_of(path, **arguments) as engine:
         if cached:
             assert_planned(engine)
         ours = answers(engine)
 
     assert divergence(expected, own.short) < divergence(expected, expected[1:] + expected[:1]) / 100
-    assert distance(own.short, ours.short) < rounding
-    assert distance(own.cold[:1], ours.cold[:1]) < rounding
+    for e, a in zip(own.short + own.cold[:1], ours.short + ours.cold[:1], strict=True):
+        assert_close(a[0], e[0], what=name)
+        assert distance([e], [a]) < rounding
     if cached:
         assert ours.cached[1] >= 512 and ours.cached[3] >= 384, ours.cached
         assert ours.cached[-1] == 0 or name not in BLOCKS, ours.cached

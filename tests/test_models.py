@@ -13,6 +13,7 @@ import torch
 
 from logquant_vllm import calibration
 from logquant_vllm.bench.calibrations import random_moments
+from tests.families import SERVED
 from tests.models import look_at_architectures_here, write_model
 from tests.paging import assert_close
 
@@ -21,26 +22,6 @@ pytestmark = pytest.mark.server
 
 WINDOW = 64
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-# windows longer than the context of these tests: as in Mistral-7B v0.1, Phi-3-mini-4k and -128k, StarCoder2
-MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
-PHI3 = {
-    "architectures": ["Phi3ForCausalLM"],
-    "model_type": "phi3",
-    "head_dim": 96,
-    "hidden_size": 384,
-    "pad_token_id": 2,
-    "sliding_window": 2047,
-    "max_position_embeddings": 4096,
-}
-LONG_PHI3 = {
-    **PHI3,
-    "sliding_window": 262144,
-    "max_position_embeddings": 131072,
-    "original_max_position_embeddings": 4096,
-    "rope_scaling": {"type": "longrope", "short_factor": [1.05] * 48, "long_factor": [2.5] * 48},
-}
-STARCODER2 = {"architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2", "sliding_window": 4096}
-PHI2 = {"architectures": ["PhiForCausalLM"], "model_type": "phi", "partial_rotary_factor": 0.4, "hidden_size": 320}
 
 # architecture, query heads, KV heads, head size
 MODELS: dict[str, dict[str, Any]] = {
@@ -48,13 +29,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-128-gqa8": {"head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 1},
     "llama-256-gqa16": {"head_dim": 256, "num_attention_heads": 16, "num_key_value_heads": 1},
     "qwen3-128-gqa4": {**QWEN3, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 1},
-    "mistral-128-gqa2": {**MISTRAL, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "phi3-96-gqa2": {**PHI3, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "phi3-long-96-gqa1": {**LONG_PHI3, "num_attention_heads": 4, "num_key_value_heads": 4},
-    "starcoder2-64-gqa2": {**STARCODER2, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "phi2-80-gqa1": {**PHI2, "head_dim": 80, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "mistral-128-gqa2": {**SERVED["Mistral"], "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "phi3-96-gqa2": {**SERVED["Phi-3-mini-4k"], "num_key_value_heads": 2},
+    "phi2-80-gqa1": SERVED["Phi-2"],
 }
-SLOW = ("mistral-128-gqa2", "llama-128-gqa8", "phi3-96-gqa2", "phi3-long-96-gqa1", "starcoder2-64-gqa2", "phi2-80-gqa1")
+SLOW = ("mistral-128-gqa2", "llama-128-gqa8", "phi3-96-gqa2", "phi2-80-gqa1")
 
 
 def prompts(lengths: list[int]) -> list[dict[str, list[int]]]:

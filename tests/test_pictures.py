@@ -1,4 +1,4 @@
-"""A vision-language model with a picture in the prompt, beside vLLM's own cache and transformers.
+"""Vision-language models with a picture in the prompt, beside vLLM's own cache and transformers.
 
 vLLM reads pictures with torchvision, which the CPU install leaves out: there this is skipped.
 """
@@ -34,27 +34,59 @@ class Prompt(NamedTuple):
     picture: Any = None
 
 
+class Family(NamedTuple):
+    """Names of transformers' classes, sizes of the tower that sees, and how positions are spread over channels."""
+
+    config: str
+    model: str
+    processor: str
+    videos: str
+    patch_size: int
+    vision: dict[str, Any]
+    rope: dict[str, Any]
+
+
+FAMILIES = {
+    "Qwen3-VL": Family(
+        "Qwen3VLConfig",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLProcessor",
+        "Qwen3VLVideoProcessor",
+        16,
+        {"num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1]},
+        {"mrope_section": [12, 10, 10], "mrope_interleaved": True},
+    ),
+    "Qwen2.5-VL": Family(
+        "Qwen2_5_VLConfig",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLProcessor",
+        "Qwen2VLVideoProcessor",
+        14,
+        {"window_size": 112, "fullatt_block_indexes": [1]},
+        {"mrope_section": [8, 12, 12]},
+    ),
+}
+
+
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
-def write_processor(path: Path) -> Any:
+def write_processor(path: Path, family: Family) -> Any:
     """The files with which pictures are cut, and a tokenizer of as many words as the model knows.
 
     Returns:
         What makes patches of a picture.
     """
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3VLProcessor
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
-    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
     words = [f"t{i}" for i in range(VOCABULARY - len(SPECIAL))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words + SPECIAL)}, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    fast = PreTrainedTokenizerFast(
+    fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="t0",
         eos_token=SPECIAL[-1],
@@ -62,29 +94,30 @@ def write_processor(path: Path) -> Any:
         additional_special_tokens=SPECIAL,
         model_max_length=8192,
     )
-    patches = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
-    images = Qwen2VLImageProcessor(**patches, size={"shortest_edge": 64 * 64, "longest_edge": 256 * 256})
-    Qwen3VLProcessor(images, fast, Qwen3VLVideoProcessor(**patches)).save_pretrained(path)
+    patches = {"patch_size": family.patch_size, "merge_size": 2, "temporal_patch_size": 2}
+    sizes = {"shortest_edge": 64 * 64, "longest_edge": 256 * 256}
+    images = transformers.Qwen2VLImageProcessor(**patches, size=sizes)
+    videos = getattr(transformers, family.videos)(**patches)
+    getattr(transformers, family.processor)(images, fast, videos).save_pretrained(path)
     return images
 
 
-def write_vision_model(path: Path) -> Any:
-    """A small Qwen3-VL with random weights; returned as transformers' model."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+def write_vision_model(path: Path, family: Family) -> Any:
+    """A small model with random weights; returned as transformers' model."""
+    import transformers
 
     text = {key: value for key, value in LLAMA.items() if key not in ("architectures", "model_type", "torch_dtype")}
-    rope = {"rope_type": "default", "mrope_section": [12, 10, 10], "mrope_interleaved": True}
     vision = {
         "depth": 2,
         "hidden_size": 128,
         "intermediate_size": 128,
         "num_heads": 2,
         "out_hidden_size": text["hidden_size"],
-        "num_position_embeddings": 256,
-        "deepstack_visual_indexes": [0, 1],
+        "patch_size": family.patch_size,
+        **family.vision,
     }
-    config = Qwen3VLConfig(
-        text_config={**text, "rope_scaling": rope, "eos_token_id": LAST},
+    config = getattr(transformers, family.config)(
+        text_config={**text, "rope_scaling": {"rope_type": "default", **family.rope}, "eos_token_id": LAST},
         vision_config=vision,
         image_token_id=IMAGE,
         video_token_id=IMAGE + 1,
@@ -92,9 +125,9 @@ def write_vision_model(path: Path) -> Any:
         vision_end_token_id=END,
         tie_word_embeddings=True,
     )
-    config.architectures = ["Qwen3VLForConditionalGeneration"]
+    config.architectures = [family.model]
     torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(config).float().eval()
+    model = getattr(transformers, family.model)(config).float().eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 2:
@@ -128,12 +161,14 @@ def ask(engine: Engine, prompts: list[Prompt]) -> tuple[list[Tensor], list[int]]
     return answers, cached
 
 
-def test_pictures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pictures(name: str, tmp_path: Path) -> None:
     """Short, long, and the same text with another picture, which is no hit behind it; then all again."""
     import numpy
     from PIL import Image
 
-    images, model = write_processor(tmp_path / "model"), write_vision_model(tmp_path / "model")
+    family = FAMILIES[name]
+    images, model = write_processor(tmp_path / "model", family), write_vision_model(tmp_path / "model", family)
     one, other = (
         Image.fromarray(numpy.random.default_rng(seed).integers(0, 255, (128, 192, 3), dtype=numpy.uint8))
         for seed in range(2)

@@ -107,15 +107,15 @@ def test_layers_of_several_kinds(tmp_path: Path) -> None:
     assert shape("Jamba") == ModelShape(2, 2, 64, local=(LocalLayers(6, 0, 0, 0, MAMBA, 2 * 512 * (3 + 16)),))
     # the last layers read the tokens of others
     assert shape("Gemma 3n") == ModelShape(1, 2, 64, local=(LocalLayers(4, 2, 64, 128),))
+    assert shape("MiniMax-M2") == ModelShape(2, 1, 128)
     assert shape("Llama 4") == ModelShape(1, 2, 64, local=(LocalLayers(3, 2, 64, 128, CHUNKED),))
 
 
 def test_the_table_of_models_is_current() -> None:
     """``python -m tests.public_models`` writes it."""
     assert public_models.PATH.read_text(encoding="utf-8") == public_models.document()
-    assert {*MIXED, *GPU_ONLY} - {*public_models.PUBLIC} == {
-        "Gemma 4"
-    }  # whose public models have heads of 512 channels
+    listed = {*public_models.PUBLIC, *public_models.PUBLIC_ALIKE}
+    assert {*MIXED, *GPU_ONLY} - listed == {"Gemma 4"}  # whose public models have heads of 512 channels
     rows = {name: public_models.row(public) for name, public in public_models.PUBLIC.items()}
     # a state of Nemotron's is larger than 1,024 tokens of all of its attention layers
     assert {name for name, row in rows.items() if row.grain > 1024} == {"Nemotron-H"}
