@@ -21,7 +21,7 @@ from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.plugin.specs import WindowSpec, register_specs
 
-PAGE, LONGEST = 128, 1024
+PAGE, LONGEST = 128, 2048
 PAGES, WINDOW = 0, 1  # groups
 
 
