@@ -284,8 +284,9 @@ SERVED: dict[str, dict[str, Any]] = {
         **_long_rope(96),
         "partial_rotary_factor": 0.75,
         "head_dim": 128,
-        "hidden_size": 768,
-        "num_attention_heads": 6,
+        "hidden_size": 384,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
     },
     "StarCoder2": {
         "architectures": ["Starcoder2ForCausalLM"],
