@@ -80,12 +80,19 @@ def test_plan_counts_drafts(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     model = str(write_config(tmp_path / "model"))
     drafts = ["--num-speculative-tokens", "5", "--draft-layers", "1"]
-    arguments = ["plan", model, "--memory", "1GiB", "--max-model-len", "8192", "--json"]
-    plain, drafting = (
-        json.loads(runner.invoke(app, [*arguments, *more]).stdout)["formats"][2] for more in ([], drafts)
+    own_cache = ["--draft-kv-cache-dtype", "auto"]
+    arguments = ["plan", model, "--memory", "1GiB", "--max-model-len", "8192"]
+    plain, drafting, own = (
+        json.loads(runner.invoke(app, [*arguments, *more, "--json"]).stdout)["formats"]
+        for more in ([], drafts, [*drafts, *own_cache])
     )
-    assert drafting["num_blocks"] == plain["num_blocks"] * 2 // 3
-    assert drafting["blocks_per_request"] == plain["blocks_per_request"] + 1
+    assert drafting[2]["num_blocks"] == plain[2]["num_blocks"] * 2 // 3
+    assert drafting[2]["blocks_per_request"] == plain[2]["blocks_per_request"] + 1
+    # in vLLM's own formats the draft's layers are as they were
+    assert own[:2] == drafting[:2]
+    assert own[2]["tokens"] < 0.4 * drafting[2]["tokens"]
+    refused = runner.invoke(app, [*arguments, *drafts, "--draft-kv-cache-dtype", "fp8"])
+    assert "--draft-kv-cache-dtype must be logquant or auto, got 'fp8'" in refused.output
 
 
 def test_plan_table(tmp_path: Path) -> None:

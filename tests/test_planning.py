@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logquant_vllm.config import LogQuantConfig
-from logquant_vllm.planning import CHUNKED, MAMBA, MAMBA2, LocalLayers, ModelShape, model_shape, plan
+from logquant_vllm.planning import (
+    CHUNKED,
+    FULL,
+    MAMBA,
+    MAMBA2,
+    Engine,
+    LocalLayers,
+    ModelShape,
+    growing,
+    model_shape,
+    plan,
+)
 from tests import public_models
 from tests.families import GPU_ONLY, MIXED
 from tests.models import write_config
@@ -109,6 +120,18 @@ def test_layers_of_several_kinds(tmp_path: Path) -> None:
     assert shape("Gemma 3n") == ModelShape(1, 2, 64, local=(LocalLayers(4, 2, 64, 128),))
     assert shape("MiniMax-M2") == ModelShape(2, 1, 128)
     assert shape("Llama 4") == ModelShape(1, 2, 64, local=(LocalLayers(3, 2, 64, 128, CHUNKED),))
+
+
+@pytest.mark.parametrize(
+    ("layers", "full", "beside", "owners"),
+    [(32, 1, 8, 4), (36, 1, 9, 4), (61, 1, 9, 7), (36, 28, 1, 36), (80, 16, 4, 20)],
+)
+def test_few_layers_that_keep_all_tokens_in_vllms_own_cache(layers: int, full: int, beside: int, owners: int) -> None:
+    """A draft's, say: ours lie side by side, so that vLLM has few groups to manage, and the others remain one."""
+    others = (LocalLayers(full, 8, 128, 0, FULL),)
+    found = growing(LogQuantConfig(), ModelShape(layers, 8, 128, local=others), Engine(1 << 34, 8448))
+    assert (found.block.layers, found.owners) == (beside, owners)
+    assert owners >= full
 
 
 def test_the_table_of_models_is_current() -> None:

@@ -44,8 +44,8 @@ class Models:
     def small(path: Path) -> Path:
         return write_model(path, seed=1, num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=2, head_dim=80)
 
-    def engine(self, method: str | None, **arguments: Any) -> Engine:
-        return engine(self.target, method, self.drafts[method] if method else {}, **arguments)
+    def engine(self, method: str | None, draft: dict[str, Any] | None = None, **arguments: Any) -> Engine:
+        return engine(self.target, method, self.drafts.get(method or "", {}) | (draft or {}), **arguments)
 
 
 ENGINES: list[Engine] = []
@@ -91,12 +91,15 @@ def compare(plain: Engine, drafting: Engine) -> None:
     assert distance(actual, cold) < ROUNDING
     expected, hits = plain.ask(prompts, 80)
     both, cached = drafting.ask([*prompts, *prompts_of(90)], 80)
-    if drafting.core.scheduler.use_eagle_block_drop:  # 0.32: for a head that sees one token ahead
-        # and what would only be replayed is no hit
-        assert cached == [n - PAGE if n > 2 * PAGE else 0 for n in hits] + [0]
-    else:
-        assert cached == [*hits, 0]
-        assert distance(both[:-1], expected) < ROUNDING
+    managers = drafting.core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    pages = next(manager for manager in managers if manager.kv_cache_spec.dtype == torch.uint8)
+    block = pages.block_size  # more than a page beside layers of other kinds
+    dropped = block * pages.use_eagle  # for a head that sees one token ahead
+    found = [n // block * block - dropped for n in hits]
+    found = [n if n > PAGE else 0 for n in found]  # what would only be replayed is no hit
+    assert cached == [*found, 0]
+    same = [i for i, n in enumerate(hits) if found[i] == n]
+    assert distance([both[i] for i in same], [expected[i] for i in same]) < ROUNDING
     assert drafting.free_blocks == free
 
 
@@ -180,6 +183,31 @@ def test_a_head(models: Models, plain: Engine, method: str) -> None:
     assert acceptance(engine)[0] > 1000
 
 
+def assert_capacity_is_that_of_metrics(engine: Engine) -> None:
+    """What `GET /logquant` says of a block and of tokens is what vLLM made of it."""
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
+
+    from logquant_vllm.plugin.introspection import describe
+
+    vllm_config, config = engine.llm.llm_engine.vllm_config, engine.core.scheduler.kv_cache_config
+    (page,) = {group.kv_cache_spec.page_size_bytes for group in config.kv_cache_groups}
+    layers = max(len(group.layer_names) for group in config.kv_cache_groups)
+    assert describe(vllm_config).page.block_bytes == page * layers
+    tokens, _ = get_kv_cache_capacity(vllm_config, config)
+    vllm_config.cache_config.kv_cache_size_tokens = None  # so that it is computed
+    assert describe(vllm_config).capacity.tokens == tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["draft_model", "a smaller draft", "eagle3"])
+def test_a_draft_in_vllms_own_cache(models: Models, plain: Engine, method: str) -> None:
+    """One more kind of layers in the pool: answers, hits and blocks are those of drafts in few bits."""
+    engine = models.engine(method, {"kv_cache_dtype": "auto"}, num_gpu_blocks_override=600)  # preempts nothing
+    compare(plain, engine)
+    assert acceptance(engine)[0] > 1000
+    assert_capacity_is_that_of_metrics(engine)
+
+
 @pytest.mark.slow
 def test_mtp(tmp_path: Path) -> None:
     model = model_with_mtp(tmp_path / "model")
@@ -187,6 +215,9 @@ def test_mtp(tmp_path: Path) -> None:
     drafting = engine(model, "mtp", {})
     compare(plain, drafting)
     assert acceptance(drafting)[0] > 1000
+    drafting = engine(model, "mtp", {"kv_cache_dtype": "auto"}, num_gpu_blocks_override=600)
+    compare(plain, drafting)
+    assert_capacity_is_that_of_metrics(drafting)
 
 
 @pytest.mark.slow

@@ -112,6 +112,7 @@ def check_what_it_says(server: Server, method: str) -> None:
         "method": method,
         "num_speculative_tokens": DRAFTS,
         "draft_layers": layers,
+        "draft_kv_cache_dtype": "logquant" if layers else None,
         "rollback_tokens": DRAFTS + (DRAFTS if layers else 0),
     }
     size = re.search(r"KV cache size: ([\d,]+) tokens", server.log.read_text())

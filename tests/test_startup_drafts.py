@@ -28,7 +28,12 @@ DRAFTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "of the draft: all layers attend to the last 256 tokens",
     ),
-    "a draft with another cache": ({}, {"kv_cache_dtype": "auto"}, "leave kv_cache_dtype auto out of --speculative"),
+    "a draft with another cache": ({}, {"kv_cache_dtype": "fp8"}, "leave kv_cache_dtype fp8 out of .*, or use auto"),
+    "a deep draft with its own cache": (
+        {"num_hidden_layers": 3},
+        {"kv_cache_dtype": "auto"},
+        "the draft has 3 layers, and the model 2: leave kv_cache_dtype auto out of .*, or use a smaller draft",
+    ),
     "a draft with a backend": ({}, {"attention_backend": "FLASH_ATTN"}, "leave attention_backend out"),
 }
 """Of a draft model: its configuration, what --speculative-config says besides, and the error."""
@@ -88,8 +93,11 @@ def test_drafts_count_among_the_tokens_taken_back(asynchronous: bool, tmp_path: 
     ngram = create_config(path, speculative_config={"method": "ngram", "num_speculative_tokens": 3})
     draft = {"model": str(path), "method": "draft_model", "num_speculative_tokens": 3, "kv_cache_dtype": "logquant"}
     with_layers = create_config(path, speculative_config=draft)
-    for config in (ngram, with_layers):
+    own_cache = create_config(path, speculative_config={**draft, "kv_cache_dtype": "auto"})
+    for config in (ngram, with_layers, own_cache):
         config.scheduler_config.async_scheduling = asynchronous
         assert (options_of(config).calibration, decode_query_len(config)) == ("auto", 4)  # the model's own
     assert (rollback_tokens(ngram), num_draft_layers(ngram)) == (7 if asynchronous else 3, 0)
     assert (rollback_tokens(with_layers), num_draft_layers(with_layers)) == (10 if asynchronous else 6, 2)
+    # vLLM's own cache knows no compaction
+    assert (rollback_tokens(own_cache), num_draft_layers(own_cache)) == (7 if asynchronous else 3, 2)

@@ -146,7 +146,8 @@ def build_layers(path: Path, *layers: dict[str, Any], **arguments: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_layers_of_several_kinds_share_blocks(dtype: str, tmp_path: Path) -> None:
-    """All blocks have the same bytes, those of ours are pages without a gap, and all begin where ours begin."""
+    """All blocks have the same bytes, those of ours are pages without a gap, and all begin where ours begin. Beside one
+    layer that keeps all tokens in vLLM's own cache, ours are side by side."""
     from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
     path = write_config(tmp_path / "model", attention_chunk_size=128)
@@ -164,8 +165,6 @@ def test_layers_of_several_kinds_share_blocks(dtype: str, tmp_path: Path) -> Non
         "0.logquant_window": "WindowSpec",
         "1": "SlidingWindowSpec",
         "2": "SlidingWindowSpec",
-        "3": "FullAttentionSpec",
-        "3.logquant_window": "WindowSpec",
         "4": "FullAttentionSpec",
     }
     (block_bytes,) = {spec.page_size_bytes for spec in found.values()}
@@ -173,13 +172,45 @@ def test_layers_of_several_kinds_share_blocks(dtype: str, tmp_path: Path) -> Non
     for name, spec in found.items():
         assert block_size % spec.block_size == 0
         assert spec.unpadded_page_size_bytes > block_bytes / 2 or name != "4", "more than half of a block is padding"
-        if name[0] in "03":
+        if name[0] == "0":
             assert spec.unpadded_page_size_bytes == block_bytes
             assert spec.block_size == block_size
-    # a page's place takes 9 float16 tokens of layer 4, and the CPU's kernel reads blocks of 32
-    assert block_size == {"float16": 512, "float32": 1024}[dtype]
+    # a page's place in two layers takes 18 float16 tokens of layer 4, and the CPU's kernel reads blocks of 32
+    assert block_size == {"float16": 256, "float32": 512}[dtype]
     for layer in (config.compilation_config.static_forward_context[f"model.layers.{i}.self_attn.attn"] for i in (0, 3)):
         assert layer.impl.window_layer.layout.prefix_replay_tokens == 0
+
+
+def test_a_draft_in_vllms_own_cache_shares_blocks(tmp_path: Path) -> None:
+    """It is one group to vLLM, may have larger heads than the model, and takes no replay from the model's layers."""
+    from vllm.config import replace, set_current_vllm_config
+    from vllm.platforms import current_platform
+
+    draft = write_config(tmp_path / "draft", num_hidden_layers=1, num_key_value_heads=4)
+    speculation = {"model": str(draft), "method": "draft_model", "num_speculative_tokens": 3, "kv_cache_dtype": "auto"}
+    config = create_config(write_config(tmp_path / "model", num_hidden_layers=8), speculative_config=speculation)
+    layers = config.compilation_config.static_forward_context
+    layers.clear()
+    with set_current_vllm_config(config):
+        for index in range(8):
+            attention_layer(index)
+    with set_current_vllm_config(replace(config, cache_config=replace(config.cache_config, cache_dtype="auto"))):
+        attention_layer(8, num_kv_heads=4)
+    with set_current_vllm_config(config):
+        current_platform.update_block_size_for_backend(config)
+        specs = {}
+        for name, layer in layers.items():
+            if getattr(layer, "kv_sharing_target_layer_name", None) is None:
+                specs[name] = layer.get_attn_backend().customize_spec(layer.get_kv_cache_spec(config))
+    (block_bytes,) = {spec.page_size_bytes for spec in specs.values()}
+    drafts, *_ = (name.removeprefix("model.layers.") for name in specs)
+    assert drafts == "8.self_attn.attn"  # the first group is where vLLM's runner V1 looks for a draft model's layers
+    spec = specs[f"model.layers.{drafts}"]
+    assert (spec.dtype, config.cache_config.block_size % spec.block_size) == (config.model_config.dtype, 0)
+    assert spec.unpadded_page_size_bytes > block_bytes / 2
+    assert len(specs) == 3, "all layers of the model lie side by side: three groups of blocks"
+    windows = [layer for layer in layers.values() if hasattr(layer, "window_bytes")]
+    assert windows and all(window.layout.prefix_replay_tokens == 128 for window in windows)
 
 
 @pytest.mark.parametrize("kind", ["linear_attention", "mamba2"])

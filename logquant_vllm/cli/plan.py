@@ -18,7 +18,9 @@ from logquant_vllm.cli.models import NAMED, model_directory
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.planning import (
     DEFAULT_BLOCK_SIZE,
+    FULL,
     Capacity,
+    LocalLayers,
     ModelShape,
     model_shape,
     preset_capacities,
@@ -58,6 +60,9 @@ def plan(
     options: Annotated[str, typer.Option(help="LogQuant's options as JSON.")] = "{}",
     num_speculative_tokens: Annotated[int, typer.Option(min=0, help="Drafts that a step verifies.")] = 0,
     draft_layers: Annotated[int, typer.Option(min=0, help="Layers of a draft model or head.")] = 0,
+    draft_kv_cache_dtype: Annotated[
+        str, typer.Option(help="As kv_cache_dtype of --speculative-config: auto is vLLM's own cache for these layers.")
+    ] = "logquant",
     conversations: Annotated[
         int, typer.Option(min=0, help="So many conversations that end at --max-model-len: how many stay in the cache.")
     ] = 0,
@@ -71,8 +76,15 @@ def plan(
         config = LogQuantConfig.from_options(parse_json("--options", options))
         available = parse_memory(memory)
         shape = model_shape(model_directory(model), dtype, max_model_len)
-        with_drafts = replace(shape, num_layers=shape.num_layers + draft_layers)
-        taken_back = rollback_tokens(num_speculative_tokens, draft_layers=draft_layers > 0)
+        if draft_kv_cache_dtype not in ("logquant", "auto"):
+            raise ValueError(f"--draft-kv-cache-dtype must be logquant or auto, got {draft_kv_cache_dtype!r}")
+        with_drafts, in_few_bits = shape, draft_kv_cache_dtype == "logquant" and draft_layers > 0
+        if in_few_bits:
+            with_drafts = replace(shape, num_layers=shape.num_layers + draft_layers)
+        elif draft_layers:
+            own = LocalLayers(draft_layers, shape.num_kv_heads, shape.head_size, 0, FULL)
+            with_drafts = replace(shape, local=(*shape.local, own))
+        taken_back = rollback_tokens(num_speculative_tokens, draft_layers=in_few_bits)
         if (problem := too_many_drafts(num_speculative_tokens, taken_back, config.window_length)) is not None:
             raise ValueError(problem)
         engine = {

@@ -15,6 +15,7 @@ from logquant_vllm.planning.capacity import (
 )
 from logquant_vllm.planning.shape import (
     CHUNKED,
+    FULL,
     LINEAR,
     MAMBA,
     MAMBA2,
@@ -30,6 +31,7 @@ __all__ = [
     "ALIKE",
     "CHUNKED",
     "DEFAULT_BLOCK_SIZE",
+    "FULL",
     "LINEAR",
     "MAMBA",
     "MAMBA2",

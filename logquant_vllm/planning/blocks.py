@@ -39,11 +39,32 @@ def kernel_block(block_size: int) -> int:
     return 32 if block_size == DEFAULT_BLOCK_SIZE["cpu"] else 16
 
 
-def layers_side_by_side(num_layers: int, page_bytes: int, state_bytes: int) -> int:
+def layers_beside_a_state(num_layers: int, page_bytes: int, state_bytes: int) -> int:
     """How many of our layers have their pages in the same blocks, so that one holds a recurrent state in few tokens."""
     divisors = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
     most = MOST_TOKENS // PAGE_SIZE
     return next((n for n in divisors if most * n * page_bytes >= state_bytes), num_layers)
+
+
+def layers_beside_full(num_layers: int, page_bytes: int, full: Sequence[tuple[int, int]]) -> int:
+    """How many of our layers have their pages in the same blocks beside a few that keep all tokens in vLLM's own cache.
+
+    vLLM manages blocks for groups of as many layers as the rarest kind has, which takes time for each group; and blocks
+    that are larger than a page's tokens of the others waste memory. Here a group counts as much as a page. The others
+    remain one group.
+
+    Args:
+        full: of each of the others, as in :func:`pages_per_block`.
+    """
+
+    def cost(beside: int) -> int:
+        owners = -(-num_layers // beside)
+        blocks = sum(PAGE_SIZE // tokens_per_block(1, beside * page_bytes, *other) for other in full)
+        return beside * (owners + blocks) + owners
+
+    possible = [n for n in range(1, num_layers + 1) if n == 1 or -(-num_layers // n) >= len(full)]
+    holding = [n for n in possible if all(n * page_bytes >= token * least for token, least in full)]
+    return min(holding, key=cost) if holding else possible[-1]
 
 
 def pages_per_block(page_bytes: int, others: Iterable[tuple[int, int]]) -> int:
@@ -61,7 +82,11 @@ def pages_per_block(page_bytes: int, others: Iterable[tuple[int, int]]) -> int:
 
 
 def block_shape(
-    num_layers: int, page_bytes: int, others: Sequence[tuple[int, int]] = (), state_bytes: int = 0
+    num_layers: int,
+    page_bytes: int,
+    others: Sequence[tuple[int, int]] = (),
+    state_bytes: int = 0,
+    full: Sequence[tuple[int, int]] = (),
 ) -> BlockShape:
     """The blocks of layers with our cache.
 
@@ -70,8 +95,11 @@ def block_shape(
         page_bytes: bytes of a page of one of them.
         others: as in :func:`pages_per_block`, without states.
         state_bytes: of the largest recurrent state.
+        full: those of the others, one by one, that keep all tokens.
     """
-    beside = layers_side_by_side(num_layers, page_bytes, state_bytes)
+    beside = layers_beside_a_state(num_layers, page_bytes, state_bytes)
+    if full and not state_bytes:
+        beside = layers_beside_full(num_layers, page_bytes, full)
     return BlockShape(pages_per_block(beside * page_bytes, [*others, (state_bytes, 1)]), beside)
 
 

@@ -26,7 +26,7 @@ from logquant_vllm.planning.blocks import (
     kernel_block,
     tokens_per_block,
 )
-from logquant_vllm.planning.shape import CHUNKED, DTYPE_BYTES, SLIDING, LocalLayers, ModelShape
+from logquant_vllm.planning.shape import CHUNKED, DTYPE_BYTES, FULL, SLIDING, LocalLayers, ModelShape
 
 ALIKE = (
     "bits {bits:g} are spent among layers that all keep all tokens, and this model has others: leave bits out, or use "
@@ -161,8 +161,9 @@ def plain_capacity(name: str, element_bytes: int, shape: ModelShape, engine: Eng
     def size(token: int) -> int:  # of smaller tokens a block holds more, if they come out even
         return least * (largest // token if largest % token == 0 else 1)
 
-    kinds = [(shape.num_layers, -(-engine.max_model_len // size(token_bytes())))]
-    for layers in shape.local:
+    alike = [layers for layers in shape.local if layers.kind == FULL and token_bytes(layers) == token_bytes()]
+    kinds = [(shape.num_layers + sum(x.num_layers for x in alike), -(-engine.max_model_len // size(token_bytes())))]
+    for layers in (x for x in shape.local if x not in alike):
         block_size = 0 if layers.state_bytes else size(token_bytes(layers))
         kinds.append((layers.num_layers, layers.blocks(block_size, engine.max_model_len, engine.in_flight_tokens)))
     return _capacity(name, least * largest, kinds, engine)
@@ -209,7 +210,9 @@ def growing(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Growin
     heads, length = shape.kv_heads_per_rank(engine.tensor_parallel_size), engine.max_model_len
     page_bytes = layout.fmt.page_bytes(heads)
     attention = [_token_of(layers, shape, engine) for layers in shape.local if not layers.state_bytes]
-    block = block_shape(shape.num_layers, page_bytes, attention, shape.state_bytes(engine.tensor_parallel_size))
+    full = [_token_of(x, shape, engine) for x in shape.local if x.kind == FULL for _ in range(x.num_layers)]
+    states = shape.state_bytes(engine.tensor_parallel_size)
+    block = block_shape(shape.num_layers, page_bytes, attention, states, full)
     if config.bits is not None:
         formats = spend(layout.fmt, num_places(config.bits, layout.fmt, shape.num_layers), shape.num_layers, None)
         block = BlockShape(1, shape.num_layers, tuple(fmt.page_bytes(heads) for fmt in formats))
@@ -217,7 +220,7 @@ def growing(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Growin
     return Growing(
         block,
         block.pages * block.bytes_of_place(page_bytes),
-        shape.num_layers // block.layers,
+        -(-shape.num_layers // block.layers),
         -(-length // (block.pages * PAGE_SIZE)),
         layout.num_window_blocks(length, heads, getattr(torch, shape.dtype)),
     )

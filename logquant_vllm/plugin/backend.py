@@ -268,9 +268,9 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
 
         Args:
             beside: the layers before this one, in the same blocks.
-            alone: whether no layer has a cache of another kind. Otherwise nothing of a prefix hit is computed again:
-                layers with a sliding window would read tokens that are no longer there, and write over those of
-                others; and there is no recurrent state to go back to.
+            alone: whether no layer of the model has a cache of another kind. Otherwise nothing of a prefix hit is
+                computed again: layers with a sliding window would read tokens that are no longer there, and write over
+                those of others; and there is no recurrent state to go back to.
         """
         name, layer = self.named()
         layer.attn_backend = configured_backend(self.config, block)

@@ -13,7 +13,9 @@ import logquant_vllm
 from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
 from logquant_vllm.planning import (
     DEFAULT_BLOCK_SIZE,
+    FULL,
     Engine,
+    LocalLayers,
     ModelShape,
     logquant_capacity,
     plain_capacity,
@@ -21,7 +23,13 @@ from logquant_vllm.planning import (
 )
 from logquant_vllm.plugin import KV_CACHE_DTYPE
 from logquant_vllm.plugin.model import has_other_kinds, skipped_layers
-from logquant_vllm.plugin.speculation import num_draft_layers, num_drafts, rollback_tokens
+from logquant_vllm.plugin.speculation import (
+    OWN_CACHE,
+    draft_kv_cache_dtype,
+    num_draft_layers,
+    num_drafts,
+    rollback_tokens,
+)
 
 
 class Frozen(BaseModel):
@@ -63,7 +71,10 @@ class SpeculationInfo(Frozen):
 
     method: str
     num_speculative_tokens: int = Field(description="Drafts that a step verifies for a request, at most.")
-    draft_layers: int = Field(description="Layers of the draft model or head, which have pages and window blocks, too.")
+    draft_layers: int = Field(description="Layers of the draft model or head.")
+    draft_kv_cache_dtype: str | None = Field(
+        description="Of those layers: logquant, or auto for vLLM's own cache; null if there are none."
+    )
     rollback_tokens: int = Field(description="Newest tokens of a request that may be taken back.")
 
 
@@ -103,6 +114,7 @@ def _speculation(vllm_config: Any) -> SpeculationInfo | None:
         method=vllm_config.speculative_config.method,
         num_speculative_tokens=num_drafts(vllm_config),
         draft_layers=num_draft_layers(vllm_config),
+        draft_kv_cache_dtype=draft_kv_cache_dtype(vllm_config),
         rollback_tokens=rollback_tokens(vllm_config),
     )
 
@@ -114,7 +126,12 @@ def _shape(vllm_config: Any) -> ModelShape:
     skipped = {int(number) for number in skipped_layers(vllm_config) if number.isdecimal()}
     heads, size = model.get_total_num_kv_heads(), model.get_head_size()
     if not has_other_kinds(vllm_config):
-        return ModelShape(model.get_num_layers(parallel) + num_draft_layers(vllm_config), heads, size, dtype)
+        layers, of_draft = model.get_num_layers(parallel), num_draft_layers(vllm_config)
+        if draft_kv_cache_dtype(vllm_config) != OWN_CACHE:
+            return ModelShape(layers + of_draft, heads, size, dtype)
+        draft = vllm_config.speculative_config.draft_model_config
+        own = LocalLayers(of_draft, draft.get_total_num_kv_heads(), draft.get_head_size(), 0, FULL)
+        return ModelShape(layers, heads, size, dtype, local=(own,))
     try:
         shape = shape_of_config(str(model.model), model.hf_text_config, dtype, model.max_model_len, skipped)
     except ValueError:  # layers whose memory we do not know: those that grow are all that is told of

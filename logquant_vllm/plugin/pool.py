@@ -1,15 +1,16 @@
 """How layers of several kinds share one pool of blocks.
 
 Full attention grows with the context and takes our cache. What attends to nearby tokens only (sliding window, chunks),
-what keeps a recurrent state (state-space, linear attention, convolution), and layers that the user leaves out, keep
-vLLM's own cache. vLLM hands out blocks of one size, so
+what keeps a recurrent state (state-space, linear attention, convolution), and layers of model or draft that the user
+leaves out, keep vLLM's own cache. vLLM hands out blocks of one size, so
 
 - a block of ours is as many pages as hold the smallest block that every other layer's attention kernel reads, and a
   whole state;
 - another layer's block holds as many tokens as fit into that, the rest is padding (2 of 18 tokens, by default);
 - a state is as large as thousands of tokens in few bits. So that a block need not have as many, which is the grain of
   prefix hits and what the shortest request pays, the pages of several of our layers lie side by side in one block. To
-  vLLM these share the cache of the first.
+  vLLM these share the cache of the first;
+- so they do beside a few layers that keep all tokens: vLLM would cut ours into groups of as many.
 
 Chunks are kept like a sliding window of their length, which holds the current chunk in any case: vLLM's manager of
 chunks wants its blocks to have as many tokens as those of full attention.
@@ -26,7 +27,13 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, SlidingWindowSpec, replace_as
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    SlidingWindowSpec,
+    replace_as,
+)
 
 from logquant_vllm import calibration
 from logquant_vllm.config import PAGE_SIZE
@@ -81,6 +88,10 @@ def _smallest_block(layer: Any, vllm_config: Any) -> tuple[int, int]:
     return token.unpadded_page_size_bytes, min(s.base if isinstance(s, MultipleOf) else s for s in sizes)
 
 
+def _keeps_all_tokens(layer: Any, vllm_config: Any) -> bool:
+    return type(layer.get_kv_cache_spec(vllm_config)) is FullAttentionSpec
+
+
 def _settle(vllm_config: Any, impls: Sequence[Any], block: BlockShape, alone: bool) -> None:
     """Our layers, in blocks of that shape."""
     for first in range(0, len(impls), block.layers):
@@ -125,16 +136,28 @@ def spend_bits(vllm_config: Any, layers: Mapping[str, Any]) -> None:
     )
 
 
+def _place_drafts(vllm_config: Any, drafts: Mapping[str, Any]) -> None:
+    """Put a draft's layers where vLLM looks for their group of blocks: its runner V1 takes the first group for a draft
+    model's, and vLLM 0.32 the last layer's for that of MTP modules."""
+    built = vllm_config.compilation_config.static_forward_context
+    others = {name: layer for name, layer in built.items() if name not in drafts}
+    ordered = {**drafts, **others} if vllm_config.speculative_config.uses_draft_model() else {**others, **drafts}
+    built.clear()
+    built.update(ordered)
+
+
 def share_pool(vllm_config: Any, layers: Layers) -> None:
     """Give all layers of a model blocks of the same bytes."""
     impls = [layer.impl for layer in layers.ours.values()]
     if not impls:
         return
     cache, page_bytes = vllm_config.cache_config, impls[0].page_bytes
-    tokens = {name: _smallest_block(layer, vllm_config) for name, layer in layers.attention.items()}
+    attention = layers.attention | layers.drafts
+    tokens = {name: _smallest_block(layer, vllm_config) for name, layer in attention.items()}
+    full = [tokens[name] for name, layer in attention.items() if _keeps_all_tokens(layer, vllm_config)]
     states = [replace(layer.get_kv_cache_spec(vllm_config), page_size_padded=None) for layer in layers.states.values()]
     state_bytes = max((spec.page_size_bytes for spec in states), default=0)
-    block = block_shape(len(impls), page_bytes, list(tokens.values()), state_bytes)
+    block = block_shape(len(impls), page_bytes, list(tokens.values()), state_bytes, full)
     if impls[0].config.bits is not None:
         spend_bits(vllm_config, layers.ours)
         block = BlockShape(1, len(impls), tuple(impl.page_bytes for impl in impls))
@@ -144,12 +167,13 @@ def share_pool(vllm_config: Any, layers: Layers) -> None:
         cache.mamba_page_size_padded = block_bytes
         if cache.mamba_cache_mode == "align":
             cache.mamba_block_size = cache.block_size
-    alone = not (tokens or states)
-    _settle(vllm_config, impls, block, alone)
-    for name, layer in layers.attention.items():
+    _settle(vllm_config, impls, block, alone=not (layers.attention or states))
+    for name, layer in attention.items():
         block_size = tokens_per_block(block.pages, block.layers * page_bytes, *tokens[name])
         layer.attn_backend = sized_backend(layer.get_attn_backend(), block_size, block_bytes)
-    if not alone:
+    if layers.drafts:
+        _place_drafts(vllm_config, layers.drafts)
+    if tokens or states:
         logger.info(
             "LogQuant: %d layers keep their tokens in few bits, %d have vLLM's own cache; a block has %d tokens of %d "
             "layers each",

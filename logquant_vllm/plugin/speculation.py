@@ -2,7 +2,7 @@
 
 A decode step verifies a request's drafts along with its next token, and vLLM takes the rejected ones back. Methods with
 a draft model or head also have layers whose keys and values come from drafts: these keep them in pages and window
-blocks like the model's own layers, in the same two groups of blocks.
+blocks like the model's own layers, in the same two groups of blocks, or in vLLM's own cache.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from logquant_vllm import planning
 from logquant_vllm.config import HEAD_SIZES, LogQuantConfig
 from logquant_vllm.plugin import KV_CACHE_DTYPE
 
+OWN_CACHE = "auto"
+"""What ``kv_cache_dtype`` in ``--speculative-config`` says of a draft whose layers keep vLLM's own cache."""
 METHODS = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3", "mtp")
 """Those that verify a chain of drafts through the model's own attention, drafted one after another."""
 
@@ -30,11 +32,18 @@ def has_draft_layers(vllm_config: Any) -> bool:
     return speculative is not None and speculative.uses_draft_kv_cache()
 
 
+def draft_kv_cache_dtype(vllm_config: Any) -> str | None:
+    """That of those layers, ours by default; None if there are none."""
+    if not has_draft_layers(vllm_config):
+        return None
+    return vllm_config.speculative_config.kv_cache_dtype or KV_CACHE_DTYPE
+
+
 def rollback_tokens(vllm_config: Any) -> int:
     """:func:`logquant_vllm.planning.rollback_tokens` of an engine."""
     return planning.rollback_tokens(
         num_drafts(vllm_config),
-        draft_layers=has_draft_layers(vllm_config),
+        draft_layers=draft_kv_cache_dtype(vllm_config) == KV_CACHE_DTYPE,
         asynchronous=bool(vllm_config.scheduler_config.async_scheduling),
     )
 
@@ -94,18 +103,19 @@ def speculation_problems(vllm_config: Any, config: LogQuantConfig) -> Iterator[s
             "parallel drafting (parallel_drafting, or a draft model made for it) is not supported: use a draft model "
             "or head that drafts one token after another"
         )
-    if speculative.kv_cache_dtype not in (None, KV_CACHE_DTYPE):
+    if speculative.kv_cache_dtype not in (None, KV_CACHE_DTYPE, OWN_CACHE):
         yield (
-            f"the draft's layers share the model's blocks: leave kv_cache_dtype {speculative.kv_cache_dtype} out of "
-            "--speculative-config"
+            f"the draft's layers have the model's cache or vLLM's in the model's dtype: leave kv_cache_dtype "
+            f"{speculative.kv_cache_dtype} out of --speculative-config, or use {OWN_CACHE}"
         )
-    if speculative.attention_backend is not None:
+    if speculative.attention_backend is not None and speculative.kv_cache_dtype != OWN_CACHE:
         yield "the draft's attention backend follows from the dtype: leave attention_backend out"
-    ranks = vllm_config.parallel_config.tensor_parallel_size
     if has_draft_layers(vllm_config):
+        ranks = vllm_config.parallel_config.tensor_parallel_size
         if speculative.draft_parallel_config.tensor_parallel_size != ranks:
             yield f"the draft needs the model's tensor parallel size: use draft_tensor_parallel_size {ranks}"
-        yield from _draft_too_large(vllm_config, config)
+        ours = draft_kv_cache_dtype(vllm_config) == KV_CACHE_DTYPE
+        yield from _draft_too_large(vllm_config, config) if ours else _draft_too_deep(vllm_config)
     drafts, needed = speculative.num_speculative_tokens, rollback_tokens(vllm_config)
     if (problem := planning.too_many_drafts(drafts, needed, config.window_length)) is not None:
         yield problem
@@ -122,5 +132,20 @@ def _draft_too_large(vllm_config: Any, config: LogQuantConfig) -> Iterator[str]:
         (heads, size), (draft_heads, draft_size) = shapes
         yield (
             f"the draft has {draft_heads} KV heads of {draft_size} channels, for which the model's blocks have no room "
-            f"({heads} of {size}): use a smaller draft"
+            f"({heads} of {size}): use a smaller draft, or kv_cache_dtype {OWN_CACHE} in --speculative-config"
+        )
+
+
+def _draft_too_deep(vllm_config: Any) -> Iterator[str]:
+    """What drafts is one group of blocks to vLLM, and a group has as many layers as the rarest kind."""
+    parallel, layers = vllm_config.parallel_config, num_draft_layers(vllm_config)
+    if parallel.pipeline_parallel_size > 1:
+        yield (
+            f"with --pipeline-parallel-size {parallel.pipeline_parallel_size} the draft's layers are on the last stage "
+            f"alone: leave kv_cache_dtype {OWN_CACHE} out of --speculative-config"
+        )
+    if layers > (most := vllm_config.model_config.get_total_num_hidden_layers()):
+        yield (
+            f"the draft has {layers} layers, and the model {most}: leave kv_cache_dtype {OWN_CACHE} out of "
+            "--speculative-config, or use a smaller draft"
         )

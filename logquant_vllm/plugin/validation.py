@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,14 @@ from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
 from logquant_vllm.plugin.model import SLIDING_WINDOW, has_other_kinds, shape_of, skipped_layers, where
 from logquant_vllm.plugin.offload import connector_problems
 from logquant_vllm.plugin.specs import WindowSpec
-from logquant_vllm.plugin.speculation import draft_options, has_draft_layers, options_of, speculation_problems
+from logquant_vllm.plugin.speculation import (
+    OWN_CACHE,
+    draft_kv_cache_dtype,
+    draft_options,
+    has_draft_layers,
+    options_of,
+    speculation_problems,
+)
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 FALLBACK = "use --kv-cache-dtype auto for this model"
@@ -47,7 +54,7 @@ def validate_config(vllm_config: Any) -> LogQuantConfig:
         problems += _budget_problems(vllm_config, config)
         if vllm_config.speculative_config is not None and has_other_kinds(vllm_config):
             problems.append(DRAFTS_BESIDE_OTHERS)
-    if has_draft_layers(vllm_config):
+    if draft_kv_cache_dtype(vllm_config) == KV_CACHE_DTYPE:
         draft, its_options = vllm_config.speculative_config.draft_model_config, draft_options(vllm_config, config)
         problems += [f"of the draft: {problem}" for problem in _model_problems(draft, its_options)]
     if problems:
@@ -262,6 +269,15 @@ class Layers(NamedTuple):
     leaves them out."""
     states: dict[str, Any]
     """Those with a recurrent state: state-space, linear attention, convolution."""
+    drafts: dict[str, Any]
+    """Those of the draft, if it keeps vLLM's own cache."""
+
+
+def _layers_behind_ours(layers: Mapping[str, Any]) -> set[str]:
+    """Those that were built when all of ours were: a draft comes after its model."""
+    names = list(layers)
+    last = max((i for i, x in enumerate(layers.values()) if x.get_attn_backend().get_name() == BACKEND_NAME), default=0)
+    return {*names[last + 1 :]}
 
 
 def check_layers(vllm_config: Any) -> Layers:
@@ -270,12 +286,17 @@ def check_layers(vllm_config: Any) -> Layers:
     Raises:
         ValueError: naming the first layer of a kind that is not known, or if none is ours.
     """
-    ours, others, states, skipped = {}, {}, {}, skipped_layers(vllm_config)
-    for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items():
+    ours, others, states, drafts, skipped = {}, {}, {}, {}, skipped_layers(vllm_config)
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    of_draft = _layers_behind_ours(layers) if draft_kv_cache_dtype(vllm_config) == OWN_CACHE else set()
+    for name, layer in layers.items():
         spec, backend = layer.get_kv_cache_spec(vllm_config), layer.get_attn_backend()
         if backend.get_name() == BACKEND_NAME and layer.kv_sharing_target_layer_name is not None:
             continue  # it reads the cache of another of ours
         if spec is None or isinstance(spec, WindowSpec):
+            continue
+        if name in of_draft and isinstance(layer, Attention) and type(spec) in (FullAttentionSpec, *OTHER_SPECS):
+            drafts[name] = layer
             continue
         if type(spec) is MambaSpec:
             states[name] = layer
@@ -303,7 +324,7 @@ def check_layers(vllm_config: Any) -> Layers:
             f"--kv-cache-dtype {KV_CACHE_DTYPE} does not work here: no layer of the model keeps all tokens, so there "
             f"is nothing to gain: {FALLBACK}"
         )
-    return Layers(ours, others, states)
+    return Layers(ours, others, states, drafts)
 
 
 def prepare(vllm_config: Any) -> None:
