@@ -49,6 +49,9 @@ def write_model(path: Path, seed: int = 0, **changes: Any) -> Path:
             if weight.ndim == 2:
                 weight.mul_(2.0)
     model.save_pretrained(path)
+    saved = json.loads((path / "config.json").read_text())
+    named = {**LLAMA, **changes}["architectures"]  # as the public one does: transformers' class may have another name
+    (path / "config.json").write_text(json.dumps({**saved, "architectures": named}))
     return path
 
 
