@@ -107,9 +107,9 @@ def test_without_its_window_a_turn_is_not_as_cold(engine: Engine) -> None:
     assert mean_kl([(a[0], b[0]) for a, b in zip(expected, replayed, strict=True)]) < 0.2
 
 
-@pytest.mark.parametrize("length", [STEP + 64, STEP - 1])
+@pytest.mark.parametrize("length", [STEP + 65, STEP - 1])
 def test_what_is_not_kept(engine: Engine, length: int) -> None:
-    """A window that was compacted behind its last whole page, and one of too short a prefix."""
+    """A window compacted behind its last whole page, one token after it could be, and one of too short a prefix."""
     (prompt,) = prompts_of(length)
     forget(engine)
     before = len(windows(engine)._windows)

@@ -24,15 +24,17 @@ def check_device(device: str) -> None:
 
 
 def check_output(name: str, path: Path | None) -> None:
-    """Before anything is computed: that its result can be written.
+    """Before anything is computed: make the directory of its result, and see that it can be written.
 
     Raises:
-        ValueError: if there is no directory for the file that option ``name`` gives, or it cannot be written.
+        ValueError: if the file that option ``name`` gives cannot be written.
     """
     if path is None:
         return
-    if not path.parent.is_dir():
-        raise ValueError(f"{name} {path}: there is no directory {path.parent}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{name} {path}: there is no directory {path.parent}: {error.strerror}") from None
     if path.is_dir():
         raise ValueError(f"{name} {path} is a directory: name a file")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
