@@ -113,8 +113,8 @@ class LogQuantConfig(BaseModel):
     )
     keep_all_windows: bool = Field(
         False,
-        description="keep windows of all lengths, not only those without a compaction behind the last whole page (half "
-        "of them, if window_length is 64); a request's window takes a third more memory",
+        description="keep windows of nearly all lengths, not only those without a compaction behind the last whole "
+        "page (half of them, if window_length is 64); a request's window takes a third more memory",
     )
 
     @model_validator(mode="after")
@@ -210,7 +210,8 @@ class LogQuantConfig(BaseModel):
         from logquant_vllm.core.paged import CacheLayout
 
         if self.keep_all_windows and prefix_caching:
-            rollback_tokens = max(rollback_tokens, self.kept_behind_page)
+            wanted = min(rollback_tokens + self.kept_behind_page, self.window_length)
+            rollback_tokens = max(rollback_tokens, wanted)
         return CacheLayout(
             fmt=self.page_format(head_size),
             window_length=self.window_length,

@@ -41,6 +41,7 @@ def cache_config(
     window = WindowSpec(
         dtype=torch.bfloat16,
         num_slots=layout.num_slots,
+        waits=0,
         slots_per_block=slots_per_block or layout.fmt.slots_per_block(1, torch.bfloat16),
         replay_tokens=replay,
         window_length=layout.window_length,

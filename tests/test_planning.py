@@ -220,6 +220,7 @@ def test_equals_vllm(
     window_blocks = WindowSpec(
         dtype=torch.bfloat16,
         num_slots=layout.num_slots,
+        waits=0,
         slots_per_block=layout.fmt.slots_per_block(heads, torch.bfloat16),
         replay_tokens=0,
         window_length=layout.window_length,

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.core.log_selection import num_compactions
+from logquant_vllm.core.paged import compactions_after
 from tests.block_pool import LONGEST, PAGE, PAGES, WINDOW, Pool, cache_config, prompt
 
 
@@ -196,87 +199,33 @@ def test_what_windows_of_short_chats_save() -> None:
 def test_how_many_windows_can_go_back(window_length: int, share: float) -> None:
     """Of all lengths, those without a compaction behind the last whole page."""
     _, spec = cache_config(10, 0, 0, None)
-    spec = replace(spec, window_length=window_length, num_slots=3 * window_length)
+    spec = replace(spec, window_length=window_length)
     lengths = range(1536, 3072)
     assert sum(spec.goes_back(n, n // PAGE * PAGE) for n in lengths) / len(lengths) == pytest.approx(share, abs=0.01)
 
 
-@pytest.mark.parametrize("window_length", [64, 96, 128, 192, 256])
-def test_all_windows_can_go_back(window_length: int) -> None:
-    """If compactions wait for so many tokens, and not for one less."""
-    config = LogQuantConfig(window_length=window_length, keep_all_windows=True)
+@pytest.mark.parametrize(("window_length", "lost"), [(64, 1 / 128), (96, 1 / 384), (128, 0), (192, 0), (256, 0)])
+def test_nearly_all_windows_can_go_back(window_length: int, lost: float) -> None:
+    """If compactions wait for as many tokens as they can."""
     _, spec = cache_config(10, 0, 0, None)
-    spec = replace(spec, window_length=window_length, num_slots=config.layout(64).num_slots)
+    layout = LogQuantConfig(window_length=window_length, keep_all_windows=True).layout(64)
+    spec = replace(spec, window_length=window_length, waits=layout.rollback_tokens - 1)
     lengths = range(1536, 3072)
-    assert all(spec.goes_back(n, n // PAGE * PAGE) for n in lengths)
-    if config.kept_behind_page:
-        spec = replace(spec, num_slots=spec.num_slots - 1)
-        assert not all(spec.goes_back(n, n // PAGE * PAGE) for n in lengths)
+    assert sum(not spec.goes_back(n, n // PAGE * PAGE) for n in lengths) / len(lengths) == pytest.approx(lost)
 
 
-def test_a_window_that_is_not_kept_again_is_given_back_first() -> None:
-    """But for its first block, which is the next one's sink block."""
-    pool = Pool(60, 128, keep_from=0)
-    owner = pool.request(prompt(1, 400))
-    assert pool.admit(owner, 400)
-    pool.leave(owner)
-    taken = pool.request(prompt(1, 470))  # compacted behind its last page
-    assert pool.admit(taken, 1000)
-    assert pool.adopted == 1
-    first, *others = pool.row(taken)[1:]
-    pool.leave(taken)
-    assert first.block_hash is not None and all(block.block_hash is None for block in others)
-    pool.check()
-
-
-def test_a_window_that_lost_a_block_is_not_found() -> None:
-    pool = Pool(60, 128, keep_from=0)
-    owner = pool.request(prompt(1, 400))
-    assert pool.admit(owner, 400)
-    own = pool.row(owner)[1:]
-    pool.leave(owner)
-    pool.manager.evict_blocks({own[3].block_id})
-    reader = pool.request(prompt(1, 500))
-    assert pool.admit(reader, 1000)
-    assert pool.begin[reader.request_id] == 256
-    pool.check()
-
-
-def test_a_window_goes_on_once() -> None:
-    """A second request that begins alike computes again what it needs."""
-    pool = Pool(90, 128, keep_from=0)
-    owner = pool.request(prompt(1, 400))
-    assert pool.admit(owner, 400)
-    pool.leave(owner)
-    first = pool.request(prompt(1, 500))
-    assert pool.admit(first, 1000)
-    second = pool.request(prompt(1, 510))
-    assert pool.admit(second, 1000)
-    assert (pool.begin[first.request_id], pool.begin[second.request_id]) == (384, 256)
-    pool.check()
-
-
-def test_a_request_that_finds_no_room_keeps_no_promise() -> None:
-    """What was promised to a request that could not be admitted is there for the next."""
-    pool = Pool(40, 128, keep_from=0)
-    owner = pool.request(prompt(1, 400))
-    assert pool.admit(owner, 400)
-    pool.leave(owner)
-    while pool.pool.get_num_free_blocks() > 16:
-        pool.pool.get_new_blocks(1)
-    assert not pool.admit(pool.request(prompt(1, 1000)), 2000)
-    reader = pool.request(prompt(1, 500))
-    assert pool.admit(reader, 1000)
-    assert pool.begin[reader.request_id] == 384
-
-
-def test_a_window_of_one_block() -> None:
-    """Beside layers of other kinds blocks may be so large; its request has no copy of token 0."""
-    pool = Pool(40, 0, slots_per_block=300)
-    block = owner_of(pool)
-    pool.manager.evict_blocks({block.block_id})
-    reader = pool.request(prompt(1, 500))
-    assert pool.admit(reader, 1000)
-    assert len(pool.row(reader)) == 2 and pool.row(reader)[0].is_null
-    pool.leave(reader)
-    pool.check()
+@pytest.mark.parametrize("may_take_back", [1, 5, 11])
+@pytest.mark.parametrize("keep_all", [False, True])
+@pytest.mark.parametrize("window_length", [64, 96, 128, 192])
+def test_no_compaction_behind_a_window_that_goes_back(window_length: int, keep_all: bool, may_take_back: int) -> None:
+    """Also where the last step had drafts that were rejected: the window was compacted for these, too."""
+    config = LogQuantConfig(window_length=window_length, keep_all_windows=keep_all)
+    layout = config.layout(64, rollback_tokens=may_take_back)
+    _, spec = cache_config(10, 0, 0, None)
+    spec = replace(spec, window_length=window_length, waits=layout.rollback_tokens - may_take_back)
+    for num_tokens in range(512, 1536):
+        length = num_tokens // PAGE * PAGE
+        if spec.goes_back(num_tokens, length):
+            in_last_step = torch.tensor([num_tokens + may_take_back])
+            stored = compactions_after(in_last_step, torch.zeros_like(in_last_step), layout)
+            assert int(stored) <= num_compactions(length, window_length)

@@ -109,7 +109,8 @@ def server_command(model: str, flags: Sequence[str], engine: Engine) -> list[str
         defaults |= {"--served-model-name": model, **NAMED_FLAGS}
         defaults |= NAMED_CPU_FLAGS if engine.device == "cpu" else {}
         model = str(named_model(model))
-    check_path(model)
+    if not _is_set(flags, "--hf-config-path"):
+        check_path(model)
     # before the user's, so that those win however they are written
     added = [(flag, value) for flag, value in defaults.items() if not _is_set(flags, flag)]
     flags = [part for pair in added for part in pair if part is not None] + list(flags)

@@ -62,8 +62,11 @@ def first_head(total: int) -> int:
 
 
 def calibrated(moments: list[Moments], name: str, num_kv_heads: int) -> Basis:
-    """What a calibration says of a layer's heads on this rank. Computed on the CPU: the same on every machine, and no
-    library's workspace comes to lie in the memory that vLLM gives up when it sleeps."""
+    """What a calibration says of a layer's heads on this rank.
+
+    Computed on the CPU: the same on every rank of a machine, up to rounding on every machine, and no library's
+    workspace comes to lie in the memory that vLLM gives up when it sleeps.
+    """
     of_layer = moments[extract_layer_index(name)]
     total = len(of_layer.query)
     first = 0 if total == num_kv_heads else first_head(total)

@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 CONNECTOR = "OffloadingConnector"
 IN_HOST_MEMORY, IN_TIERS = "CPUOffloadingSpec", "TieringOffloadingSpec"
 IN_FILES = "fs"
+TIERS = "secondary_tiers"
 
 
 def copies_blocks() -> bool:
@@ -57,12 +58,15 @@ def connector_problems(vllm_config: Any) -> Iterator[str]:
             f"spec_name of the {CONNECTOR} is {store}, which may find blocks of another format or calibration: use "
             f"{IN_HOST_MEMORY}, for host memory of the engine's own, or {IN_TIERS} with files behind it"
         )
-    elif others := [tier.get("type") for tier in extra.get("secondary_tiers", []) if tier.get("type") != IN_FILES]:
+    tiers = extra.get(TIERS) or []
+    if not isinstance(tiers, list) or not all(isinstance(tier, dict) for tier in tiers):
+        yield f"{TIERS} of the {CONNECTOR} must be a list of objects with type and root_dir, got {tiers!r:.80}"
+    elif others := [tier.get("type") for tier in tiers if tier.get("type") != IN_FILES]:
         yield (
             f"a secondary tier of the {CONNECTOR} is of the type {others[0]}, which may find blocks of another format "
             f'or calibration: use "{IN_FILES}"'
         )
-    elif not all(tier.get("root_dir") for tier in extra.get("secondary_tiers", [])):
+    elif not all(tier.get("root_dir") for tier in tiers):
         yield f'a secondary tier of the {CONNECTOR} of the type "{IN_FILES}" has no root_dir: name a directory'
     if extra.get("canonical_layout"):
         yield f"canonical_layout of the {CONNECTOR} cuts blocks into tokens, which a page is not: leave it out"
@@ -84,8 +88,10 @@ def keep_apart(transfer: Any, meanings: Sequence[str]) -> None:
         meanings: what the blocks of each rank mean, see :func:`logquant_vllm.plugin.meaning.meaning`.
     """
     directory = f"logquant-{hashlib.sha256(' '.join(meanings).encode()).hexdigest()[:16]}"
-    for tier in (transfer.kv_connector_extra_config or {}).get("secondary_tiers", []):
-        tier["root_dir"] = os.path.join(tier["root_dir"], directory)
+    extra = transfer.kv_connector_extra_config or {}
+    tiers = [{**tier, "root_dir": os.path.join(tier["root_dir"], directory)} for tier in extra.get(TIERS) or ()]
+    if tiers:  # the tiers are still the user's objects, who may start another engine with them
+        transfer.kv_connector_extra_config = {**extra, TIERS: tiers}
 
 
 def no_transfers() -> Any:

@@ -155,6 +155,8 @@ def share_pool(vllm_config: Any, layers: Layers) -> None:
     attention = layers.attention | layers.drafts
     tokens = {name: _smallest_block(layer, vllm_config) for name, layer in attention.items()}
     full = [tokens[name] for name, layer in attention.items() if _keeps_all_tokens(layer, vllm_config)]
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        full = []  # a stage knows its own layers alone, and all need one size of block
     states = [replace(layer.get_kv_cache_spec(vllm_config), page_size_padded=None) for layer in layers.states.values()]
     state_bytes = max((spec.page_size_bytes for spec in states), default=0)
     block = block_shape(len(impls), page_bytes, list(tokens.values()), state_bytes, full)

@@ -43,6 +43,8 @@ class WindowSpec(CircularBufferSpec):
     slots_per_block: int
     replay_tokens: int
     window_length: int
+    waits: int
+    """Tokens that a compaction waits for beyond those that vLLM may take back."""
     keep_from: int | None
     """Tokens of the shortest prefix whose window is kept; None if none is."""
 
@@ -57,10 +59,10 @@ class WindowSpec(CircularBufferSpec):
         """Whether the window of a request of ``num_tokens`` tokens is what it was after ``length`` of them, once those
         behind are taken back.
 
-        It is unless there was a compaction in between, which waits until the tokens that vLLM may take back are more.
+        It is unless there was a compaction in between. The step before may have had more tokens than the request, of
+        which vLLM has taken back as many as it may.
         """
-        waits = self.num_slots - 3 * self.window_length + 1
-        return max(num_tokens - waits, length) // self.window_length == length // self.window_length
+        return max(num_tokens - self.waits, length) // self.window_length == length // self.window_length
 
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
         # runner V1 computes a slot mapping for every group and reads the table at position // block_size, and kernels

@@ -25,6 +25,7 @@ from logquant_vllm.config import PAGE_SIZE
 from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.planning import BlockShape
 from logquant_vllm.plugin.specs import WindowSpec
+from logquant_vllm.plugin.speculation import rollback_tokens
 
 
 @dataclass
@@ -145,6 +146,7 @@ class WindowLayer(nn.Module, AttentionLayerBase):
             slots_per_block=self.layout.slots_per_block(heads, layer.dtype),
             replay_tokens=self.layout.prefix_replay_tokens if self.layout.prefix_caching else 0,
             window_length=self.layout.window_length,
+            waits=self.layout.rollback_tokens - rollback_tokens(vllm_config),
             keep_from=self.keep_from if self.layout.prefix_caching else None,
         )
 
