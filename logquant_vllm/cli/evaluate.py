@@ -61,7 +61,6 @@ def evaluate(
             names = list(QUICK if quick else GENERAL)
         chosen = choose_methods(names)
         asked = choose_tasks(split(tasks), quick, general=model != DEMO)
-        output.mkdir(parents=True, exist_ok=True)
         path = output / "result.json"
         check_output("--output", path)
         result = (
