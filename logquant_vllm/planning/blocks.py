@@ -97,9 +97,10 @@ def block_shape(
         state_bytes: of the largest recurrent state.
         full: those of the others, one by one, that keep all tokens.
     """
-    beside = layers_beside_a_state(num_layers, page_bytes, state_bytes)
     if full and not state_bytes:
         beside = layers_beside_full(num_layers, page_bytes, full)
+    else:
+        beside = layers_beside_a_state(num_layers, page_bytes, state_bytes)
     return BlockShape(pages_per_block(beside * page_bytes, [*others, (state_bytes, 1)]), beside)
 
 
