@@ -50,6 +50,11 @@ def test_serve_of_a_path(name: str, tmp_path: Path) -> None:
     assert server_command(model, [], CPU)[5:7] == ["--model", model]
 
 
+def test_serve_of_weights_whose_configuration_lies_elsewhere(tmp_path: Path) -> None:
+    command = server_command(str(tmp_path), ["--hf-config-path", "some/model"], CPU)
+    assert command[5:7] == ["--model", str(tmp_path)]
+
+
 def test_serve_on_the_cuda_wheel_runs_the_vllm_command() -> None:
     command = server_command("some/model", ["-tp", "2"], CUDA)
     assert command[1:] == [

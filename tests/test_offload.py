@@ -24,6 +24,7 @@ from tests.test_engine import ROUNDING, VOCABULARY, Engine, distance, mean_kl, p
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm import SamplingParams
+from vllm.config import KVTransferConfig
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from logquant_vllm.plugin import offload
@@ -207,6 +208,22 @@ def test_a_model_is_measured_all_the_same(tmp_path: Path, monkeypatch: pytest.Mo
 
 def files(directory: Path) -> list[Path]:
     return list(directory.rglob("*.bin"))
+
+
+def test_tiers_stay_the_users(tmp_path: Path) -> None:
+    """Who starts another engine with them finds what the first has left, and no directory in its directory."""
+    tiers = [{"type": offload.IN_FILES, "root_dir": str(tmp_path)}]
+    found = []
+    for _ in range(2):
+        transfer = KVTransferConfig(
+            kv_connector=offload.CONNECTOR,
+            kv_role="kv_both",
+            kv_connector_extra_config={"spec_name": offload.IN_TIERS, offload.TIERS: tiers},
+        )
+        offload.keep_apart(transfer, ["a meaning"])
+        found.append(transfer.kv_connector_extra_config[offload.TIERS][0]["root_dir"])
+    assert tiers == [{"type": offload.IN_FILES, "root_dir": str(tmp_path)}]
+    assert found[0] == found[1] != str(tmp_path)
 
 
 @pytest.mark.slow

@@ -153,6 +153,7 @@ CASES = {
         for name, tier, message in (
             ("that is no file system", {"type": "obj"}, 'of the type obj, .* another format or calibration: use "fs"'),
             ("without a directory", {"type": "fs"}, "has no root_dir: name a directory"),
+            ("that is a word", "fs", "must be a list of objects with type and root_dir"),
         )
     },
     "a store of somebody else's": (
