@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PAGE_SIZE = 128
 """Tokens of a page; vLLM's block size under this KV cache."""
 
-HEAD_SIZES = (64, 80, 96, 128, 160, 192, 256)
+HEAD_SIZES = (64, 80, 96, 128, 160, 192, 256, 512)
 """Channels of a head that the kernels are tested with."""
 
 CONFIG_KEY = "logquant"

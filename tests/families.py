@@ -89,7 +89,7 @@ MIXED: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 9,
         "layer_types": ([SLIDING] * 2 + [FULL]) * 3,
         "num_kv_shared_layers": 3,
-        "global_head_dim": 128,
+        "global_head_dim": 512,
         "num_global_key_value_heads": 1,
         "attention_k_eq_v": True,
         "hidden_size_per_layer_input": 32,

@@ -139,7 +139,7 @@ def test_head_sizes() -> None:
         assert LogQuantConfig().page_format(head_size).head_size == head_size
         assert supports_rotation(head_size)
     with pytest.raises(
-        ValueError, match=r"head size 112 is not supported; supported are 64, 80, 96, 128, 160, 192, 256"
+        ValueError, match=r"head size 112 is not supported; supported are 64, 80, 96, 128, 160, 192, 256, 512"
     ):
         LogQuantConfig().page_format(112)
 

@@ -59,7 +59,7 @@ def test_takes_each_head_to_its_basis(dtype: torch.dtype) -> None:
         assert_close(cpp_output, output, 2e-2 if dtype == torch.bfloat16 else 1e-4, f"step {step}")
 
 
-@pytest.mark.parametrize(("head_size", "threads"), [(16, 1), (80, 1), (96, 2), (128, 1), (160, 1), (192, 2), (256, 2)])
+@pytest.mark.parametrize(("head_size", "threads"), [(16, 1), (80, 1), (96, 2), (128, 1), (160, 1), (192, 2), (512, 2)])
 def test_long_context(head_size: int, threads: int) -> None:
     """Long enough that a request's context is split between threads, and a prefill that fills whole query tiles."""
     layout, dtype = CacheLayout(PageFormat(head_size)), torch.bfloat16

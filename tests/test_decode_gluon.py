@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -48,11 +46,8 @@ CASES = [
 
 
 def layout_of(head_size: int, queries: int, options: dict[str, object]) -> CacheLayout:
-    """With as many tokens that can be taken back as a step of speculation wants. Heads of 512 channels have one, too,
-    which no configuration accepts yet."""
-    layout = LogQuantConfig.from_options(options).layout(min(head_size, 256))
-    fmt = dataclasses.replace(layout.fmt, head_size=head_size)
-    return dataclasses.replace(layout, fmt=fmt, rollback_tokens=2 * queries - 1)
+    """With as many tokens that can be taken back as a step of speculation wants."""
+    return LogQuantConfig.from_options(options).layout(head_size, rollback_tokens=2 * queries - 1)
 
 
 @pytest.mark.skipif(ON_GPU, reason="kernels run compiled: tests/test_decode_formats.py")

@@ -8,7 +8,7 @@ import torch
 from logquant_vllm.core.hadamard import hadamard_matrix, rotate, supports_rotation
 from tests.paging import assert_close, random_qkv
 
-SIZES = [64, 80, 96, 128, 192, 256]
+SIZES = [64, 80, 96, 128, 192, 256, 512]
 
 
 @pytest.mark.parametrize("head_size", SIZES)

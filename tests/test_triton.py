@@ -252,7 +252,7 @@ def test_flat_and_extreme_groups() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("window", [42, 64, 85, 128])
 @pytest.mark.parametrize(
-    ("head_size", "gqa"), [(64, 8), (80, 1), (96, 1), (128, 4), (128, 16), (160, 4), (192, 12), (256, 2)]
+    ("head_size", "gqa"), [(64, 8), (80, 1), (96, 1), (128, 4), (128, 16), (160, 4), (192, 12), (256, 2), (512, 2)]
 )
 def test_real_sizes(head_size: int, gqa: int, window: int, dtype: torch.dtype) -> None:
     """Real head sizes, page of 128 tokens; bits, groups and scales vary with the window."""
