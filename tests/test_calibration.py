@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from logquant_vllm.bench.calibrations import random_moments
 from logquant_vllm.core import operations as reference
@@ -108,6 +110,25 @@ def test_queries_are_looked_at_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     for pieces in found[1:]:
         for ours, expected in zip(pieces, found[0], strict=True):
             assert_close(ours, expected, 1e-5, "moments")
+
+
+def test_a_gpu_is_waited_for_once_a_sequence() -> None:
+    """Not for every head and piece: while others use it, each time takes milliseconds."""
+
+    class Waits(TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func in (torch.Tensor.cpu, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for heads in (1, 4):
+        q, k, v = (torch.ones(n, 200, 16) for n in (2 * heads, heads, heads))
+        with Waits() as waits:
+            MomentSums(64, 64).add(q, k, v, 0.25, torch.eye(16).expand(2 * heads, -1, -1))
+        counts.append(waits.count)
+    assert counts == [3, 3]  # moments of queries and of keys, and the squares
 
 
 def test_cost_of_errors() -> None:

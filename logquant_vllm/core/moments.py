@@ -30,7 +30,8 @@ class MomentSums:
         self.query: Tensor | float = 0.0
         self.key: Tensor | float = 0.0
         self.keys = 0
-        self.values, self.output = 0.0, 0.0
+        # what errors of values do to the output, squared, and the output itself
+        self.squares = torch.zeros(2, dtype=torch.float64, device="cpu")
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, first: int = 0) -> None:
         """A sequence's queries ``[heads, tokens, channels]``, keys and values ``[num_kv_heads, tokens, channels]``.
@@ -45,25 +46,25 @@ class MomentSums:
         heads, tokens, channels = key.shape
         k = key[:, : tokens // self.group * self.group].float().unflatten(1, (-1, self.group))
         k = (k - k.mean(2, keepdim=True)).flatten(1, 2)
-        self.key, self.keys = self.key + (k.mT @ k).double().cpu(), self.keys + k.shape[1]
         shared = zip(query.unflatten(0, (heads, -1)), key, value, output.unflatten(0, (heads, -1)), strict=True)
         stride = query.shape[0] // heads
         scores = CACHED_SCORES if query.device.type == "cpu" else SCORES
         step = max(1, scores // (stride * tokens))
         positions = torch.arange(min(first, tokens), tokens, stride, device=query.device).split(step)
-        moments = []
-        for q, k, v, size in shared:
-            total = torch.zeros(channels, channels, dtype=torch.float64)
+        moments = torch.zeros(heads, channels, channels, dtype=torch.float64, device=query.device)
+        squares = torch.zeros(2, dtype=torch.float64, device=query.device)
+        for (q, k_of, v, size), total in zip(shared, moments, strict=True):
             for i, position in enumerate(positions):
                 end = min(first + (i + 1) * step * stride, tokens)  # nothing behind it is read
                 asking = q[:, position].float()
-                by = effects(asking, position, k[:end].float(), v[:end].float(), scale, size, self.recent)
+                by = effects(asking, position, k_of[:end].float(), v[:end].float(), scale, size, self.recent)
                 weighted = (asking * by.scores.sqrt()[..., None]).reshape(-1, channels)
-                total += (weighted.mT @ weighted).double().cpu()
-                self.values += float(by.values.sum(dtype=torch.float64))
-                self.output += float(by.output.sum(dtype=torch.float64))
-            moments.append(total)
-        self.query = self.query + torch.stack(moments) * scale**2
+                total += weighted.mT @ weighted
+                squares += torch.stack([x.sum(dtype=torch.float64) for x in (by.values, by.output)])
+        # only now is a GPU waited for
+        self.key, self.keys = self.key + (k.mT @ k).double().cpu(), self.keys + k.shape[1]
+        self.query = self.query + moments.cpu() * scale**2
+        self.squares = self.squares + squares.cpu()
 
     def moments(self) -> Moments:
         """What was summed up; zero for the queries of a head whose far keys were never read.
@@ -77,7 +78,8 @@ class MomentSums:
         key = self.key / self.keys
         # the least that errors in a basis of few bits cost: see `core.calibration`
         by_keys = KEY_ERRORS * key.shape[-1] * float((_size(query) * _size(key)).sum())
-        cost = torch.tensor([by_keys, self.values]) / max(self.output, torch.finfo(torch.float64).tiny)
+        values, output = self.squares.tolist()
+        cost = torch.tensor([by_keys, values]) / max(output, torch.finfo(torch.float64).tiny)
         return Moments(query, key, cost.float())
 
 
