@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import distribution
 from pathlib import Path
@@ -120,6 +122,28 @@ def test_what_is_not_there(command: str, message: str, tmp_path: Path) -> None:
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_calibrate_needs_the_directory_of_its_file() -> None:
+    """It is written beside, whole, and then takes the place of what is there; known before anything is measured."""
+    pytest.importorskip("torch")
+    as_root = os.getuid() == 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "calibration.logquant"
+        path.touch()
+        path.chmod(0o666)
+        Path(folder).chmod(0o555)
+        if as_root:  # who may write anywhere: for what is asked here the real user counts
+            os.setreuid(65534, -1)
+        try:
+            result = runner.invoke(app, ["calibrate", "demo", "--output", str(path), "--tokens", "1024"])
+        finally:
+            if as_root:
+                os.setreuid(0, -1)
+            Path(folder).chmod(0o755)
+        assert path.stat().st_size == 0
+    assert result.exit_code == 2, result.output
+    assert f"--output {path} cannot be written: no leave to write to {folder}\n" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["plan some/model --memory 1GiB --max-model-len 10", "doctor some/model"])

@@ -23,8 +23,11 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device}: torch {torch.__version__} finds {count} CUDA devices on this machine")
 
 
-def check_output(name: str, path: Path | None) -> None:
+def check_output(name: str, path: Path | None, *, whole: bool = False) -> None:
     """Before anything is computed: make the directory of its result, and see that it can be written.
+
+    Args:
+        whole: whether it is written beside, and takes the place of what is there once it is whole.
 
     Raises:
         ValueError: if the file that option ``name`` gives cannot be written.
@@ -37,8 +40,9 @@ def check_output(name: str, path: Path | None) -> None:
         raise ValueError(f"{name} {path}: there is no directory {path.parent}: {error.strerror}") from None
     if path.is_dir():
         raise ValueError(f"{name} {path} is a directory: name a file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{name} {path} cannot be written")
+    written = path if path.exists() and not whole else path.parent
+    if not os.access(written, os.W_OK):
+        raise ValueError(f"{name} {path} cannot be written: no leave to write to {written}")
 
 
 def parse_json(name: str, text: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def calibrate(
         raise ValueError(f"{model} is not a directory on this machine: say with --output where to write the file")
     path = output or Path(directory) / calibration.FILE_NAME
     check_device(device)
-    check_output("--output", path)
+    check_output("--output", path, whole=True)
     given = [document for file in text or [] for document in documents(str(file))]
     calibration.save(_measure(directory, device, None if model == DEMO and not given else given, tokens), path)
     typer.echo(f"wrote {path}")
