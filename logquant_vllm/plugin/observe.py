@@ -80,8 +80,8 @@ def _output_sizes(parent: nn.Module | None, layer: Any, dtype: torch.dtype, devi
             sizes = []
             for unit in torch.eye(heads * channels, dtype=dtype).split(channels):
                 part = projection.quant_method.apply(projection, unit.to(device)).float()
-                sizes.append((part @ part.mT).cpu())
-            return torch.stack(sizes)
+                sizes.append(part @ part.mT)
+            return torch.stack(sizes).cpu()
     return torch.eye(channels, dtype=torch.float32).expand(heads, -1, -1)
 
 
