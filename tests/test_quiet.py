@@ -29,20 +29,30 @@ ALWAYS = getattr(KVCacheManager.allocate_slots, patches._MARK, KVCacheManager.al
 
 
 class Scheduled:
-    """Requests that are scheduled as vLLM does, with a state of several groups beside pages and windows."""
+    """Requests that are scheduled as vLLM does, with a state of several groups beside pages and windows.
+
+    Without a prefix cache the state's block is as long as a request may be, whatever that is.
+    """
 
     def __init__(self, caching: bool, lag: int, quiet: bool) -> None:
         init_none_hash(sha256)
         config, window = cache_config(1, 0, 256 if caching else None, None)
+        self.longest = LONGEST if caching else LONGEST - 1
         state = MambaSpec(
-            block_size=PAGE,
+            block_size=PAGE if caching else self.longest,
             shapes=((window.page_size_bytes,),),
             dtypes=(torch.uint8,),
             mamba_cache_mode="align" if caching else "none",
         )
         groups = [*config.kv_cache_groups, *(KVCacheGroupSpec([f"states.{i}"], state) for i in range(STATES))]
+        whole = PAGE if caching else PAGE * self.longest  # blocks of all groups
         self.manager = KVCacheManager(
-            KVCacheConfig(110, [], groups), LONGEST, PAGE, PAGE, max_in_flight_tokens=PAGE, enable_caching=caching
+            KVCacheConfig(110, [], groups),
+            self.longest,
+            whole,
+            whole,
+            max_in_flight_tokens=PAGE,
+            enable_caching=caching,
         )
         self.live: dict[str, Request] = {}
         self.lag, self.quiet, self.asked, self.count = lag, quiet, 0, 0
@@ -80,7 +90,7 @@ class Scheduled:
             request.append_output_token_ids(7)
         request.num_in_flight_tokens = self.lag if decodes else 0
         new = 1 if decodes else min(PAGE - computed % PAGE, request.num_tokens - computed)
-        if computed + new > LONGEST or self.allocate(request, new, num_lookahead_tokens=0) is None:
+        if computed + new > self.longest or self.allocate(request, new, num_lookahead_tokens=0) is None:
             return self.leave(request)
         request.num_computed_tokens += new
 

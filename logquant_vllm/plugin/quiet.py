@@ -30,7 +30,9 @@ class Quiet:
     def __init__(self, manager: KVCacheManager) -> None:
         managers = manager.coordinator.single_type_managers
         self._windows = [m for m in managers if isinstance(m, WindowManager)]
-        self._grain = math.gcd(manager.block_pool.hash_block_size, *(m.block_size for m in managers))
+        # without a prefix cache a state's block is as long as a request may be: it never comes to a second one
+        sizes = [m.block_size for m in managers if m.block_size < manager.max_model_len]
+        self._grain = math.gcd(manager.block_pool.hash_block_size, *sizes)
         # windows of other layers slide by single tokens, and other caches than ours are none of our business
         self._knows_all = bool(self._windows) and all(type(m) in _FOLLOW_BLOCKS for m in managers)
         self._asked: WeakKeyDictionary[Request, int] = WeakKeyDictionary()  # the block in which all were asked
