@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -18,9 +17,7 @@ from logquant_vllm.cli.models import NAMED, model_directory
 from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.planning import (
     DEFAULT_BLOCK_SIZE,
-    FULL,
     Capacity,
-    LocalLayers,
     ModelShape,
     model_shape,
     preset_capacities,
@@ -78,13 +75,9 @@ def plan(
         shape = model_shape(model_directory(model), dtype, max_model_len)
         if draft_kv_cache_dtype not in ("logquant", "auto"):
             raise ValueError(f"--draft-kv-cache-dtype must be logquant or auto, got {draft_kv_cache_dtype!r}")
-        with_drafts, in_few_bits = shape, draft_kv_cache_dtype == "logquant" and draft_layers > 0
-        if in_few_bits:
-            with_drafts = replace(shape, num_layers=shape.num_layers + draft_layers)
-        elif draft_layers:
-            own = LocalLayers(draft_layers, shape.num_kv_heads, shape.head_size, 0, FULL)
-            with_drafts = replace(shape, local=(*shape.local, own))
-        taken_back = rollback_tokens(num_speculative_tokens, draft_layers=in_few_bits)
+        own = (shape.num_kv_heads, shape.head_size) if draft_kv_cache_dtype == "auto" else None
+        with_drafts = shape.with_draft(draft_layers, own)
+        taken_back = rollback_tokens(num_speculative_tokens, draft_layers=draft_layers > 0 and own is None)
         if (problem := too_many_drafts(num_speculative_tokens, taken_back, config.window_length)) is not None:
             raise ValueError(problem)
         engine = {

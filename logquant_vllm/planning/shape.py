@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,18 @@ class ModelShape:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
+
+    def with_draft(self, num_layers: int, own: tuple[int, int] | None = None) -> ModelShape:
+        """With the layers of a draft model or head, which keep all tokens: in the same cache as the model's, or beside.
+
+        Args:
+            own: KV heads and channels of a draft that is in vLLM's own cache.
+        """
+        if num_layers == 0:
+            return self
+        if own is None:
+            return replace(self, num_layers=self.num_layers + num_layers)
+        return replace(self, local=(*self.local, LocalLayers(num_layers, *own, 0, FULL)))
 
     def state_bytes(self, tensor_parallel_size: int) -> int:
         """The largest recurrent state of a layer, on one rank."""

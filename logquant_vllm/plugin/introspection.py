@@ -13,9 +13,7 @@ import logquant_vllm
 from logquant_vllm.config import PAGE_SIZE, LogQuantConfig
 from logquant_vllm.planning import (
     DEFAULT_BLOCK_SIZE,
-    FULL,
     Engine,
-    LocalLayers,
     ModelShape,
     logquant_capacity,
     plain_capacity,
@@ -126,12 +124,12 @@ def _shape(vllm_config: Any) -> ModelShape:
     skipped = {int(number) for number in skipped_layers(vllm_config) if number.isdecimal()}
     heads, size = model.get_total_num_kv_heads(), model.get_head_size()
     if not has_other_kinds(vllm_config):
-        layers, of_draft = model.get_num_layers(parallel), num_draft_layers(vllm_config)
-        if draft_kv_cache_dtype(vllm_config) != OWN_CACHE:
-            return ModelShape(layers + of_draft, heads, size, dtype)
-        draft = vllm_config.speculative_config.draft_model_config
-        own = LocalLayers(of_draft, draft.get_total_num_kv_heads(), draft.get_head_size(), 0, FULL)
-        return ModelShape(layers, heads, size, dtype, local=(own,))
+        own = None
+        if draft_kv_cache_dtype(vllm_config) == OWN_CACHE:
+            draft = vllm_config.speculative_config.draft_model_config
+            own = draft.get_total_num_kv_heads(), draft.get_head_size()
+        shape = ModelShape(model.get_num_layers(parallel), heads, size, dtype)
+        return shape.with_draft(num_draft_layers(vllm_config), own)
     try:
         shape = shape_of_config(str(model.model), model.hf_text_config, dtype, model.max_model_len, skipped)
     except ValueError:  # layers whose memory we do not know: those that grow are all that is told of
