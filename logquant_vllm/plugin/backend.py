@@ -173,8 +173,9 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         vllm_config = get_current_vllm_config()
         self.config = options_of(vllm_config)
         self._draft_model = vllm_config.model_config if is_draft_model(vllm_config) else None
-        # a draft model's first step has a token of every request more than the model's, by which vLLM profiles
-        self._uncounted = vllm_config.scheduler_config.max_num_seqs if self.drafts else 0
+        # with drafts vLLM profiles fewer tokens than it schedules, and a draft model takes in one of each request more
+        scheduler = vllm_config.scheduler_config
+        self._most_tokens = scheduler.max_num_batched_tokens + (scheduler.max_num_seqs if self.drafts else 0)
         self.operations = _operations()
         self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._window_layer: WindowLayer | None = None
@@ -326,7 +327,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             raise NotImplementedError("fused output quantization is not supported")
         if attn_metadata is None:  # memory profiling: no cache yet
             if self._layer.dense is not None:
-                self._layer.dense.workspace(query, self.num_kv_heads, self._uncounted)
+                self._layer.dense.workspace(query, self.num_kv_heads, self._most_tokens)
             return output.fill_(0)
         tokens = slice(attn_metadata.num_actual_tokens)
         window, place = self.window_layer, self._place

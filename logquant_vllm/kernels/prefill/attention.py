@@ -43,16 +43,16 @@ class DenseAttention:
     memory: Callable[..., list[Tensor]] = fresh_memory
     softcap: float = 0.0
 
-    def workspace(self, query: Tensor, num_kv_heads: int, uncounted: int = 0) -> list[Tensor]:
+    def workspace(self, query: Tensor, num_kv_heads: int, most_tokens: int = 0) -> list[Tensor]:
         """Keys and values of a slice, and attention to it.
 
         Args:
             query: ``[num_tokens, num_heads, head_size]``.
-            uncounted: so many tokens more there may be than in the largest step that vLLM profiles.
+            most_tokens: of any step, in a profiling run, after which the memory may not grow.
         """
         tokens, num_heads, head_size = query.shape
         past = ((self.room, num_kv_heads, head_size), query.dtype)
-        return self.memory(query.device, past, past, ((tokens + uncounted, num_heads, head_size), query.dtype))
+        return self.memory(query.device, past, past, ((max(tokens, most_tokens), num_heads, head_size), query.dtype))
 
     def attend_new(
         self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, batch: Batch, scale: float
