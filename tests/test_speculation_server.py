@@ -37,8 +37,9 @@ FLAGS = (
     *("--enable-auto-tool-choice", "--tool-call-parser", "xlam"),
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
-COUNT = 40
-"""Questions of each kind. With 200 (run once for every method) the answers are the same, too."""
+COUNT = 16
+"""Questions of each kind, so few that a method takes two minutes on two cores. With 200 (run once for every method) the
+answers are the same, too."""
 
 
 def serve(method: str | None, folder: Path, *flags: str, baseline: bool = False) -> Server:
