@@ -96,8 +96,6 @@ def unused(gpu: str, name: str) -> set[str]:
         kernels.add("store.feedback.gluon_kernel.feedback_kernel")
     if name not in ROUNDED:
         kernels.add("store.feedback.rounding.round_kernel")
-    if head_size.bit_count() == 1:  # the kernel that combines rotates back
-        kernels.add("rotate.rotate_output_kernel")
     return kernels
 
 

@@ -91,7 +91,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, pair: Pair, queries: int, late: bool)
         side.hit(2, 3, 512)
     pair.fill([0, 0, 0, layout.prefix_replay_tokens + 70])
     with imported("logquant_vllm.kernels.decode.gluon.kernel", late) as kernel:
-        monkeypatch.setattr(launch, "_choose", lambda *_: kernel)
+        monkeypatch.setattr(launch, "_choose", lambda gpu, _, *of: launch.Choice.of(kernel, gpu, *of))
         pair.step([queries, queries, 1, queries], seed=1, queries=queries)
         pair.step([1, 0, queries, 1], seed=2, queries=queries)
 

@@ -33,7 +33,7 @@ def decoding_with(kernel: str) -> Iterator[None]:
         return
     with pytest.MonkeyPatch.context() as patch, imported("logquant_vllm.kernels.decode.gluon.kernel", True) as gluon:
         patch.setattr(arguments, "architecture", lambda device: Architecture((0, 0), 228 << 10, 1))
-        patch.setattr(launch, "_choose", lambda *_: gluon)
+        patch.setattr(launch, "_choose", lambda gpu, _, *of: launch.Choice.of(gluon, gpu, *of))
         yield
 
 

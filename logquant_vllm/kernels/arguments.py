@@ -11,7 +11,6 @@ table to another, must not compile a kernel anew, so it travels times 16: see ``
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from logquant_vllm.core.paged import SINK_COLUMNS, Batch, CacheLayout, PagedCache, window_slots_view
+from logquant_vllm.core.paged import SINK_COLUMNS, Batch, CacheLayout, PagedCache
 from logquant_vllm.kernels.architecture import Architecture, architecture
+from logquant_vllm.kernels.launcher import Argument
 
 # members are tensors and integers on the host, pointers and scalars in a kernel
 Member = Any
@@ -37,7 +37,8 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> Rows:
-        return cls(x, x.stride(0), x.stride(1))
+        stride, head_stride, _ = x.stride()
+        return cls(x, stride, head_stride)
 
 
 class Scores(NamedTuple):
@@ -69,6 +70,20 @@ class BatchArgument(NamedTuple):
     seq_lens: Member  # int32 [num_reqs]
     num_reqs_x16: Member
 
+    @classmethod
+    def of(cls, batch: Batch) -> Argument:
+        """All layers of a step have the same batch: it is looked at for the first."""
+        if (last := _last_batches.get(id(batch))) is None or last[0] is not batch:
+            if len(_last_batches) == LAST_BATCHES:
+                _last_batches.clear()
+            argument = cls(batch.query_start_loc, batch.seq_lens, 16 * batch.seq_lens.shape[0])
+            last = _last_batches[id(batch)] = batch, Argument(argument)
+        return last[1]
+
+
+LAST_BATCHES = 8
+_last_batches: dict[int, tuple[Batch, Argument]] = {}
+
 
 @functools.cache
 def window_columns(layout: CacheLayout, num_kv_heads: int, dtype: torch.dtype) -> int:
@@ -76,8 +91,7 @@ def window_columns(layout: CacheLayout, num_kv_heads: int, dtype: torch.dtype) -
     return SINK_COLUMNS + layout.num_window_blocks(layout.num_slots, num_kv_heads, dtype)
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A step of one layer on the host: what launches take, made once for all of them."""
 
     layout: CacheLayout
@@ -88,10 +102,11 @@ class Step:
     max_query_len: int
     dtype: torch.dtype
     device: torch.device
-    key: Rows
-    value: Rows
-    cache: CacheArgument
-    batch: BatchArgument
+    max_pages: int  # columns of the block table
+    key: Argument  # Rows
+    value: Argument  # Rows
+    cache: Argument  # CacheArgument
+    batch: Argument  # BatchArgument
 
     @classmethod
     def of(cls, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, layout: CacheLayout) -> Step:
@@ -111,11 +126,11 @@ class Step:
         for name, tensor in (("key", key), ("value", value), ("pages", cache.pages), ("window", cache.window)):
             if tensor.stride(-1) != 1:
                 raise ValueError(f"the last dimension of {name} must be contiguous, got stride {tensor.stride(-1)}")
-        num_tokens, num_kv_heads, head_size = key.shape
+        num_tokens, num_kv_heads, _ = key.shape
         columns = cache.window_block_table.shape[1]
         if columns < (needed := window_columns(layout, num_kv_heads, key.dtype)):
             raise ValueError(f"window_block_table has {columns} columns, and {needed} are needed")
-        slots = window_slots_view(cache.window, num_kv_heads, head_size, key.dtype)
+        window = cache.window.view(key.dtype)
         return cls(
             layout,
             architecture(key.device),
@@ -125,20 +140,32 @@ class Step:
             batch.max_query_len,
             key.dtype,
             key.device,
-            Rows.of(key),
-            Rows.of(value),
-            CacheArgument(
-                cache.pages,
-                cache.pages.stride(0),
-                slots,
-                slots.stride(0),
-                num_kv_heads,
-                cache.block_table,
-                16 * cache.block_table.stride(0),
-                cache.window_block_table,
-                16 * cache.window_block_table.stride(0),
+            cache.block_table.shape[1],
+            Argument(Rows.of(key)),
+            Argument(Rows.of(value)),
+            Argument(
+                CacheArgument(
+                    cache.pages,
+                    cache.pages.stride(0),
+                    window,
+                    window.stride(0),
+                    num_kv_heads,
+                    cache.block_table,
+                    16 * cache.block_table.stride(0),
+                    cache.window_block_table,
+                    16 * cache.window_block_table.stride(0),
+                )
             ),
-            BatchArgument(batch.query_start_loc, batch.seq_lens, 16 * batch.seq_lens.shape[0]),
+            BatchArgument.of(batch),
+        )
+
+    def of_first(self, batch: Batch, num_tokens: int) -> Step:
+        """Of the first requests alone, which have the first tokens."""
+        return self._replace(
+            num_reqs=batch.seq_lens.shape[0],
+            num_tokens=num_tokens,
+            max_query_len=batch.max_query_len,
+            batch=BatchArgument.of(batch),
         )
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from logquant_vllm.core.calibration import Basis, change_basis, rotate_back, rotate_values
+from logquant_vllm.core.calibration import Basis, change_basis
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
 from logquant_vllm.core.parts import Part, Parts
@@ -19,7 +19,7 @@ from logquant_vllm.kernels.arguments import Scores, Step
 from logquant_vllm.kernels.decode import launch
 from logquant_vllm.kernels.prefill.attention import DenseAttention
 from logquant_vllm.kernels.prefill.gather import gather
-from logquant_vllm.kernels.rotate import rotate_heads
+from logquant_vllm.kernels.rotate import rotate_heads, rotate_output
 from logquant_vllm.kernels.store import prompt
 from logquant_vllm.kernels.store.step import store_step
 
@@ -218,12 +218,16 @@ def _begin(
     output: Tensor,
     parts: Parts | None,
 ) -> tuple[tuple[Tensor, Tensor], Step]:
-    """:func:`begin_step`, and what the launch that ends the step takes: it costs the host 20 us to make."""
-    basis = layer.basis
-    stored = key if basis is None else change_basis(key, basis.key), rotate_values(value, basis)
+    """:func:`begin_step`, and what the launch that ends the step takes, too."""
+    basis, parts, rotated, stored = layer.basis, parts or Parts(), query, (key, value)
+    if basis is not None:
+        # a prompt's first chunk reads no cache: its attention is the same in either basis, and needs none as it comes
+        turned = query if parts.begun is None else query[: parts.begun.tokens.start]
+        rotated, key_in_basis, value_in_basis = rotate_heads(turned, key, value, basis)
+        stored = key_in_basis, value_in_basis
     args = Step.of(*stored, cache, batch, layer.layout)
     prompt.quantize_pages(args, None if basis is None else basis.feedback)
-    _attend_parts(layer, args, query, (key, value), stored, cache, output, parts or Parts())
+    _attend_parts(layer, args, rotated, stored, output, parts, (query, key, value))
     return stored, args
 
 
@@ -239,52 +243,42 @@ def attend_stored(
 ) -> None:
     """See ``core.operations.attend_stored``."""
     args = Step.of(key, value, cache, batch, layer.layout)
-    _attend_parts(layer, args, query, None, (key, value), cache, output, parts or Parts())
+    rotated = query if layer.basis is None else change_basis(query, layer.basis.query)
+    _attend_parts(layer, args, rotated, (key, value), output, parts or Parts())
 
 
 def _attend_parts(
     layer: Layer,
     args: Step,
     query: Tensor,
-    new: tuple[Tensor, Tensor] | None,
     stored: tuple[Tensor, Tensor],
-    cache: PagedCache,
     output: Tensor,
     parts: Parts,
+    new: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """Attention of the parts of a step, into ``output``.
 
     Args:
-        query: the step's, as it comes.
-        new: keys and values as they come, if anybody has them still.
-        stored: keys and values as they are stored.
+        query, stored: queries in the layer's basis, keys and values as they are stored.
+        new: queries, keys and values as they come, if anybody has them still: those that begin need no others.
     """
-    key, value = stored
-    basis = layer.basis
+    basis, scores = layer.basis, Scores(layer.scale, layer.softcap, layer.sinks)
     decoding, continued, begun = parts
-    if decoding is None and continued is None and begun is None:
-        batch = Batch(args.batch.query_start_loc, args.batch.seq_lens, args.max_query_len, 0)
-        decoding = Part(slice(args.num_tokens), 0, batch)
-    # a prompt's first chunk reads no cache: its attention is the same in either basis, and needs none as it comes
-    turned = query if begun is None or new is None else query[: begun.tokens.start]
-    rotated = turned if basis is None else change_basis(turned, basis.query)
 
     def finish(rows: Tensor, lse: Tensor, basis: Basis | None) -> None:
         add_sinks(rows, lse.T, layer.sinks)
         if basis is not None and basis.value is not None:
-            rows.copy_(rotate_back(rows, basis))
+            rotate_output(rows, basis.value)
 
     if begun is not None:
-        t = begun.tokens
-        q, k, v = (rotated, key, value) if new is None else (query, *new)
-        lse = layer.dense.attend_new(output[t], q[t], k[t], v[t], begun.batch, layer.scale)
-        finish(output[t], lse, basis if new is None else None)
+        q, k, v = (x[begun.tokens] for x in new or (query, *stored))
+        out = output[begun.tokens]
+        finish(out, layer.dense.attend_new(out, q, k, v, begun.batch, layer.scale), None if new else basis)
     if continued is not None:
-        t = continued.tokens
-        lse = layer.dense.attend_with_past(output[t], rotated[t], key[t], value[t], args, continued, layer.scale)
-        finish(output[t], lse, basis)
+        out, q, k, v = (x[continued.tokens] for x in (output, query, *stored))
+        finish(out, layer.dense.attend_with_past(out, q, k, v, args, continued, layer.scale), basis)
     if decoding is not None:
-        t, n = decoding.tokens, len(decoding.batch.seq_lens)
-        tables = cache._replace(block_table=cache.block_table[:n], window_block_table=cache.window_block_table[:n])
-        few = Step.of(key[t], value[t], tables, decoding.batch, layer.layout)
-        _decode(few, rotated[t], output[t], Scores(layer.scale, layer.softcap, layer.sinks), basis)
+        few, t = args.of_first(decoding.batch, decoding.tokens.stop), decoding.tokens
+        _decode(few, query[t], output[t], scores, basis)
+    elif continued is None and begun is None:
+        _decode(args, query, output, scores, basis)

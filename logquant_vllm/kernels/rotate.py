@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from logquant_vllm.core.calibration import Basis
 from logquant_vllm.kernels.architecture import architecture
 from logquant_vllm.kernels.arguments import Member, Rows, copy_operand
+from logquant_vllm.kernels.launcher import launch
 
 FEW_ROWS = 2048
 MOST_CHANNELS = tl.constexpr(128)  # of the products' inner dimension: more do not fit 100 KiB of shared memory
@@ -32,8 +33,9 @@ class Rotation(NamedTuple):
     @classmethod
     def of(cls, target: Tensor, source: Tensor, matrices: Tensor, groups: int) -> Rotation:
         """Of tensors ``[tokens, heads, head_size]``, and of as many matrices as groups or one for all."""
-        matrices = matrices.expand(groups, -1, -1)
-        return cls(Rows.of(target), Rows.of(source), matrices, matrices.stride(0))
+        count, _, _ = matrices.shape
+        assert count in (1, groups)
+        return cls(Rows.of(target), Rows.of(source), matrices, matrices.stride(0) if count > 1 else 0)
 
 
 @triton.jit
@@ -72,12 +74,13 @@ def rotate_rows(
     tl.store(address + channel, y.to(target.data.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["query_tokens", "num_tokens"])
 def rotate_kernel(
-    query,  # Rotation
+    query,  # Rotation, or None
     key,  # Rotation
     value,  # Rotation, or None
-    num_tokens,
+    query_tokens,
+    num_tokens,  # of keys and values
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -89,17 +92,18 @@ def rotate_kernel(
     """First programs for the queries, then programs for the keys, then for the values."""
     if PDL:
         gdc_launch_dependents()
-    query_tiles = tl.cdiv(num_tokens * (NUM_HEADS // GROUPS), ROWS)
-    key_tiles = tl.cdiv(num_tokens * (NUM_KV_HEADS // GROUPS), ROWS)
     tile, group = tl.program_id(0), tl.program_id(1)
     # pointers that come out of a branch are not known to be aligned: each branch does everything
-    if tile < query_tiles:
-        rotate_rows(query, tile, group, num_tokens, NUM_HEADS, GROUPS, HEAD_SIZE, ROWS, OPERAND)
-    elif tile < query_tiles + key_tiles:
-        rotate_rows(key, tile - query_tiles, group, num_tokens, NUM_KV_HEADS, GROUPS, HEAD_SIZE, ROWS, OPERAND)
-    elif value is not None:
-        tile -= query_tiles + key_tiles
-        rotate_rows(value, tile, group, num_tokens, NUM_KV_HEADS, GROUPS, HEAD_SIZE, ROWS, OPERAND)
+    if query is not None:
+        query_tiles = tl.cdiv(query_tokens * (NUM_HEADS // GROUPS), ROWS)
+        if tile < query_tiles:
+            rotate_rows(query, tile, group, query_tokens, NUM_HEADS, GROUPS, HEAD_SIZE, ROWS, OPERAND)
+        tile -= query_tiles
+    key_tiles = tl.cdiv(num_tokens * (NUM_KV_HEADS // GROUPS), ROWS)
+    if (tile >= 0) & (tile < key_tiles):
+        rotate_rows(key, tile, group, num_tokens, NUM_KV_HEADS, GROUPS, HEAD_SIZE, ROWS, OPERAND)
+    if value is not None and tile >= key_tiles:
+        rotate_rows(value, tile - key_tiles, group, num_tokens, NUM_KV_HEADS, GROUPS, HEAD_SIZE, ROWS, OPERAND)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -132,22 +136,29 @@ def hadamard_of(x):
     return x * (1.0 / SIZE**0.5)
 
 
-def rows_of_tile(rows: int) -> int:
+def rows_of_tile(rows: int, head_size: int) -> int:
     """Rows of a tile, where there are so many in all."""
-    return 16 if rows <= FEW_ROWS else 64
+    return 16 if rows <= FEW_ROWS or head_size > 256 else 64
 
 
 def rotate_heads(query: Tensor, key: Tensor, value: Tensor, basis: Basis) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values times the matrices of their heads, contiguous; see ``core.calibration.rotate_heads``."""
+    """Queries, keys and values times the matrices of their heads, contiguous; see ``core.calibration.rotate_heads``.
+
+    There may be fewer queries than keys and values, or none.
+    """
     groups, head_size, _ = basis.query.shape
-    given = list(zip((query, key, value), (basis.query, basis.key, basis.value), strict=True))
+    matrices = (basis.query, basis.key, basis.value)
+    given = [(x, m if len(x) else None) for x, m in zip((query, key, value), matrices, strict=True)]
     rotated = [x if m is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, m in given]
     rows = [0 if m is None else x.shape[0] * x.shape[1] // groups for x, m in given]
-    tile = rows_of_tile(sum(rows))
-    if query.shape[0]:
-        rotate_kernel[(sum(-(-n // tile) for n in rows), groups)](
+    tile = rows_of_tile(sum(rows), head_size)
+    if rows[1]:
+        launch(
+            rotate_kernel,
+            (sum(-(-n // tile) for n in rows), groups),
             *(None if m is None else Rotation.of(y, x, m, groups) for y, (x, m) in zip(rotated, given, strict=True)),
             query.shape[0],
+            key.shape[0],
             NUM_HEADS=query.shape[1],
             NUM_KV_HEADS=key.shape[1],
             GROUPS=groups,
@@ -164,8 +175,10 @@ def rotate_output(output: Tensor, matrix: Tensor) -> None:
     """Multiply ``output``, ``[tokens, heads, head_size]``, by the transpose of ``matrix``, ``[1, head_size,
     head_size]``, in place; see ``core.calibration.rotate_back``."""
     tokens, heads, head_size = output.shape
-    tile = rows_of_tile(tokens * heads)
-    rotate_output_kernel[(-(-tokens * heads // tile),)](
+    tile = rows_of_tile(tokens * heads, head_size)
+    launch(
+        rotate_output_kernel,
+        (-(-tokens * heads // tile),),
         Rotation.of(output, output, matrix, 1),
         tokens,
         NUM_HEADS=heads,

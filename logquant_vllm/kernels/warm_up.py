@@ -11,6 +11,7 @@ from logquant_vllm.core.paged import SINK_COLUMNS, Batch, PagedCache, cold_windo
 from logquant_vllm.core.past import past_slices
 from logquant_vllm.kernels import operations
 from logquant_vllm.kernels.arguments import window_columns
+from logquant_vllm.kernels.rotate import FEW_ROWS, rotate_heads, rotate_output
 
 
 def warm_up(
@@ -48,10 +49,17 @@ def warm_up(
         qkv = [torch.zeros(num_reqs * new, n, fmt.head_size, dtype=dtype, device=device) for n in heads]
         return qkv, PagedCache(memory, memory, page_table, window_table), Batch(starts, lens, new, seq_len)
 
-    (_, k, v), cache, batch = inputs(2, length - 1, length - 1)
+    (q, k, v), cache, batch = inputs(2, length - 1, length - 1)
     feedback = None if layer.basis is None else layer.basis.feedback
     operations.quantize_pages(k, v, cache, batch, layout, feedback)
     operations.update_window(k, v, cache, batch, layout)
+    if (basis := layer.basis) is not None:
+        for tokens in (1, FEW_ROWS + 1):  # tiles of either size
+            q, k, v = (torch.zeros(tokens, x.shape[1], fmt.head_size, dtype=dtype, device=device) for x in (q, k, v))
+            for some in (q, q[:0]):  # a step of prompts rotates no queries
+                rotate_heads(some, k, v, basis)
+            if basis.value is not None:
+                rotate_output(q, basis.value)
 
     num_reqs = 1
     while num_reqs < 2 * max_num_seqs:

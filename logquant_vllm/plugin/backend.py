@@ -35,7 +35,7 @@ from logquant_vllm.plugin.measure import obstacle
 from logquant_vllm.plugin.metadata import LogQuantMetadata, LogQuantMetadataBuilder
 from logquant_vllm.plugin.observe import Observer
 from logquant_vllm.plugin.speculation import decode_query_len, is_draft_model, options_of, rollback_tokens
-from logquant_vllm.plugin.window_layer import WindowLayer, pages_of
+from logquant_vllm.plugin.window_layer import WindowLayer
 
 WINDOW_SUFFIX = ".logquant_window"
 
@@ -329,11 +329,11 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             if self._layer.dense is not None:
                 self._layer.dense.workspace(query, self.num_kv_heads, self._most_tokens)
             return output.fill_(0)
-        tokens = slice(attn_metadata.num_actual_tokens)
-        window, place = self.window_layer, self._place
+        count = attn_metadata.num_actual_tokens
+        query, key, value, out = (x if len(x) == count else x[:count] for x in (query, key, value, output))
+        window, window_bytes = self.window_layer, self.num_kv_heads * self._layer.layout.window_head_bytes
         cache = PagedCache(
-            pages_of(kv_cache, window.block, place)[:, : self.page_bytes],
-            window.window_bytes(place)[:, : self.num_kv_heads * self._layer.layout.window_head_bytes],
+            *window.views(kv_cache, self._place, (self.page_bytes, window_bytes)),
             attn_metadata.block_table,
             window.metadata(get_forward_context().attn_metadata).block_table,
         )
@@ -341,17 +341,16 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         if self._target is not None:
             stored = self._target._stored
             assert stored is not None
-            self.operations.attend_stored(self._layer, query[tokens], *stored, cache, batch, output[tokens], parts)
+            self.operations.attend_stored(self._layer, query, *stored, cache, batch, out, parts)
             if self._target._readers[-1] is self:
                 self.operations.update_window(*stored, cache, batch, self._layer.layout)
             return output
-        new = query[tokens], key[tokens], value[tokens]
         if self.observer is not None:
-            self.observer.see(*new, cache, batch)
+            self.observer.see(query, key, value, cache, batch)
         if self._readers:
-            stored = self.operations.begin_step(self._layer, *new, cache, batch, output[tokens], parts)
+            stored = self.operations.begin_step(self._layer, query, key, value, cache, batch, out, parts)
             # compiled code may give its memory to others before the readers' turn
             self._stored = stored[0].clone(), stored[1].clone()
         else:
-            self.operations.step(self._layer, *new, cache, batch, output[tokens], parts)
+            self.operations.step(self._layer, query, key, value, cache, batch, out, parts)
         return output

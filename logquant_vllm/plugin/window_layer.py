@@ -127,6 +127,16 @@ class WindowLayer(nn.Module, AttentionLayerBase):
         self.kv_cache = torch.tensor([])
         self.builder: WindowMetadataBuilder | None = None
 
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """The window blocks' memory, as vLLM gives it, or takes it back: then nobody holds on to it."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, memory: torch.Tensor) -> None:
+        self._kv_cache = memory
+        self._views: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
     def get_attn_backend(self) -> type[AttentionBackend]:
         return window_backend(self.block)
 
@@ -170,3 +180,16 @@ class WindowLayer(nn.Module, AttentionLayerBase):
         """
         side_by_side = self.kv_cache[:, 0, 0].view(torch.uint8)
         return side_by_side[:, self.block.bytes_of_layer(layer, side_by_side.shape[1])]
+
+    def views(self, kv_cache: torch.Tensor, layer: int, sizes: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's pages and window blocks, as ``core.paged.PagedCache`` has them, made once.
+
+        Args:
+            kv_cache: of the attention layer.
+            layer: as in :meth:`window_bytes`.
+            sizes: bytes of a page and of a window block.
+        """
+        if (found := self._views.get(layer)) is None or found[0] is not kv_cache:
+            pages, windows = pages_of(kv_cache, self.block, layer), self.window_bytes(layer)
+            found = self._views[layer] = kv_cache, pages[:, : sizes[0]], windows[:, : sizes[1]]
+        return found[1:]

@@ -17,6 +17,7 @@ from logquant_vllm.kernels.arguments import Member, Rows, Step, padded
 from logquant_vllm.kernels.cache import num_reqs
 from logquant_vllm.kernels.decode.tile_scheduler import PARTIALS, pad_blocks, program_of, tile_blocks
 from logquant_vllm.kernels.decode.vectors import Vectors, place_vectors
+from logquant_vllm.kernels.launcher import Argument, launch
 from logquant_vllm.kernels.rotate import hadamard_of
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -168,7 +169,7 @@ def store_row(out, row, head, channel, in_head, result, lse):
 
 def combine(
     step: Step,
-    out: DecodeOutput,
+    out: Argument,
     programs: int,
     rows: int,
     vectors: Vectors,
@@ -178,6 +179,7 @@ def combine(
     """Launch :func:`combine_kernel` behind a decode kernel of ``programs`` programs.
 
     Args:
+        out: :class:`DecodeOutput`.
         rows, hadamard: as in :func:`combine_tile`.
         sinks: of ``core.layer.Layer``.
     """
@@ -185,7 +187,9 @@ def combine(
     tile, channels, warps = combine_tile(programs, rows, vectors.block, head_size, hadamard)
     requests = max(step.num_reqs, -(-step.num_tokens // vectors.queries))
     grid = (requests, step.num_kv_heads * vectors.count, -(-head_size // channels))
-    combine_kernel[grid](
+    launch(
+        combine_kernel,
+        grid,
         out,
         step.batch,
         step.num_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from logquant_vllm.kernels.decode.choice import why_not_gluon
 from logquant_vllm.kernels.decode.combine import DecodeOutput, combine
 from logquant_vllm.kernels.decode.tile_scheduler import PARTIALS, REQUESTS, tile_blocks_bound
 from logquant_vllm.kernels.decode.vectors import Vectors
+from logquant_vllm.kernels.launcher import Argument
 from logquant_vllm.kernels.rotate import rotate_output
 
 LOG2E = 1.4426950408889634
@@ -23,8 +25,33 @@ LOG2E = 1.4426950408889634
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 
 
+class Choice(NamedTuple):
+    """What follows from the constants of a step."""
+
+    kernel: ModuleType
+    vectors: Vectors
+    resident: int  # programs that all multiprocessors hold at a time
+
+    @classmethod
+    def of(
+        cls, kernel: ModuleType, architecture: Architecture, layout: CacheLayout, gqa: int, queries: int, softcap: float
+    ) -> Choice:
+        """With a module's kernel."""
+        vectors = Vectors(gqa, queries, kernel.most_vectors(layout.fmt), softcap * LOG2E)
+        resident = kernel.resident_programs(architecture, layout.fmt, vectors)
+        return cls(kernel, vectors, resident * architecture.multiprocessors)
+
+
 @functools.cache
-def _choose(architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int) -> ModuleType:
+def _choose(
+    architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int, softcap: float
+) -> Choice:
+    kernel = _kernel(architecture, dtype, layout, gqa, queries)
+    return Choice.of(kernel, architecture, layout, gqa, queries, softcap)
+
+
+@functools.cache
+def _kernel(architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int) -> ModuleType:
     """The module of the kernel that serves; a slower one is logged, once, with the reason."""
     reason = why_not_gluon(architecture, dtype, layout, gqa, queries)
     if reason is None:
@@ -55,15 +82,13 @@ def decode(
     """
     layout, fmt = step.layout, step.layout.fmt
     gqa, queries = query.shape[1] // step.num_kv_heads, step.max_query_len
-    kernel = _choose(step.architecture, step.dtype, layout, gqa, queries)
-    vectors = Vectors(gqa, queries, kernel.most_vectors(fmt), scores.softcap * LOG2E)
+    kernel, vectors, resident = _choose(step.architecture, step.dtype, layout, gqa, queries, scores.softcap)
     # Shares, and the order in which partials are combined, must be the same in a captured graph, which pads the batch
     # (not beyond the next power of two) and has to assume the longest requests: the tokens would differ in rounding.
     rows = next_power_of_2(step.num_reqs) * step.num_kv_heads * vectors.blocks
-    blocks = rows * tile_blocks_bound(step.cache.block_table.shape[1] * fmt.page_size, layout.num_slots, fmt.page_size)
-    resident = kernel.resident_programs(step.architecture, fmt, vectors)
-    programs = min(resident * step.architecture.multiprocessors, blocks)
-    out = DecodeOutput(
+    blocks = rows * tile_blocks_bound(step.max_pages * fmt.page_size, layout.num_slots, fmt.page_size)
+    programs = min(resident, blocks)
+    results = DecodeOutput(
         Rows.of(output),
         lse,
         lse.stride(0),
@@ -71,8 +96,8 @@ def decode(
         torch.empty(programs, PARTIALS, vectors.block, dtype=torch.float32, device=step.device),
         torch.empty(step.num_reqs + 3, dtype=torch.int32, device=step.device),
     )
-    requests = REQUESTS[step.num_reqs > REQUESTS[0]]
-    kernel.launch(step, out, Rows.of(query), vectors, scores.scale * LOG2E, programs, requests)
+    out, requests = Argument(results), REQUESTS[step.num_reqs > REQUESTS[0]]
+    kernel.attend(step, out, Argument(Rows.of(query)), vectors, scores.scale * LOG2E, programs, requests)
     fused = value_basis is not None and next_power_of_2(fmt.head_size) == fmt.head_size
     combine(step, out, programs, rows, vectors, fused, scores.sinks)
     if value_basis is not None and not fused:

@@ -30,7 +30,7 @@ from logquant_vllm.kernels.cache import (
     slot_offset,
     window_row,
 )
-from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS, DecodeOutput
+from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS
 from logquant_vllm.kernels.decode.tile_scheduler import (
     WINDOW_SLOTS,
     count_window_blocks,
@@ -42,6 +42,7 @@ from logquant_vllm.kernels.decode.tile_scheduler import (
 )
 from logquant_vllm.kernels.decode.triton_pages import group_output, group_scores
 from logquant_vllm.kernels.decode.vectors import Vectors, cap_scores, place_vectors, split_head
+from logquant_vllm.kernels.launcher import Argument, launch
 
 # Of a multiprocessor, more than run at a time. On an H100 (16 requests of 32k tokens) attention took 621, 502 and 452
 # us with 8, 16 and 31, and more with 2 or 3 stages, whose shared memory lets fewer be resident.
@@ -268,17 +269,19 @@ def plan(layout: CacheLayout, vectors: Vectors, operand: tl.dtype, requests: int
     )
 
 
-def launch(
+def attend(
     step: Step,
-    out: DecodeOutput,
-    query: Rows,
+    out: Argument,
+    query: Argument,
     vectors: Vectors,
     qk_scale: float,
     programs: int,
     requests: int,
 ) -> None:
-    """Launch :func:`decode_kernel`; ``requests`` is how many are looked at together."""
-    decode_kernel[(programs,)](
+    """Launch :func:`decode_kernel`, see ``decode.launch``; ``requests`` is how many are looked at together."""
+    launch(
+        decode_kernel,
+        (programs,),
         out,
         query,
         step.key,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import triton
 import triton.language as tl
@@ -35,12 +36,12 @@ class Vectors:
         """Vectors of a KV head."""
         return self.gqa * self.queries
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Blocks of them."""
         return -(-self.count // self.most)
 
-    @property
+    @cached_property
     def block(self) -> int:
         """Vectors of a block; the last one may have fewer."""
         return -(-self.count // self.blocks)

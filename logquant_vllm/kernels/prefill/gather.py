@@ -20,6 +20,7 @@ from logquant_vllm.kernels.cache import (
     window_row,
 )
 from logquant_vllm.kernels.codes import load_codes
+from logquant_vllm.kernels.launcher import launch
 from logquant_vllm.kernels.scales import load_scale_zero
 
 TOKENS = tl.constexpr(SLICE_STEP)  # of a program: divides every group of tokens
@@ -131,7 +132,9 @@ def gather(step: Step, keys: Tensor, values: Tensor, piece: PastSlice, first_req
             f"keys and values must have a contiguous last dimension, got {keys.stride()}, {values.stride()}"
         )
     count = piece.start_loc.shape[0] - 1
-    gather_kernel[(piece.rows // SLICE_STEP + count, step.num_kv_heads)](
+    launch(
+        gather_kernel,
+        (piece.rows // SLICE_STEP + count, step.num_kv_heads),
         Rows.of(keys),
         Rows.of(values),
         step.key,

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from logquant_vllm.kernels.arguments import Step, num_chunks
+from logquant_vllm.kernels.launcher import launch
 from logquant_vllm.kernels.store.feedback.codes import feedback_warps
 from logquant_vllm.kernels.store.feedback.launch import quantize_keys, takes_keys
 from logquant_vllm.kernels.store.group import copy_first_token, find_group, open_group
@@ -68,7 +69,9 @@ def quantize_pages(step: Step, feedback: Tensor | None = None) -> None:
         return
     fmt, gluon = step.layout.fmt, takes_keys(step, feedback)
     shares = None if gluon else feedback
-    quantize_kernel[(num_chunks(step.num_tokens, step.num_reqs, fmt.key_group_size), step.num_kv_heads)](
+    launch(
+        quantize_kernel,
+        (num_chunks(step.num_tokens, step.num_reqs, fmt.key_group_size), step.num_kv_heads),
         step.key,
         step.value,
         shares,
@@ -90,4 +93,4 @@ def update_window(step: Step) -> None:
         store_step(step, quantize=False, update=True)
     elif not step.is_empty:
         grid = (step.num_reqs, step.num_kv_heads, window_chunks(step.layout.fmt.head_size))
-        window_kernel[grid](step.key, step.value, step.cache, step.batch, LAYOUT=step.layout, num_warps=4)
+        launch(window_kernel, grid, step.key, step.value, step.cache, step.batch, LAYOUT=step.layout, num_warps=4)

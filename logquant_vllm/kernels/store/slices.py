@@ -6,6 +6,7 @@ head: whole words of codes, so no two programs write the same byte (or both the 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import triton
@@ -36,6 +37,7 @@ class SlicePlan:
     slices: int
 
     @classmethod
+    @functools.cache
     def of(cls, fmt: PageFormat, elements: int, *, keys: bool, feedback: bool) -> SlicePlan:
         """Slices of about ``elements`` elements.
 

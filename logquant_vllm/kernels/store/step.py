@@ -38,6 +38,7 @@ from logquant_vllm.kernels.cache import (
     window_row,
 )
 from logquant_vllm.kernels.decode.tile_scheduler import requests_bound
+from logquant_vllm.kernels.launcher import launch
 from logquant_vllm.kernels.store.feedback.codes import feedback_warps
 from logquant_vllm.kernels.store.feedback.launch import quantize_keys, takes_keys
 from logquant_vllm.kernels.store.group import open_group
@@ -193,7 +194,9 @@ def store_step(
     tasks = step.num_reqs * step.num_kv_heads * ((groups * plan.slices if plan else 0) + chunks)
     programs = (TASK_PROGRAMS if shares is None else FEEDBACK_PROGRAMS) * gpu.multiprocessors
     pdl = beside and gpu.dependent_launch
-    store_step_kernel[((step.num_reqs * queries if update else 0) + min(tasks, programs),)](
+    launch(
+        store_step_kernel,
+        ((step.num_reqs * queries if update else 0) + min(tasks, programs),),
         step.key,
         step.value,
         shares,

@@ -11,6 +11,7 @@ products are dealt out to them, and the weights of a page pass between them thro
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from triton.experimental import gluon
@@ -19,9 +20,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.architecture import Architecture
-from logquant_vllm.kernels.arguments import Member, Rows, Step
+from logquant_vllm.kernels.arguments import Member, Step
 from logquant_vllm.kernels.cache import Request, find_sink, load_header, open_header, page_row, read_lengths, window_row
-from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS, DecodeOutput
+from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS
 from logquant_vllm.kernels.decode.gluon.copies import block_of, copy_first_keys, load_blocks
 from logquant_vllm.kernels.decode.gluon.layouts import lanes, products
 from logquant_vllm.kernels.decode.gluon.pages import attend_pages
@@ -55,6 +56,7 @@ from logquant_vllm.kernels.decode.tile_scheduler import (
     write_schedule,
 )
 from logquant_vllm.kernels.decode.vectors import Vectors, split_head
+from logquant_vllm.kernels.launcher import Argument, launch
 
 
 def most_vectors(fmt: PageFormat) -> int:
@@ -73,6 +75,11 @@ def registers(architecture: Architecture, fmt: PageFormat, vectors: Vectors) -> 
     memory = memory_bytes(fmt, vectors)
     room = architecture.resident_programs(three, memory) > architecture.resident_programs(two, memory)
     return three if room else two
+
+
+@functools.cache
+def _options(architecture: Architecture, fmt: PageFormat, vectors: Vectors) -> dict[str, int]:
+    return {"num_warps": num_warps(fmt), "maxnreg": registers(architecture, fmt, vectors)}
 
 
 def resident_programs(architecture: Architecture, fmt: PageFormat, vectors: Vectors) -> int:
@@ -264,12 +271,14 @@ def decode_kernel(
             tile = open_tile(cache, batch, request, begin, count, LAYOUT)
 
 
-def launch(
-    step: Step, out: DecodeOutput, query: Rows, vectors: Vectors, qk_scale: float, programs: int, requests: int
+def attend(
+    step: Step, out: Argument, query: Argument, vectors: Vectors, qk_scale: float, programs: int, requests: int
 ) -> None:
-    """Launch :func:`decode_kernel`; ``requests`` is how many are looked at together."""
+    """Launch :func:`decode_kernel`, see ``decode.launch``; ``requests`` is how many are looked at together."""
     pdl = step.architecture.dependent_launch
-    decode_kernel[(programs,)](
+    launch(
+        decode_kernel,
+        (programs,),
         out,
         query,
         step.key,
@@ -283,7 +292,6 @@ def launch(
         ONE_LOOK=step.num_reqs <= requests,
         PDL=pdl,
         launch_pdl=pdl,
-        num_warps=num_warps(step.layout.fmt),
         num_stages=1,
-        maxnreg=registers(step.architecture, step.layout.fmt, vectors),
+        **_options(step.architecture, step.layout.fmt, vectors),
     )

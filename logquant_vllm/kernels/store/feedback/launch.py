@@ -18,6 +18,7 @@ from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.architecture import Architecture
 from logquant_vllm.kernels.arguments import Step, num_chunks
 from logquant_vllm.kernels.decode.tile_scheduler import requests_bound
+from logquant_vllm.kernels.launcher import launch
 from logquant_vllm.kernels.store.feedback.codes import check_feedback, feedback_warps
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
@@ -76,7 +77,9 @@ def quantize_keys(step: Step, feedback: Tensor | None) -> None:
     assert kernel is not None
     one_each = step.max_query_len <= fmt.key_group_size
     groups = step.num_reqs if one_each else num_chunks(step.num_tokens, step.num_reqs, fmt.key_group_size)
-    kernel.feedback_kernel[(min(groups * step.num_kv_heads, PROGRAMS * gpu.multiprocessors),)](
+    launch(
+        kernel.feedback_kernel,
+        (min(groups * step.num_kv_heads, PROGRAMS * gpu.multiprocessors),),
         step.key,
         feedback,
         step.cache,

@@ -10,6 +10,7 @@ from torch import Tensor
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.quantizer import Quantized, dequantized_zero
 from logquant_vllm.kernels.arguments import padded
+from logquant_vllm.kernels.launcher import launch
 from logquant_vllm.kernels.store.feedback.codes import choose_codes, feedback_warps
 
 MAX_TOKENS = 64  # of a program
@@ -67,7 +68,9 @@ def round_with_feedback(x: Tensor, q: Quantized, bits: int, feedback: Tensor, st
     fmt, scale = PageFormat(head_size, key_bits=bits), q.scale.float()
     codes = torch.zeros(len(fmt.key_planes), *x.shape, dtype=torch.int32, device=x.device)
     if x.numel():
-        round_kernel[(x.numel() // (group * head_size), -(-group // tokens))](
+        launch(
+            round_kernel,
+            (x.numel() // (group * head_size), -(-group // tokens)),
             codes,
             x.contiguous(),
             scale.contiguous(),
