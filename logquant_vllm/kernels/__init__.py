@@ -3,7 +3,7 @@
 =====================  ==============================  ========  =======================================================
 operation              file                            launches  which GPUs and formats
 =====================  ==============================  ========  =======================================================
-basis of q, k and v    ``rotate``                      1         all; ``combine`` takes outputs back
+basis of q, k and v    ``rotate``                      1         all; outputs back: ``combine``, prompts' here
 decode attention       ``decode.gluon.kernel``         2         ``decode.choice``: heads of 64 to 512 channels, 8-bit
                                                                  scales, groups of 64 and more
                        ``decode.triton_kernel``        2         all others, and the interpreter
@@ -18,9 +18,9 @@ read the past          ``prefill.gather``              1 a slice all; FlashAtten
 =====================  ==============================  ========  =======================================================
 
 ``operations`` has the names of ``core.operations``; ``step`` is all of a layer. Every launch takes the objects of
-``arguments``; device helpers shared by all lie in ``cache`` (requests, slots, pages), ``codes`` and ``scales``; what
-differs between GPUs is in ``architecture``. A slower kernel that serves for want of a faster one is logged once, with
-the reason, and shown by ``logquant-vllm doctor MODEL``.
+``arguments`` and goes through ``launcher``; device helpers shared by all lie in ``cache`` (requests, slots, pages),
+``codes`` and ``scales``; what differs between GPUs is in ``architecture``. A slower kernel that serves for want of a
+faster one is logged once, with the reason, and shown by ``logquant-vllm doctor MODEL``.
 
 A decode step overlaps its launches (programmatic dependent launch, from Hopper on); who waits for whom is written in
 ``docs/design.md`` and where each kernel waits.
