@@ -217,7 +217,7 @@ def test_a_tensor_that_is_on_no_gpu_is_left_to_the_launcher(kernel: Any) -> None
     assert launches[-1][1][9][0][0] is MEMORY
 
 
-@pytest.mark.parametrize("version", ["3.6", "3.8"])
+@pytest.mark.parametrize("version", [pytest.param("3.6", marks=pytest.mark.slow), "3.8"])
 def test_other_tritons(version: str) -> None:
     """All of the above, with the Tritons that vLLM has on GPUs."""
     if triton.__version__.startswith(f"{version}."):
