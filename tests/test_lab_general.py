@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,46 @@ def test_a_small_run(runner: Runner, tmp_path: Path) -> None:
     report = written.read_text()
     assert "![KL divergence against bytes per token](accuracy_demo.png)" in report
     assert "## prose after a prefix hit" in report and "| 2bit-token | 2.50 |" in report
+
+
+def test_runs_on_several_devices_are_one_summary(tmp_path: Path) -> None:
+    """Each figure keeps its device, what was measured again is the later's, and a summary can be joined once more."""
+
+    def result(device: str, tasks: list[tuple[str, int, float]], complete: bool = True) -> dict[str, Any]:
+        shape = {"method": "fp8", "metric": "KL divergence", "bytes_per_token": 128.0, "low": 0.001, "high": 0.02}
+        records = [
+            {**shape, "quantized_bits_per_element": 8, "count": 9, "task": task, "context": context, "value": value}
+            for task, context, value in tasks
+        ]
+        kept = {"logquant_vllm": "0", "torch": "2", "dtype": "bfloat16", "seconds": 2.0, "complete": complete}
+        return {"model": "m", "device": device, **kept, "records": records}
+
+    results = [
+        result("A", [("prose 1k", 1024, 0.01), ("prose 4k", 4096, 0.02)], complete=False),
+        result("B", [("prose 4k", 4096, 0.03), ("prose 7k", 7040, 0.04)]),
+        result("A", [("prose 1k", 1024, 0.05)]),
+    ]
+    paths = [tmp_path / f"{i}.json" for i in range(3)]
+    for path, one in zip(paths, results, strict=True):
+        path.write_text(json.dumps(one))
+    call = CliRunner().invoke(app, ["eval", "report", *map(str, paths[:2]), "--output", str(tmp_path), "--no-plots"])
+    assert call.exit_code == 0, call.output
+    joined = tmp_path / "accuracy_m.json"
+    call = CliRunner().invoke(app, ["eval", "report", str(joined), str(paths[2]), "--no-plots"])
+    assert call.exit_code == 0, call.output
+    found = json.loads(joined.read_text())
+    assert (found["device"], found["seconds"], found["complete"]) == ("A, B", 6.0, False)
+    assert {(r["device"], r["context"]): r["kl"] for r in found["records"]} == {
+        ("A", 1024): 0.05,
+        ("A", 4096): 0.02,
+        ("B", 4096): 0.03,
+        ("B", 7040): 0.04,
+    }
+    report = (tmp_path / "accuracy_m.md").read_text()
+    assert "A: 9 items at 1,024 tokens, 9 items at 4,096 tokens." in report and "0.0400 (0.0010 to 0.0200)" in report
+    paths[2].write_text(json.dumps({**results[2], "model": "other"}))
+    call = CliRunner().invoke(app, ["eval", "report", *map(str, paths), "--no-plots"])
+    assert call.exit_code != 0 and "several models" in call.output
 
 
 def test_names() -> None:

@@ -73,7 +73,7 @@ def evaluate(
         if not result["complete"]:
             typer.echo("time is up: the results are partial")
         typer.echo(f"wrote {path}")
-        _report(result, output, plots)
+        _report([result], output, plots)
 
 
 def _with_progress(
@@ -120,15 +120,18 @@ def _served(base_url: str, directory: str, tasks: list[Task], count: int | None,
     )
 
 
-def _report(result: dict[str, Any], output: Path, plots: bool) -> None:
+def _report(results: list[dict[str, Any]], output: Path, plots: bool) -> None:
     """Of a model's own tasks a table and a plot of each; of what any model is asked, also all of it in one."""
     from logquant_vllm.lab import summary
     from logquant_vllm.lab.report import write_report
 
-    name = result.get("model", "model")
-    found = summary.summarize(result, name)
-    general = bool(found["records"])
-    written = write_report(result, output, plots and not general)
+    name = results[0].get("model", "model")
+    found = summary.join([summary.summarize(result, result.get("model", "model")) for result in results])
+    general, alone = bool(found["records"]), len(results) == 1
+    if not (general or alone):
+        raise ValueError("the demo model's own tasks have a report for each result: give one")
+    # a summary has no records of one metric each
+    written = write_report(results[0], output, plots and not general) if alone and "plan" in results[0] else []
     if general:
         written += summary.write(found, output / f"accuracy_{name}", plots)
     for path in written:
@@ -137,15 +140,15 @@ def _report(result: dict[str, Any], output: Path, plots: bool) -> None:
 
 @app.command()
 def report(
-    result: Annotated[Path, typer.Argument(help="A result.json.")],
-    output: Annotated[Path | None, typer.Option(help="Directory; default: the result's own.")] = None,
+    results: Annotated[list[Path], typer.Argument(help="A result.json; several of one model become one table.")],
+    output: Annotated[Path | None, typer.Option(help="Directory; default: the first result's own.")] = None,
     plots: Annotated[bool, typer.Option(help="Draw plots, which needs matplotlib.")] = True,
 ) -> None:
-    """Write report.md and plots of a stored result, on any machine."""
+    """Write report.md and plots of a stored result, on any machine; of several runs of one model its table."""
     with user_errors():
         from logquant_vllm.lab.report import load
 
-        _report(load(result), result.parent if output is None else output, plots)
+        _report([load(path) for path in results], results[0].parent if output is None else output, plots)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -25,7 +25,13 @@ COLUMNS = ("kl", "agreement", "perplexity_ratio")
 
 
 def summarize(result: dict[str, Any], model: str) -> dict[str, Any]:
-    """The same figures, those of a task under one method together; ``intervals`` are of 95%."""
+    """The same figures, those of a task under one method together; ``intervals`` are of 95%.
+
+    Args:
+        result: if it is a summary, it stays as it is.
+    """
+    if any("intervals" in record for record in result["records"]):
+        return result
     rows: dict[tuple[str, int, str], Record] = {}
     for record in result["records"]:
         context, name = record.get("context"), NAMES.get(record["metric"])
@@ -41,6 +47,7 @@ def summarize(result: dict[str, Any], model: str) -> dict[str, Any]:
                 "task": task,
                 "context": context,
                 "count": record["count"],
+                "device": result["device"],
                 "intervals": {},
             },
         )
@@ -52,14 +59,37 @@ def summarize(result: dict[str, Any], model: str) -> dict[str, Any]:
     return {"model": model, **kept, "records": list(rows.values())}
 
 
+def join(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one model as one; what two of them measured alike on the same device is the later's.
+
+    Raises:
+        ValueError: if they are of several models.
+    """
+    first, models = summaries[0], {summary["model"] for summary in summaries}
+    if len(models) > 1:
+        raise ValueError(f"results of several models cannot be one report: {', '.join(sorted(models))}")
+    rows: dict[tuple[str, int, str, str], Record] = {}
+    for summary in summaries:
+        for record in summary["records"]:
+            device = record.get("device", summary["device"])
+            rows[record["task"], record["context"], record["method"], device] = {**record, "device": device}
+    return {
+        **first,
+        "device": ", ".join(dict.fromkeys(record["device"] for record in rows.values())),
+        "seconds": round(sum(summary["seconds"] for summary in summaries), 1),
+        "complete": all(summary["complete"] for summary in summaries),
+        "records": list(rows.values()),
+    }
+
+
 def _contexts(records: Sequence[Record]) -> list[int]:
     return sorted({record["context"] for record in records})
 
 
-def _by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
+def _by(key: str, records: Sequence[Record]) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
     for record in records:
-        found.setdefault(record["task"], []).append(record)
+        found.setdefault(record[key], []).append(record)
     return found
 
 
@@ -73,8 +103,9 @@ def _cell(record: Record | None, name: str) -> str:
         return ""
     low, high = record["intervals"][name]
     if name == "perplexity_ratio":
-        return f"{100 * (record[name] - 1):+.2f}%"
-    return f"{record[name]:.4f}" if name == "kl" else f"{record[name]:.3f} ({low:.2f} to {high:.2f})"
+        return f"{100 * (record[name] - 1):+.2f}% ({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f})"
+    digits = {"kl": 4, "tokens_alike": 1}.get(name, 3)
+    return f"{record[name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _table(records: Sequence[Record], columns: Sequence[str]) -> list[str]:
@@ -99,27 +130,31 @@ def markdown(summary: dict[str, Any], image: str | None = None) -> str:
         f"Device {summary['device']}, {summary['dtype']}, {summary['seconds']:.0f} s.",
         "",
         "KL divergence (nats), top-1 agreement and perplexity are against bfloat16 on the same texts.",
-        "Bytes are of one KV head and layer for one token, at the shortest context.",
+        "Intervals are of 95%. Bytes are of one KV head and layer for one token, at a table's shortest context.",
         "",
     ]
     if not summary["complete"]:
         lines += ["**Partial: the time limit ended the run; counts are what was finished.**", ""]
     if image:
         lines += [f"![KL divergence against bytes per token]({image})", ""]
-    for task, records in _by_task(summary["records"]).items():
+    for task, records in _by("task", summary["records"]).items():
         columns = [name for name in ("tokens_alike", *COLUMNS, "exact_match", "valid_json") if name in records[0]]
-        lines += [f"## {task}", ""]
         answers = [name for name in columns if name in ("exact_match", "valid_json")]
-        if answers and not telling(records, answers[0]):
-            lines += [f"bfloat16 gives fewer than {LEAST} of the answers: this says little of a cache.", ""]
-        counts = {record["context"]: record["count"] for record in records}
-        lines += [f"Items: {', '.join(f'{n} at {context:,} tokens' for context, n in counts.items())}.", ""]
-        lines += _table(records, columns)
+        lines += [f"## {task}", ""]
+        for device, ours in _by("device", records).items():
+            counts = {record["context"]: record["count"] for record in ours}
+            items = ", ".join(f"{n} items at {context:,} tokens" for context, n in counts.items())
+            lines += [f"{device}: {items}.", ""]
+            if answers and not telling(ours, answers[0]):
+                lines += [f"bfloat16 gives fewer than {LEAST} of the answers: this says little of a cache.", ""]
+            lines += _table(ours, columns)
     return "\n".join(lines)
 
 
 def plot(summary: dict[str, Any], path: Path) -> bool:
     """KL divergence against bytes per token, a panel for each kind of text; False without any.
+
+    A curve's points are its contexts.
 
     Raises:
         ValueError: if matplotlib is not installed.
@@ -128,18 +163,19 @@ def plot(summary: dict[str, Any], path: Path) -> bool:
 
     found = {
         task: [r for r in records if r["method"] != "bf16"]
-        for task, records in _by_task(summary["records"]).items()
+        for task, records in _by("task", summary["records"]).items()
         if "kl" in records[0] and "tokens_alike" not in records[0]
     }
     if not found:
         return False
     figure = new_figure(3.6 * len(found), 4.6)
     panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    methods = dict.fromkeys(r["method"] for records in found.values() for r in records)
     for axes, (task, records) in zip(panels, found.items(), strict=True):
-        for i, method in enumerate(dict.fromkeys(r["method"] for r in records)):
-            ours = sorted((r for r in records if r["method"] == method), key=lambda r: r["context"])
-            x, y = [r["bytes_per_token"] for r in ours], [r["kl"] for r in ours]
-            axes.plot(x, y, marker="osv^DPX*"[i % 8], markersize=4, linewidth=1, label=method)
+        for i, method in enumerate(methods):
+            ours = {r["context"]: r for r in records if r["method"] == method}  # of several devices the last one's
+            x, y = ([ours[n][key] for n in sorted(ours)] for key in ("bytes_per_token", "kl"))
+            axes.plot(x, y, f"{'osv^DPX*'[i % 8]}-C{i % 10}", markersize=4, linewidth=1, label=method)
         axes.set(title=task, xlabel="bytes per token", xlim=(0, None), yscale="log")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("KL divergence from bfloat16")
