@@ -25,7 +25,9 @@ PAGES = {
 }
 """Files outside of ``docs/`` that are pages."""
 
-LINK = re.compile(r"(?<!\!)\[([^\]\[]+)\]\(([^)\s]+)\)|(\!\[[^\]]*\])\(([^)\s]+)\)")
+CODE = r"(?<!`)(`+)(?!`)(?s:.*?)(?<!`)\1(?!`)"
+"""Which may look like a link."""
+LINK = re.compile(CODE + r"|(?<!\!)\[([^\]\[]+)\]\(([^)\s]+)\)|(\!\[[^\]]*\])\(([^)\s]+)\)")
 
 
 def options() -> str:
@@ -144,7 +146,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         raise ValueError(f"{origin} links to {link}: there is no {found}")
 
     def rewrite(match: re.Match[str]) -> str:
-        text, link, image, source = match.groups()
+        code, text, link, image, source = match.groups()
+        if code:
+            return match.group()
         to = target(link or source)
         if image:
             return f"{image}({to})"
