@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,29 @@ def test_other_platforms_are_refused(name: str, tmp_path: Path, monkeypatch: pyt
         ValueError, match=f"the platform is {name.lower()}: use a CUDA GPU or a CPU, or --kv-cache-dtype"
     ):
         validation.validate_config(config)
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_heads_of_512_channels_want_flash_attention_4(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others, which vLLM names, end at the first prompt."""
+    from vllm.platforms.interface import Platform, PlatformEnum
+    from vllm.v1.attention.backends import fa_utils
+
+    from logquant_vllm.plugin import validation
+
+    class Gpu(Platform):
+        _enum = PlatformEnum.CUDA
+        device_name = "cuda"
+
+    configs = [create_config(write_config(tmp_path / str(n), head_dim=n)) for n in (256, 512)]
+    monkeypatch.setattr(validation, "current_platform", Gpu())
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **_: version)
+    validation.validate_config(configs[0])
+    refused = pytest.raises(ValueError, match=r"no FlashAttention for heads of 512 channels on this GPU.*: use --kv")
+    with contextlib.nullcontext() if version == 4 else refused:
+        validation.validate_config(configs[1])
 
 
 def test_other_dtypes_are_untouched(tmp_path: Path) -> None:

@@ -34,6 +34,20 @@ def _merge(output: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) ->
     return merged
 
 
+def flash_attention_version(head_size: int) -> int | None:
+    """vLLM's FlashAttention for such heads on this GPU: only version 4 takes more than 256 channels, though vLLM names
+    others for them."""
+    from vllm.v1.attention.backends import fa_utils
+
+    version: int | None = fa_utils.get_flash_attn_version(head_size=head_size)
+    return None if version is not None and version < 4 and head_size > 256 else version
+
+
+def no_flash_attention(head_size: int) -> str:
+    """What to say where there is none."""
+    return f"vLLM has no FlashAttention for heads of {head_size} channels on this GPU, which reads prompts"
+
+
 def flash_attention(head_size: int, max_num_seqs: int, softcap: float = 0.0) -> DenseAttention:
     """vLLM's FlashAttention for this GPU.
 
@@ -45,12 +59,9 @@ def flash_attention(head_size: int, max_num_seqs: int, softcap: float = 0.0) -> 
     """
     from vllm.v1.attention.backends import fa_utils
 
-    version = fa_utils.get_flash_attn_version(head_size=head_size)
+    version = flash_attention_version(head_size)
     if version is None:
-        raise ValueError(
-            f"vLLM has no FlashAttention for heads of {head_size} channels on this GPU, which reads prompts: "
-            "use --kv-cache-dtype auto"
-        )
+        raise ValueError(f"{no_flash_attention(head_size)}: use --kv-cache-dtype auto")
 
     def attend(**arguments: Any) -> Any:
         return fa_utils.flash_attn_varlen_func(**arguments, fa_version=version, return_softmax_lse=True)

@@ -19,7 +19,7 @@ from logquant_vllm import calibration
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig, unsupported_head_size
 from logquant_vllm.core.budget import num_places
 from logquant_vllm.planning import ALIKE, LINEAR, MAMBA, MAMBA2, state_kinds
-from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE
+from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE, prefill
 from logquant_vllm.plugin.model import SLIDING_WINDOW, has_other_kinds, shape_of, skipped_layers, where
 from logquant_vllm.plugin.offload import connector_problems
 from logquant_vllm.plugin.specs import WindowSpec
@@ -126,6 +126,8 @@ def _model_problems(model: Any, config: LogQuantConfig) -> Iterator[str]:
     if head_size not in HEAD_SIZES:
         yield f"{unsupported_head_size(head_size)}: {FALLBACK}"
         return
+    if head_size > 256 and current_platform.is_cuda() and prefill.flash_attention_version(head_size) is None:
+        yield f"{prefill.no_flash_attention(head_size)}: {FALLBACK}"
     try:
         config.layout(head_size)
         path = calibration.find(config, *where(model))
