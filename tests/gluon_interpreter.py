@@ -230,6 +230,7 @@ def stand_in(late: bool) -> dict[str, ModuleType]:
     for name in ("uint16", "int8", "int32", "int64", "float16", "bfloat16", "float32", "pointer_type"):
         setattr(language, name, getattr(tl, name))
     language.constexpr = lambda x: x if isinstance(x, (int, float)) else tl.constexpr(x)
+    language.tuple = tuple
     language.arange = lambda first, end, layout: tl.arange(*map(number, (first, end)))
     language.zeros = lambda shape, dtype, layout: tl.zeros([*map(number, shape)], dtype)
     language.full = lambda shape, value, dtype, layout: tl.full([*map(number, shape)], value, dtype)

@@ -172,10 +172,7 @@ def store_tile(out, sums, tile, block, begin, TILE: gl.constexpr, VECTORS: gl.co
     weight = of_columns(weight * share_of_column, False, COLUMNS)
     inverse = gl.where(weight == 0.0, 0.0, (WEIGHT_UNIT / PRODUCT_UNIT) / weight) * share_of_column
     lse = highest + gl.log2(gl.where(weight == 0.0, 1.0, weight / WEIGHT_UNIT))
-    GROUPS: gl.constexpr = FMT.value_groups
-    groups = ()
-    for group in gl.static_range(GROUPS):
-        groups += (sum_columns(sums.acc[group][TILE] * inverse[None, :], COLUMNS),)
+    groups = [sum_columns(tiles[TILE] * inverse[None, :], COLUMNS) for tiles in sums.acc]
     BY_HEAD: gl.constexpr = gl.SliceLayout(0, products(gl.num_warps()))
     index = index_columns(TILE, VECTORS, FMT, BY_HEAD)
     token, head, exist = place(index, block, VECTORS)

@@ -14,7 +14,7 @@ from logquant_vllm.kernels.cache import read_from_page
 from logquant_vllm.kernels.decode.gluon.copies import key_tile
 from logquant_vllm.kernels.decode.gluon.factors import load_left, load_right
 from logquant_vllm.kernels.decode.gluon.layouts import products, right
-from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector, key_channels
+from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector, key_channels, up_to
 from logquant_vllm.kernels.decode.gluon.state import no_products, raise_maxima
 from logquant_vllm.kernels.decode.gluon.thirds import load_thirds
 from logquant_vllm.kernels.decode.gluon.tiles import (
@@ -24,7 +24,7 @@ from logquant_vllm.kernels.decode.gluon.tiles import (
     lane_maxima,
     left_operand,
     load_words,
-    move_all,
+    move_words,
     multiply_left,
     multiply_pairs,
     peak_bits,
@@ -44,6 +44,12 @@ EXACT_LIMIT = gl.constexpr(0x5000)  # 2**5: WEIGHT_UNIT
 
 
 @gluon.jit
+def load_queries(queries, tile: gl.constexpr, chunk: gl.constexpr):
+    """A tile's queries of 32 channels, as two steps of right operands."""
+    return row_steps(queries.index(tile).slice(32 * chunk, 32).load(right(gl.num_warps())))
+
+
+@gluon.jit
 def scale_queries(queries, key_scales, first: gl.constexpr, chunk: gl.constexpr):
     """The queries of 32 channels times the keys' scales, whose quads begin at ``first``: for each tile two steps of
     right operands."""
@@ -51,7 +57,7 @@ def scale_queries(queries, key_scales, first: gl.constexpr, chunk: gl.constexpr)
     even, odd = load_right(key_scales, first + chunk)
     rights = ()
     for tile in gl.static_range(TILES):
-        q = row_steps(queries.index(tile).slice(32 * chunk, 32).load(right(gl.num_warps())))
+        q = load_queries(queries, tile, chunk)
         rights += ((multiply_pairs(q[0], even), multiply_pairs(q[1], odd)),)
     return rights
 
@@ -62,7 +68,7 @@ def load_rows(memory, first: gl.constexpr, COUNT: gl.constexpr, FMT: gl.constexp
     PLANES: gl.constexpr = FMT.key_planes
     BITS: gl.constexpr = FMT.key_planes[0].bits
     words = load_words(key_tile(memory, FMT).slice(first, COUNT))
-    return words, move_all(words, BITS), load_thirds(memory, 0, first, COUNT, 1, PLANES)
+    return words, [move_words(x, BITS) for x in words], load_thirds(memory, 0, first, COUNT, 1, PLANES)
 
 
 @gluon.jit
@@ -91,20 +97,13 @@ def group_scores(memory, group: gl.constexpr, COLUMNS: gl.constexpr, FMT: gl.con
     # with columns of their own, scales of both groups lie together
     SCALES: gl.constexpr = 0 if COLUMNS == 2 else group * CHUNKS
     AT_ONCE: gl.constexpr = max(16 * gl.num_warps(), 32)
-    rows, blocks = (), ()
-    for i in gl.static_range(GROUP // AT_ONCE):
-        rows += (load_rows(memory, group * GROUP + AT_ONCE * i, AT_ONCE, FMT),)
-        blocks += (no_products(TILES, AT_ONCE),)
+    turns, tiles = up_to(GROUP // AT_ONCE), up_to(TILES)
+    rows = [load_rows(memory, group * GROUP + AT_ONCE * turn, AT_ONCE, FMT) for turn in turns]
+    blocks = [no_products(TILES, AT_ONCE) for _ in turns]
     for chunk in gl.static_range(CHUNKS):
         rights = scale_queries(memory.queries, memory.key_scales, SCALES, chunk)
         blocks = add_channels(blocks, rows, rights, chunk, BITS)
-    scores = ()
-    for tile in gl.static_range(TILES):
-        of_tile = ()
-        for i in gl.static_range(len(blocks)):
-            of_tile += (blocks[i][tile],)
-        scores += (stack(of_tile),)
-    return scores
+    return [stack([block[tile] for block in blocks]) for tile in tiles]
 
 
 @gluon.jit
@@ -114,11 +113,8 @@ def part_scores(memory, part: gl.constexpr, COLUMNS: gl.constexpr, FMT: gl.const
     if COLUMNS == 1:
         return scores
     else:
-        last = group_scores(memory, 1, COLUMNS, FMT)
-        both = ()
-        for tile in gl.static_range(len(scores)):
-            both += (take_columns(scores[tile], last[tile]),)
-        return both
+        last, tiles = group_scores(memory, 1, COLUMNS, FMT), up_to(len(scores))
+        return [take_columns(scores[tile], last[tile]) for tile in tiles]
 
 
 @gluon.jit
@@ -129,7 +125,7 @@ def zero_scores(memory, unit, COLUMNS: gl.constexpr, FMT: gl.constexpr):
     for tile in gl.static_range(TILES):
         offsets = gl.zeros((16, 8), gl.float32, products(gl.num_warps()))
         for chunk in gl.static_range(key_channels(FMT) // 32):
-            q = row_steps(memory.queries.index(tile).slice(32 * chunk, 32).load(right(gl.num_warps())))
+            q = load_queries(memory.queries, tile, chunk)
             offsets = mma_v2(load_left(memory.key_zeros, 2 * chunk), q[0], offsets)
             offsets = mma_v2(load_left(memory.key_zeros, 2 * chunk + 1), q[1], offsets)
         first, last = halves_of(offsets)
@@ -152,20 +148,16 @@ def without_copied(scores, page, part: gl.constexpr, end, request, COLUMNS: gl.c
     column = gl.arange(0, 8, layout=gl.SliceLayout(0, products(gl.num_warps())))[None, :] % COLUMNS
     position = token_rows(page * LAYOUT.fmt.page_size, GROUP)[:, None] + column * GROUP
     valid = read_from_page(position + part * GROUP, end, request, LAYOUT)
-    masked = ()
-    for tile in gl.static_range(len(scores)):
-        masked += (gl.where(valid, scores[tile], float("-inf")),)
-    return masked
+    return [gl.where(valid, x, float("-inf")) for x in scores]
 
 
 @gluon.jit
 def weigh(scores, factor, shifts, maximum):
-    """float16 weights of a part's tiles relative to ``maximum``."""
-    weights = ()
-    for tile in gl.static_range(len(scores)):
-        shift = shifts[tile] + (LOG_WEIGHT_UNIT - maximum[tile])
-        weights += (exp2(scale_and_shift(scores[tile], factor, shift)).to(gl.float16),)
-    return weights
+    """float16 weights of all parts and tiles relative to ``maximum``."""
+    parts, tiles = up_to(len(scores)), up_to(len(maximum))
+    above = [LOG_WEIGHT_UNIT - x for x in maximum]
+    shifted = [[scale_and_shift(scores[i][t], factor, shifts[i][t] + above[t]) for t in tiles] for i in parts]
+    return [[exp2(x).to(gl.float16) for x in part] for part in shifted]
 
 
 @gluon.jit
@@ -181,26 +173,12 @@ def highest_scores(scores, factor, shifts):
 
 
 @gluon.jit
-def references(maximum):
-    """:func:`tiles.reference_of` of each tile."""
-    found = ()
-    for tile in gl.static_range(len(maximum)):
-        found += (reference_of(maximum[tile]),)
-    return found
-
-
-@gluon.jit
 def capped(scores, factor, shifts, CAP: gl.constexpr):
     """Scores of all parts, capped in units of log2; and what brings them there."""
-    parts, none = (), ()
-    for part in gl.static_range(len(scores)):
-        tiles, zeros = (), ()
-        for tile in gl.static_range(len(scores[part])):
-            tiles += (cap_scores(scale_and_shift(scores[part][tile], factor, shifts[part][tile]), CAP),)
-            zeros += (shifts[part][tile] * 0.0,)
-        parts += (tiles,)
-        none += (zeros,)
-    return parts, 1.0, none
+    parts, tiles = up_to(len(scores)), up_to(len(scores[0]))
+    in_log2 = [[scale_and_shift(scores[i][t], factor, shifts[i][t]) for t in tiles] for i in parts]
+    none = [[x * 0.0 for x in part] for part in shifts]
+    return [[cap_scores(x, CAP) for x in part] for part in in_log2], 1.0, none
 
 
 @gluon.jit
@@ -216,29 +194,15 @@ def page_scores(memory, place, factor, shifts, VECTORS: gl.constexpr, LAYOUT: gl
     """
     FMT: gl.constexpr = LAYOUT.fmt
     COLUMNS: gl.constexpr = columns_of_vector(VECTORS, FMT)
-    PARTS: gl.constexpr = FMT.groups_per_page // COLUMNS
     CAP: gl.constexpr = VECTORS.softcap
     page, overlaid, end, request = place
-    scores = ()
-    for part in gl.static_range(PARTS):
-        scores += (part_scores(memory, part, COLUMNS, FMT),)
+    parts = up_to(FMT.groups_per_page // COLUMNS)
+    scores = [part_scores(memory, part, COLUMNS, FMT) for part in parts]
     if CAP > 0:
         scores, factor, shifts = capped(scores, factor, shifts, CAP)
     if overlaid:
-        masked = ()
-        for part in gl.static_range(PARTS):
-            masked += (without_copied(scores[part], page, part, end, request, COLUMNS, LAYOUT),)
-        scores = masked
+        scores = [without_copied(scores[i], page, i, end, request, COLUMNS, LAYOUT) for i in parts]
     return scores, factor, shifts
-
-
-@gluon.jit
-def weigh_all(scores, factor, shifts, maximum):
-    """:func:`weigh` of all parts."""
-    weights = ()
-    for part in gl.static_range(len(scores)):
-        weights += (weigh(scores[part], factor, shifts[part], maximum),)
-    return weights
 
 
 @gluon.jit
@@ -255,17 +219,8 @@ def weigh_page(sums, memory, place, units, limit, VECTORS: gl.constexpr, LAYOUT:
     shifts = zero_scores(memory, zero_unit, columns_of_vector(VECTORS, FMT), FMT)
     scores, factor, shifts = page_scores(memory, place, factor, shifts, VECTORS, LAYOUT)
     # weights relative to the references as they are; with none yet they are infinite or NaN
-    weights = weigh_all(scores, factor, shifts, sums.maximum)
-    if peak_bits(one_after_another(weights)) > limit:
+    weights = weigh(scores, factor, shifts, sums.maximum)
+    if peak_bits(weights[0] if len(weights) == 1 else weights[0] + weights[1]) > limit:
         sums = raise_maxima(sums, highest_scores(scores, factor, shifts))
-        weights = weigh_all(scores, factor, shifts, references(sums.maximum))
+        weights = weigh(scores, factor, shifts, [reference_of(x) for x in sums.maximum])
     return sums, weights
-
-
-@gluon.jit
-def one_after_another(tuples):
-    """All elements of a tuple of tuples."""
-    elements = ()
-    for i in gl.static_range(len(tuples)):
-        elements += tuples[i]
-    return elements

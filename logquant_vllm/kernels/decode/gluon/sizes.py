@@ -8,9 +8,16 @@ never padded; two groups of their channels are a *pair*, as the rows of one matr
 from __future__ import annotations
 
 from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 COLUMNS_OF_TILE = 8  # of a matrix instruction
 CHANNELS_OF_WARP = 128
+
+
+@gluon.constexpr_function
+def up_to(n):
+    """The numbers below ``n`` as a tuple, to make another of: assigned to a name first, it can be gone through."""
+    return gl.tuple([gl.constexpr(i) for i in range(n)])
 
 
 @gluon.constexpr_function

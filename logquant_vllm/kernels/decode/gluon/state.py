@@ -20,6 +20,7 @@ from logquant_vllm.kernels.decode.gluon.sizes import (
     num_warps,
     padded,
     third_bits_bytes,
+    up_to,
     value_groups,
     window_rows,
 )
@@ -113,43 +114,30 @@ def allocate(VECTORS: gl.constexpr, FMT: gl.constexpr):
 @gluon.jit
 def no_products(TILES: gl.constexpr, ROWS: gl.constexpr):
     """Sums of nothing, of ``ROWS`` rows for each tile."""
-    sums = ()
-    for _ in gl.static_range(TILES):
-        sums += (gl.zeros((ROWS, 8), gl.float32, products(gl.num_warps())),)
-    return sums
+    tiles = up_to(TILES)
+    return [gl.zeros((ROWS, 8), gl.float32, products(gl.num_warps())) for _ in tiles]
 
 
 @gluon.jit
 def no_sums(TILES: gl.constexpr, FMT: gl.constexpr):
     """:class:`Sums` over nothing."""
-    GROUPS: gl.constexpr = FMT.value_groups
-    acc, totals, maximum = (), (), ()
-    for group in gl.static_range(GROUPS):
-        acc += (no_products(TILES, group_channels(FMT, group)),)
-    for _ in gl.static_range(num_pairs(FMT)):
-        totals += (no_products(TILES, 16),)
-    for _ in gl.static_range(TILES):
-        maximum += (gl.full((8, 8), float("-inf"), gl.float32, by_lanes(gl.num_warps())),)
-    return Sums(acc, totals, maximum)
+    groups, pairs, tiles = up_to(FMT.value_groups), up_to(num_pairs(FMT)), up_to(TILES)
+    acc = [no_products(TILES, group_channels(FMT, group)) for group in groups]
+    totals = [no_products(TILES, 16) for _ in pairs]
+    return Sums(acc, totals, [gl.full((8, 8), float("-inf"), gl.float32, by_lanes(gl.num_warps())) for _ in tiles])
 
 
 @gluon.jit
 def scale_all(sums, decay):
     """Products ``[rows, 8]`` of some rows for each tile times ``decay``, one for each tile."""
-    scaled = ()
-    for i in gl.static_range(len(sums)):
-        tiles = ()
-        for tile in gl.static_range(len(decay)):
-            tiles += (scale_rows(sums[i][tile], decay[tile]),)
-        scaled += (tiles,)
-    return scaled
+    tiles = up_to(len(decay))
+    return [[scale_rows(of_rows[tile], decay[tile]) for tile in tiles] for of_rows in sums]
 
 
 @gluon.jit
 def raise_maxima(sums, highest):
     """``sums`` relative to maxima that leave HEADROOM above the scores ``highest``: ``[8, 8]`` by lane of each tile."""
-    maximum, decay = (), ()
-    for tile in gl.static_range(len(highest)):
-        maximum += (gl.maximum(sums.maximum[tile], column_maxima(highest[tile]) + HEADROOM),)
-        decay += (exp2(sums.maximum[tile] - reference_of(maximum[tile])),)
+    tiles = up_to(len(highest))
+    maximum = [gl.maximum(sums.maximum[tile], column_maxima(highest[tile]) + HEADROOM) for tile in tiles]
+    decay = [exp2(sums.maximum[tile] - reference_of(maximum[tile])) for tile in tiles]
     return Sums(scale_all(sums.acc, decay), scale_all(sums.totals, decay), maximum)

@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from logquant_vllm.kernels.decode.gluon.layouts import by_lanes, left, products, right, row_blocks, words_layout
+from logquant_vllm.kernels.decode.gluon.sizes import up_to
 
 CODE_UNIT = gl.constexpr(2.0**24)  # one over the smallest float16
 
@@ -82,15 +83,6 @@ def move_words(words, BITS: gl.constexpr):
 
 
 @gluon.jit
-def move_all(words, BITS: gl.constexpr):
-    """:func:`move_words` of a tuple."""
-    moved = ()
-    for i in gl.static_range(len(words)):
-        moved += (move_words(words[i], BITS),)
-    return moved
-
-
-@gluon.jit
 def left_operand(words, moved, thirds, step: gl.constexpr, BITS: gl.constexpr):
     """Codes ``[rows, 16]`` of one step, in the matrix unit's registers, of :func:`load_words`."""
     PARTS: gl.constexpr = len(words)
@@ -120,12 +112,9 @@ def stack(rows):
     if len(rows) == 1:
         return rows[0]
     else:
-        pairs = ()
-        for i in gl.static_range(len(rows) // 2):
-            pairs += (
-                gl.convert_layout(on_top(rows[2 * i], rows[2 * i + 1]), rows[0].type.layout, assert_trivial=True),
-            )
-        return stack(pairs)
+        evens = up_to(len(rows) // 2)
+        pairs = [on_top(rows[2 * i], rows[2 * i + 1]) for i in evens]
+        return stack([gl.convert_layout(x, rows[0].type.layout, assert_trivial=True) for x in pairs])
 
 
 @gluon.jit
@@ -151,10 +140,8 @@ def multiply_pairs(a, b):
 @gluon.jit
 def multiply_left(left, rights, step: gl.constexpr, sums):
     """Products of one left operand with a step of each tile's right operands, added to ``sums``; tuples of tiles."""
-    added = ()
-    for tile in gl.static_range(len(sums)):
-        added += (mma_v2(left, rights[tile][step], sums[tile]),)
-    return added
+    tiles = up_to(len(sums))
+    return [mma_v2(left, rights[tile][step], sums[tile]) for tile in tiles]
 
 
 # -- arithmetic -------------------------------------------------------------------------------------------------------

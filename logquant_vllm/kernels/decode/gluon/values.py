@@ -10,7 +10,7 @@ from logquant_vllm.kernels.decode.gluon.copies import value_tile
 from logquant_vllm.kernels.decode.gluon.factors import load_left, load_right
 from logquant_vllm.kernels.decode.gluon.layouts import products, right
 from logquant_vllm.kernels.decode.gluon.scales import LOG_PRODUCT_UNIT, SCALE_UNIT
-from logquant_vllm.kernels.decode.gluon.sizes import group_channels, num_pairs, paired
+from logquant_vllm.kernels.decode.gluon.sizes import group_channels, num_pairs, paired, up_to
 from logquant_vllm.kernels.decode.gluon.state import Sums
 from logquant_vllm.kernels.decode.gluon.thirds import load_thirds
 from logquant_vllm.kernels.decode.gluon.tiles import (
@@ -20,7 +20,7 @@ from logquant_vllm.kernels.decode.gluon.tiles import (
     halves_of,
     left_operand,
     load_words,
-    move_all,
+    move_words,
     multiply_left,
     multiply_pairs,
     on_top,
@@ -99,10 +99,8 @@ def value_step(step, fmt):
 @gluon.jit
 def multiply_scaled(left, rights, step: gl.constexpr, scales, sums):
     """:func:`tiles.multiply_left` with a step of right operands times ``scales``."""
-    added = ()
-    for tile in gl.static_range(len(sums)):
-        added += (mma_v2(left, multiply_pairs(rights[tile][step], scales), sums[tile]),)
-    return added
+    tiles = up_to(len(sums))
+    return [mma_v2(left, multiply_pairs(rights[tile][step], scales), sums[tile]) for tile in tiles]
 
 
 @gluon.jit
@@ -114,7 +112,7 @@ def add_values(acc, memory, rights, group: gl.constexpr, FMT: gl.constexpr):
     FIRST: gl.constexpr = group * FMT.value_group_size
     COUNT: gl.constexpr = group_channels(FMT, group)
     words = load_words(value_tile(memory, FMT).slice(FIRST, COUNT))
-    moved = move_all(words, BITS)
+    moved = [move_words(x, BITS) for x in words]
     thirds = load_thirds(memory, 1, FIRST, COUNT, FMT.groups_per_page, PLANES)
     for chunk in gl.static_range(CHUNKS):
         even, odd = load_right(memory.value_scales, group * CHUNKS + chunk)
@@ -140,18 +138,12 @@ def add_page(sums, memory, weights, COLUMNS: gl.constexpr, FMT: gl.constexpr):
     """``sums`` with a page's values, by their weights."""
     if gl.num_warps() > 1:
         pass_weights(memory, weights, FMT)
-    rights, unscaled = (), ()
-    for tile in gl.static_range(len(weights[0])):
-        both = right_steps(memory, weights, tile, COLUMNS, FMT)
-        rights += (both[0],)
-        unscaled += (both[1],)
+    tiles, pairs, groups = up_to(len(weights[0])), up_to(num_pairs(FMT)), up_to(FMT.value_groups)
+    steps = [right_steps(memory, weights, tile, COLUMNS, FMT) for tile in tiles]
+    rights, unscaled = [both[0] for both in steps], [both[1] for both in steps]
     async_copy.wait_group(1)
-    GROUPS: gl.constexpr = FMT.value_groups
-    totals, acc = (), ()
-    for pair in gl.static_range(num_pairs(FMT)):
-        totals += (add_weights(sums.totals[pair], unscaled, memory.value_zeros, pair, FMT),)
-    for group in gl.static_range(GROUPS):
-        acc += (add_values(sums.acc[group], memory, rights, group, FMT),)
+    totals = [add_weights(sums.totals[pair], unscaled, memory.value_zeros, pair, FMT) for pair in pairs]
+    acc = [add_values(sums.acc[group], memory, rights, group, FMT) for group in groups]
     return Sums(acc, totals, sums.maximum)
 
 
@@ -160,33 +152,22 @@ def begin_pages(sums, COLUMNS: gl.constexpr):
     """``sums`` in the units of pages. Rows of totals take the weights times the values' zeros too, in turn."""
     UNIT: gl.constexpr = 2.0 ** (LOG_PRODUCT_UNIT - LOG_WEIGHT_UNIT) / CODE_UNIT
     kind = gl.arange(0, 16, layout=gl.SliceLayout(1, products(gl.num_warps())))[:, None] % (2 * COLUMNS)
-    acc, totals = (), ()
-    for group in gl.static_range(len(sums.acc)):
-        tiles = ()
-        for tile in gl.static_range(len(sums.maximum)):
-            tiles += (sums.acc[group][tile] * UNIT,)
-        acc += (tiles,)
-    for pair in gl.static_range(len(sums.totals)):
-        tiles = ()
-        for tile in gl.static_range(len(sums.maximum)):
-            tiles += (gl.where(kind >= COLUMNS, sums.totals[pair][tile], 0.0),)
-        totals += (tiles,)
+    acc = [[x * UNIT for x in tiles] for tiles in sums.acc]
+    totals = [[gl.where(kind >= COLUMNS, x, 0.0) for x in tiles] for tiles in sums.totals]
     return Sums(acc, totals, sums.maximum)
+
+
+@gluon.jit
+def end_group(sums, group: gl.constexpr, tile: gl.constexpr, COLUMNS: gl.constexpr):
+    """Values of a group of channels, with their zeros."""
+    zeros = spread_rows(halves_of(sums.totals[group // 2][tile])[group % 2], 0, COLUMNS)
+    return scale_and_shift(sums.acc[group][tile], CODE_UNIT, zeros * SCALE_UNIT)
 
 
 @gluon.jit
 def end_pages(sums, COLUMNS: gl.constexpr):
     """``sums`` with the values' zeros added: values in PRODUCT_UNIT, totals as ``[8, 8]`` with equal rows."""
-    acc, totals = (), ()
-    for group in gl.static_range(len(sums.acc)):
-        tiles = ()
-        for tile in gl.static_range(len(sums.maximum)):
-            zeros = spread_rows(halves_of(sums.totals[group // 2][tile])[group % 2], 0, COLUMNS)
-            tiles += (scale_and_shift(sums.acc[group][tile], CODE_UNIT, zeros * SCALE_UNIT),)
-        acc += (tiles,)
-    for pair in gl.static_range(len(sums.totals)):
-        tiles = ()
-        for tile in gl.static_range(len(sums.maximum)):
-            tiles += (spread_rows(halves_of(sums.totals[pair][tile])[0], COLUMNS, COLUMNS),)
-        totals += (tiles,)
+    groups, tiles = up_to(len(sums.acc)), up_to(len(sums.maximum))
+    acc = [[end_group(sums, group, tile, COLUMNS) for tile in tiles] for group in groups]
+    totals = [[spread_rows(halves_of(x)[0], COLUMNS, COLUMNS) for x in pair] for pair in sums.totals]
     return Sums(acc, totals, sums.maximum)

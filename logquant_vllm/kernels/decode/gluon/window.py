@@ -10,7 +10,7 @@ from logquant_vllm.kernels.cache import compaction_due, find_hole, holds_copy, n
 from logquant_vllm.kernels.decode.gluon.copies import matrices, start_copies
 from logquant_vllm.kernels.decode.gluon.layouts import copy_layout, lanes, left, operand, whole
 from logquant_vllm.kernels.decode.gluon.queries import index_columns, place
-from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector, group_channels, padded, window_rows
+from logquant_vllm.kernels.decode.gluon.sizes import columns_of_vector, group_channels, padded, up_to, window_rows
 from logquant_vllm.kernels.decode.gluon.state import Sums, raise_maxima
 from logquant_vllm.kernels.decode.gluon.tiles import (
     LOG_WEIGHT_UNIT,
@@ -86,16 +86,11 @@ def slot_scores(memory, q, seen_from, block, scale, VECTORS: gl.constexpr, FMT: 
     blocks = ()
     for i in gl.static_range(BLOCKS):
         k = rows_of_step(memory, i).load(operand(0, WHOLE))
-        products = ()
-        for tile in gl.static_range(len(q)):
-            column = gl.convert_layout(q[tile], operand(1, WHOLE), assert_trivial=True)
-            products += (mma_v2(k, column, gl.zeros((16, 8), gl.float32, WHOLE)) * scale,)
-        blocks += (products,)
+        columns = [gl.convert_layout(x, operand(1, WHOLE), assert_trivial=True) for x in q]
+        blocks += ([mma_v2(k, x, gl.zeros((16, 8), gl.float32, WHOLE)) * scale for x in columns],)
     scores = ()
     for tile in gl.static_range(len(q)):
-        rows = ()
-        for i in gl.static_range(BLOCKS):
-            rows += (blocks[i][tile],)
+        rows = [products[tile] for products in blocks]
         token, _, _ = place(index_columns(tile, VECTORS, FMT, BY_HEAD), block, VECTORS)
         # one of a vector's columns attends to them
         own = gl.arange(0, 8, layout=BY_HEAD)[None, :] % columns_of_vector(VECTORS, FMT) == 0
@@ -106,9 +101,9 @@ def slot_scores(memory, q, seen_from, block, scale, VECTORS: gl.constexpr, FMT: 
 @gluon.jit
 def raise_references(sums, scores):
     """``sums``, of which no tile has a reference too far below the scores."""
-    highest, exceed = (), lane_maxima(scores[0]) - sums.maximum[0] > SLACK
-    for tile in gl.static_range(len(scores)):
-        highest += (lane_maxima(scores[tile]),)
+    highest = [lane_maxima(x) for x in scores]
+    exceed = highest[0] - sums.maximum[0] > SLACK
+    for tile in gl.static_range(1, len(scores)):
         exceed = exceed | (highest[tile] - sums.maximum[tile] > SLACK)
     if gl.max(gl.reshape(exceed.to(gl.int32), (64,)), 0) > 0:
         sums = raise_maxima(sums, highest)
@@ -116,21 +111,23 @@ def raise_references(sums, scores):
 
 
 @gluon.jit
+def load_channels(rows, group: gl.constexpr, FMT: gl.constexpr):
+    """A group of channels of 16 slots' values, as a left operand."""
+    channels = rows.slice(group * FMT.value_group_size, group_channels(FMT, group), 1)
+    return channels.permute((1, 0)).load(left(gl.num_warps()))
+
+
+@gluon.jit
 def add_slots(sums, memory, rights, FMT: gl.constexpr):
     """``sums`` with the values of slots, by their weights; the totals are those of the first pair."""
     STEPS: gl.constexpr = memory.shape[0] // 16
-    GROUPS: gl.constexpr = FMT.value_groups
-    counted, acc = sums.totals[0], sums.acc
+    groups, counted, acc = up_to(FMT.value_groups), sums.totals[0], sums.acc
     for step in gl.static_range(STEPS):
         counted = multiply_left(gl.full((16, 16), 1.0, rights[0][0].dtype, left(gl.num_warps())), rights, step, counted)
-        rows, added = rows_of_step(memory, step), ()
-        for group in gl.static_range(GROUPS):
-            v = rows.slice(group * FMT.value_group_size, group_channels(FMT, group), 1)
-            added += (multiply_left(v.permute((1, 0)).load(left(gl.num_warps())), rights, step, acc[group]),)
-        acc = added
-    totals = (counted,)
-    for pair in gl.static_range(1, len(sums.totals)):
-        totals += (sums.totals[pair],)
+        rows = rows_of_step(memory, step)
+        acc = [multiply_left(load_channels(rows, group, FMT), rights, step, acc[group]) for group in groups]
+    totals = [counted]
+    totals += sums.totals[1:]
     return Sums(acc, totals, sums.maximum)
 
 
