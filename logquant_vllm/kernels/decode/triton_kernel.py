@@ -9,15 +9,12 @@ A program takes its share of ``decode.tile_scheduler``. The tokens of this step 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 
 from logquant_vllm.core.page_format import PageFormat
-from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.kernels.architecture import Architecture
-from logquant_vllm.kernels.arguments import Rows, Step, copy_operand, next_power_of_2, padded
+from logquant_vllm.kernels.arguments import Rows, Step, copy_operand
 from logquant_vllm.kernels.cache import (
     compaction_due,
     holds_copy,
@@ -72,18 +69,7 @@ def load_copies(copies, offset, held, new_rows, is_new, channel, in_head):
 
 @triton.jit
 def attend_slots(
-    sums,
-    q,
-    token,
-    rows,
-    cache,
-    slots,
-    this,
-    table_row,
-    qk_scale,
-    VECTORS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    PLAN: tl.constexpr,
+    sums, q, token, rows, cache, slots, this, table_row, qk_scale, VECTORS: tl.constexpr, LAYOUT: tl.constexpr
 ):
     """``sums`` (maximum, total, and ``[channels, vectors]``) with the window's slots from ``slots[0]`` to ``slots[1]``.
 
@@ -95,7 +81,7 @@ def attend_slots(
     OPERAND: tl.constexpr = q.dtype
     maximum, total, acc = sums
     HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
-    CAP: tl.constexpr = PLAN.softcap
+    CAP: tl.constexpr = VECTORS.softcap
     channel = tl.arange(0, q.shape[0])
     in_head = channel < HEAD_SIZE
     due = compaction_due(this, LAYOUT)
@@ -132,8 +118,8 @@ def attend_groups(
     this,
     table_row,
     qk_scale,
+    VECTORS: tl.constexpr,
     LAYOUT: tl.constexpr,
-    PLAN: tl.constexpr,
 ):
     """``sums`` with the groups of tokens from ``groups[0]`` to ``groups[1]`` added, as their pages store them.
 
@@ -142,32 +128,18 @@ def attend_groups(
     """
     FMT: tl.constexpr = LAYOUT.fmt
     GROUP: tl.constexpr = FMT.key_group_size
-    CAP: tl.constexpr = PLAN.softcap
+    CAP: tl.constexpr = VECTORS.softcap
     maximum, total, acc = sums
     end = tl.where(this.live, pages_end(this, LAYOUT), 0)
     for group in range(groups[0], tl.minimum(groups[1], tl.cdiv(tl.maximum(end, 0), GROUP))):
         block = tl.load(table_row + group // FMT.groups_per_page)
         slab, in_page = page_slab(cache, block, kv_head, LAYOUT), group % FMT.groups_per_page
         valid = read_from_page(group * GROUP + tl.arange(0, GROUP), end, this, LAYOUT)
-        scores = group_scores(slab, in_page, query_row, vectors, qk_scale, FMT, PLAN)
-        scores = cap_scores(scores, CAP)
-        scores = tl.where(valid[:, None], scores, float("-inf"))
+        scores = group_scores(slab, in_page, query_row, vectors, qk_scale, FMT)
+        scores = tl.where(valid[:, None], cap_scores(scores, CAP), float("-inf"))
         maximum, total, weights, decay = softmax_step(scores, maximum, total)
-        acc = acc * decay[None, :] + group_output(slab, in_page, weights, valid, FMT, PLAN)
+        acc = acc * decay[None, :] + group_output(slab, in_page, weights, valid, FMT)
     return maximum, total, acc
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Padded sizes, powers of two."""
-
-    columns: int  # for the vectors of a block, at least 8
-    head_size: int
-    value_groups: int
-    operand: tl.dtype  # of the products with full-precision tokens
-    requests: int  # as ``index`` in tile_scheduler.find_share
-    one_look: bool
-    softcap: float  # of ``vectors.Vectors``
 
 
 @triton.jit
@@ -181,17 +153,19 @@ def decode_kernel(
     qk_scale,
     LAYOUT: tl.constexpr,
     VECTORS: tl.constexpr,  # vectors.Vectors
-    PLAN: tl.constexpr,
+    OPERAND: tl.constexpr,  # type of the products with full-precision tokens
+    REQUESTS: tl.constexpr,  # as ``index`` in tile_scheduler.find_share
+    ONE_LOOK: tl.constexpr,
 ):
     """One program for each share of all requests' KV blocks."""
     FMT: tl.constexpr = LAYOUT.fmt
     WINDOW_BLOCKS: tl.constexpr = count_window_blocks(LAYOUT)
-    COLUMNS: tl.constexpr = PLAN.columns
-    HEAD_PAD: tl.constexpr = PLAN.head_size
+    COLUMNS: tl.constexpr = max(triton.next_power_of_2(VECTORS.block), 8)
+    HEAD_PAD: tl.constexpr = max(triton.next_power_of_2(FMT.head_size), 16)
     program, heads = tl.program_id(0), cache.num_kv_heads * VECTORS.blocks
-    index = tl.arange(0, PLAN.requests)
-    schedule = make_schedule(batch, heads, tl.num_programs(0), index, LAYOUT, PLAN.one_look)
-    request, tile_head, block, count = find_share(batch, heads, program, schedule, index, LAYOUT, PLAN.one_look)
+    index = tl.arange(0, REQUESTS)
+    schedule = make_schedule(batch, heads, tl.num_programs(0), index, LAYOUT, ONE_LOOK)
+    request, tile_head, block, count = find_share(batch, heads, program, schedule, index, LAYOUT, ONE_LOOK)
     if program == tl.num_programs(0) - 1:  # no program takes fewer blocks
         write_schedule(out.row_starts, batch, heads, schedule, index, LAYOUT)
     column = tl.arange(0, COLUMNS)
@@ -208,7 +182,7 @@ def decode_kernel(
             exist = (column < VECTORS.block) & (vector < VECTORS.count) & (token < this.query_len)
             mask = (channel < FMT.head_size)[:, None] & exist[None, :]
             query_row, offset = query.data + start * query.stride, token * query.stride + head * query.head_stride
-            q = tl.load(query_row + channel[:, None] + offset[None, :], mask=mask, other=0.0).to(PLAN.operand)
+            q = tl.load(query_row + channel[:, None] + offset[None, :], mask=mask, other=0.0).to(OPERAND)
             maximum = tl.full((COLUMNS,), float("-inf"), tl.float32)
             sums = maximum, tl.zeros((COLUMNS,), tl.float32), tl.zeros((HEAD_PAD, COLUMNS), tl.float32)
             rows = (
@@ -220,12 +194,12 @@ def decode_kernel(
             end = end_of_slots(stop, VECTORS.queries, LAYOUT)
             slots = tl.where(block < WINDOW_BLOCKS, block * WINDOW_SLOTS, end), end
             table = window_row(cache, request)
-            sums = attend_slots(sums, q, token, rows, cache, slots, this, table, qk_scale, VECTORS, LAYOUT, PLAN)
+            sums = attend_slots(sums, q, token, rows, cache, slots, this, table, qk_scale, VECTORS, LAYOUT)
             first_page, end_page = tl.maximum(block - WINDOW_BLOCKS, 0), stop - WINDOW_BLOCKS
             groups = first_page * FMT.groups_per_page, end_page * FMT.groups_per_page
             vectors, page_blocks = (offset, exist), page_row(cache, request)
             maximum, total, acc = attend_groups(
-                sums, query_row, vectors, cache, kv_head, groups, this, page_blocks, qk_scale, LAYOUT, PLAN
+                sums, query_row, vectors, cache, kv_head, groups, this, page_blocks, qk_scale, VECTORS, LAYOUT
             )
             total = tl.where(total == 0.0, 1.0, total)
             acc, lse = acc / total[None, :], maximum + tl.log2(total)
@@ -256,19 +230,6 @@ def most_vectors(fmt: PageFormat) -> int:
     return MOST_VECTORS
 
 
-def plan(layout: CacheLayout, vectors: Vectors, operand: tl.dtype, requests: int, one_look: bool) -> Plan:
-    fmt = layout.fmt
-    return Plan(
-        padded(vectors.block, 8),
-        padded(fmt.head_size),
-        next_power_of_2(fmt.value_groups),
-        operand,
-        requests,
-        one_look,
-        vectors.softcap,
-    )
-
-
 def attend(
     step: Step,
     out: Argument,
@@ -291,7 +252,9 @@ def attend(
         qk_scale,
         LAYOUT=step.layout,
         VECTORS=vectors,
-        PLAN=plan(step.layout, vectors, copy_operand(step.dtype), requests, step.num_reqs <= requests),
+        OPERAND=copy_operand(step.dtype),
+        REQUESTS=requests,
+        ONE_LOOK=step.num_reqs <= requests,
         num_warps=1 if step.layout.fmt.head_size <= 128 else 2,
         num_stages=STAGES,
     )

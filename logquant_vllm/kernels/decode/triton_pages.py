@@ -10,8 +10,6 @@ Tokens, or channels, are on the rows of every product, query vectors on its few 
 A code is not even converted: masked in place within its word and read as float16 it is a subnormal,
 ``code * 2**(shift - 24)``, which the matrix units take exactly; the power of two goes into the other operand and into
 the float32 result. Codes in two planes are multiplied plane by plane.
-
-``PLAN`` is ``triton_kernel.Plan``.
 """
 
 from __future__ import annotations
@@ -48,20 +46,20 @@ def code_weight(slot, BITS: tl.constexpr):
 
 
 @triton.jit
-def group_scores(slab, group, query_row, vectors, qk_scale, FMT: tl.constexpr, PLAN: tl.constexpr):
+def group_scores(slab, group, query_row, vectors, qk_scale, FMT: tl.constexpr):
     """Scores ``[key_group_size, vectors]`` of one group of a page in units of log2.
 
     Args:
         query_row, vectors: as in :func:`plane_scores`.
     """
-    scores = plane_scores(slab, group, query_row, vectors, qk_scale, FMT, 0, PLAN)
+    scores = plane_scores(slab, group, query_row, vectors, qk_scale, FMT, 0)
     for p in tl.static_range(1, len(FMT.key_planes)):
-        scores += plane_scores(slab, group, query_row, vectors, qk_scale, FMT, p, PLAN)
+        scores += plane_scores(slab, group, query_row, vectors, qk_scale, FMT, p)
     return scores
 
 
 @triton.jit
-def plane_scores(slab, group, query_row, vectors, qk_scale, FMT: tl.constexpr, P: tl.constexpr, PLAN: tl.constexpr):
+def plane_scores(slab, group, query_row, vectors, qk_scale, FMT: tl.constexpr, P: tl.constexpr):
     """What one plane of a group's codes adds to the scores ``[key_group_size, vectors]``, the first one with the zeros.
 
     Args:
@@ -71,7 +69,7 @@ def plane_scores(slab, group, query_row, vectors, qk_scale, FMT: tl.constexpr, P
     offsets, exist = vectors
     PLANE: tl.constexpr = FMT.key_planes[P]
     PER_WORD: tl.constexpr = PLANE.slots
-    COLUMNS: tl.constexpr = PLAN.columns
+    COLUMNS: tl.constexpr = exist.shape[0]
     GROUP: tl.constexpr = FMT.key_group_size
     WORDS_PAD: tl.constexpr = max(triton.next_power_of_2(PLANE.words), 16)
     token, word = tl.arange(0, GROUP)[:, None], tl.arange(0, WORDS_PAD)
@@ -96,17 +94,17 @@ def plane_scores(slab, group, query_row, vectors, qk_scale, FMT: tl.constexpr, P
 
 
 @triton.jit
-def group_output(slab, group, weights, valid, FMT: tl.constexpr, PLAN: tl.constexpr):
+def group_output(slab, group, weights, valid, FMT: tl.constexpr):
     """Weighted sum of one group's values, ``[channels, vectors]``.
 
     Args:
         weights: float32 ``[key_group_size, vectors]``, at most 1, and 0 where a token is not ``valid``.
         valid: ``[key_group_size]``.
     """
-    VALUE_GROUPS: tl.constexpr = PLAN.value_groups
-    VALUE_ROWS: tl.constexpr = PLAN.head_size // PLAN.value_groups
+    VALUE_GROUPS: tl.constexpr = triton.next_power_of_2(FMT.value_groups)
+    VALUE_ROWS: tl.constexpr = max(triton.next_power_of_2(FMT.head_size), 16) // VALUE_GROUPS
     GROUP: tl.constexpr = FMT.key_group_size
-    COLUMNS: tl.constexpr = PLAN.columns
+    COLUMNS: tl.constexpr = weights.shape[1]
     value_group = tl.arange(0, VALUE_GROUPS)
     token = tl.arange(0, GROUP)
     in_head = value_group < FMT.value_groups
@@ -122,15 +120,15 @@ def group_output(slab, group, weights, valid, FMT: tl.constexpr, PLAN: tl.conste
     row = tl.arange(0, VALUE_ROWS)
     channel = value_group[:, None] * FMT.value_group_size + row[None, :]
     exists = (row < FMT.value_group_size)[None, :] & (channel < FMT.head_size)
-    out = plane_output(slab, group, scaled, channel, exists, FMT, 0, PLAN)
+    out = plane_output(slab, group, scaled, channel, exists, FMT, 0)
     for p in tl.static_range(1, len(FMT.value_planes)):
-        out += plane_output(slab, group, scaled, channel, exists, FMT, p, PLAN)
+        out += plane_output(slab, group, scaled, channel, exists, FMT, p)
     out = out * (unit * (CODE_UNIT / 16384.0))[:, None, None] + offset[:, None, :]
     return tl.reshape(out, (VALUE_GROUPS * VALUE_ROWS, COLUMNS))
 
 
 @triton.jit
-def plane_output(slab, group, scaled, channel, exists, FMT: tl.constexpr, P: tl.constexpr, PLAN: tl.constexpr):
+def plane_output(slab, group, scaled, channel, exists, FMT: tl.constexpr, P: tl.constexpr):
     """What one plane of a group's codes adds to the output ``[value groups, channels of a group, vectors]``.
 
     Args:
@@ -141,8 +139,8 @@ def plane_output(slab, group, scaled, channel, exists, FMT: tl.constexpr, P: tl.
     WORDS: tl.constexpr = PLANE.words // FMT.groups_per_page
     STEP: tl.constexpr = max(WORDS, 16)  # tokens of a product
     PIECES: tl.constexpr = FMT.key_group_size // STEP
-    VALUE_GROUPS: tl.constexpr = PLAN.value_groups
-    COLUMNS: tl.constexpr = PLAN.columns
+    VALUE_GROUPS: tl.constexpr = scaled.shape[0]
+    COLUMNS: tl.constexpr = scaled.shape[2]
     step = tl.arange(0, STEP)
     address = plane_words(slab, PLANE) + channel[:, :, None] * PLANE.words
     words = tl.load(address + (group * WORDS + step % WORDS)[None, None, :], mask=exists[:, :, None], other=0)
