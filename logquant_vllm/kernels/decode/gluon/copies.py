@@ -38,18 +38,12 @@ def wanted_by_lanes(wanted):
 def start_copies(memory, pointers, wanted, exist):
     """Start to copy what ``pointers`` lead to, if it is ``wanted`` (:func:`wanted_by_lanes`; None: it is). What does
     not ``exist`` is zero (None: all does)."""
-    if wanted is None:
-        if exist is None:
-            async_copy.async_copy_global_to_shared(memory, pointers)
-        else:
-            exist = gl.broadcast(exist, pointers)[0]
-            async_copy.async_copy_global_to_shared(memory, pointers, mask=exist)
-    else:
-        mask = gl.reshape(wanted, [1] * len(memory.shape))
-        mask = gl.broadcast(gl.convert_layout(mask, pointers.type.layout) != 0, pointers)[0]
-        if exist is not None:
-            mask = mask & exist
-        async_copy.async_copy_global_to_shared(memory, pointers, mask=mask)
+    mask = exist if exist is None else gl.broadcast(exist, pointers)[0]
+    if wanted is not None:
+        every = gl.convert_layout(gl.reshape(wanted, [1] * len(memory.shape)), pointers.type.layout) != 0
+        every = gl.broadcast(every, pointers)[0]
+        mask = every if exist is None else every & exist
+    async_copy.async_copy_global_to_shared(memory, pointers, mask=mask)
 
 
 @gluon.jit

@@ -33,24 +33,9 @@ def thirds_layout(rows, words, groups, whole, warps):
 def shift_words(words, amount, LEFT_SHIFT: gl.constexpr):
     """uint16 words, two in a register, shifted by an amount that both share; what passes between them is masked."""
     words, amount = gl.broadcast(words, amount)
-    if LEFT_SHIFT:
-        return gl.inline_asm_elementwise(
-            "{.reg .b32 n; bfe.u32 n, $2, 0, 8; shl.b32 $0, $1, n;}",
-            "=r,r,r",
-            [words, amount],
-            dtype=gl.uint16,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "{.reg .b32 n; bfe.u32 n, $2, 0, 8; shr.b32 $0, $1, n;}",
-            "=r,r,r",
-            [words, amount],
-            dtype=gl.uint16,
-            is_pure=True,
-            pack=2,
-        )
+    SHIFT: gl.constexpr = "shl.b32 $0, $1, n;}" if LEFT_SHIFT else "shr.b32 $0, $1, n;}"
+    ASM: gl.constexpr = "{.reg .b32 n; bfe.u32 n, $2, 0, 8; " + SHIFT
+    return gl.inline_asm_elementwise(ASM, "=r,r,r", [words, amount], dtype=gl.uint16, is_pure=True, pack=2)
 
 
 @gluon.jit

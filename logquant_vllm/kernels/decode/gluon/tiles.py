@@ -76,10 +76,8 @@ def load_words(memory):
 @gluon.jit
 def move_words(words, BITS: gl.constexpr):
     """The words with the slots that do not fit the mantissa moved into it."""
-    if BITS == 2:
-        return gl.inline_asm_elementwise("shr.b32 $0, $1, 10;", "=r,r", [words], dtype=gl.uint16, is_pure=True, pack=2)
-    else:
-        return gl.inline_asm_elementwise("shr.b32 $0, $1, 8;", "=r,r", [words], dtype=gl.uint16, is_pure=True, pack=2)
+    ASM: gl.constexpr = "shr.b32 $0, $1, 10;" if BITS == 2 else "shr.b32 $0, $1, 8;"
+    return gl.inline_asm_elementwise(ASM, "=r,r", [words], dtype=gl.uint16, is_pure=True, pack=2)
 
 
 @gluon.jit
