@@ -22,14 +22,10 @@ from tests.pair import DEVICE
 
 
 @triton.jit
-def share_out(
-    found, row_starts, batch, num_kv_heads, LAYOUT: tl.constexpr, REQUESTS: tl.constexpr, ONE_LOOK: tl.constexpr
-):
+def share_out(found, row_starts, batch, num_kv_heads, LAYOUT: tl.constexpr, REQUESTS: tl.constexpr):
     program, programs, index = tl.program_id(0), tl.num_programs(0), tl.arange(0, REQUESTS)
-    schedule = tile_scheduler.make_schedule(batch, num_kv_heads, programs, index, LAYOUT, ONE_LOOK)
-    request, kv_head, block, count = tile_scheduler.find_share(
-        batch, num_kv_heads, program, schedule, index, LAYOUT, ONE_LOOK
-    )
+    schedule = tile_scheduler.make_schedule(batch, num_kv_heads, programs, index, LAYOUT)
+    request, kv_head, block, count = tile_scheduler.find_share(batch, num_kv_heads, program, schedule, index, LAYOUT)
     tl.store(found + 4 * program, request)
     tl.store(found + 4 * program + 1, kv_head)
     tl.store(found + 4 * program + 2, block)
@@ -73,7 +69,7 @@ def starts_and_lens(lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         ([1], 50, True),
         ([4000, 1, 0, 1, 70], 7, False),
         ([0, 0, 500], 13, True),
-        ([33 * i % 700 for i in range(40)], 31, False),  # more requests than are looked at together
+        ([33 * i % 700 for i in range(40)], 31, False),
         ([20 + i for i in range(40)], 90, True),
         ([300] * 8, 16, True),
         ([300] * 8, 17, True),  # a program has nothing to do
@@ -88,7 +84,7 @@ def test_every_block_has_one_program(lens: list[int], programs: int, whole: bool
     found = torch.full((programs, 4), -1, dtype=torch.int32, device=DEVICE)
     row_starts = torch.full((len(lens) + 3,), -1, dtype=torch.int32, device=DEVICE)
     batch = BatchArgument(starts, seq_lens, 16 * len(lens))
-    share_out[(programs,)](found, row_starts, batch, HEADS, LAYOUT, REQUESTS=32, ONE_LOOK=len(lens) <= 32)
+    share_out[(programs,)](found, row_starts, batch, HEADS, LAYOUT, tile_scheduler.requests_bound(len(lens)))
     rows = [blocks_of(int(n > 0), n) for n in lens]
     every = [(r, h, u) for r, n in enumerate(rows) for h in range(HEADS) for u in range(n)]
     taken: list[tuple[int, int, int]] = []

@@ -15,7 +15,7 @@ from logquant_vllm.kernels.architecture import Architecture
 from logquant_vllm.kernels.arguments import Rows, Scores, Step, next_power_of_2
 from logquant_vllm.kernels.decode.choice import why_not_gluon
 from logquant_vllm.kernels.decode.combine import DecodeOutput, combine
-from logquant_vllm.kernels.decode.tile_scheduler import PARTIALS, REQUESTS, tile_blocks_bound
+from logquant_vllm.kernels.decode.tile_scheduler import PARTIALS, tile_blocks_bound
 from logquant_vllm.kernels.decode.vectors import Vectors
 from logquant_vllm.kernels.launcher import Argument
 from logquant_vllm.kernels.rotate import rotate_output
@@ -96,8 +96,8 @@ def decode(
         torch.empty(programs, PARTIALS, vectors.block, dtype=torch.float32, device=step.device),
         torch.empty(step.num_reqs + 3, dtype=torch.int32, device=step.device),
     )
-    out, requests = Argument(results), REQUESTS[step.num_reqs > REQUESTS[0]]
-    kernel.attend(step, out, Argument(Rows.of(query)), vectors, scores.scale * LOG2E, programs, requests)
+    out = Argument(results)
+    kernel.attend(step, out, Argument(Rows.of(query)), vectors, scores.scale * LOG2E, programs)
     fused = value_basis is not None and next_power_of_2(fmt.head_size) == fmt.head_size
     combine(step, out, programs, rows, vectors, fused, scores.sinks)
     if value_basis is not None and not fused:

@@ -10,7 +10,8 @@ the programs suffice. Lengths are read on the device, so a captured graph stays 
 A program that takes a whole tile writes its output. The others write *partials* for ``combine``: each program has room
 for two, one of the tile in whose middle it begins and one of a tile that it begins and does not finish.
 
-``index`` in these functions is a tensor of request numbers, and Gluon calls them too: they create no tensors.
+``index`` in these functions holds the numbers of all requests, and more: ``0 .. requests_bound - 1``. Gluon calls them
+too: they create no tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from logquant_vllm.kernels.arguments import Member, next_power_of_2
 from logquant_vllm.kernels.cache import find_task, load_lengths, num_reqs, read_lengths
 
 WINDOW_BLOCK = 32  # slots
-REQUESTS = (32, 256)  # requests that are looked at together: few, or many
+REQUESTS = (32, 256, 1024)  # what a step's requests are padded to; beyond, to powers of two
 PARTIALS = 2  # of a program
 WINDOW_SLOTS = tl.constexpr(WINDOW_BLOCK)
 SMALL_SHARE = tl.constexpr(8)  # blocks: beginning in a second tile costs about one
@@ -107,42 +108,25 @@ def program_of(block, share, larger):
 
 
 @triton.jit
-def count_grains(batch, blocks, grain, index, num_kv_heads, LAYOUT: tl.constexpr, ONE_LOOK: tl.constexpr):
-    """How many times ``grain`` blocks all tiles take, none of them two tiles; ``blocks`` are those of ``index``."""
-    count = tl.sum(tl.cdiv(blocks, grain), 0)
-    if not ONE_LOOK:
-        for first in range(index.shape[0], num_reqs(batch), index.shape[0]):
-            count += tl.sum(tl.cdiv(load_blocks_of(batch, first + index, LAYOUT), grain), 0)
-    return count * num_kv_heads
-
-
-@triton.jit
-def make_schedule(batch, num_kv_heads, num_programs, index, LAYOUT: tl.constexpr, ONE_LOOK: tl.constexpr):
+def make_schedule(batch, num_kv_heads, num_programs, index, LAYOUT: tl.constexpr):
     """The :class:`Schedule` of a step.
 
     A program whose share goes on in another tile starts twice, which costs about a block. So tiles are padded to
     multiples of the share, if it is small and the programs suffice.
-
-    Args:
-        index: ``0 .. n``, requests that are looked at together.
-        ONE_LOOK: whether these are all there are.
     """
     blocks = load_blocks_of(batch, index, LAYOUT)
-    total = count_grains(batch, blocks, 1, index, num_kv_heads, LAYOUT, ONE_LOOK)
+    total = tl.sum(blocks, 0) * num_kv_heads
     share, larger = total // num_programs, total % num_programs
     grain = tl.maximum(share + (larger > 0).to(tl.int32), 1)
-    shares = count_grains(batch, blocks, grain, index, num_kv_heads, LAYOUT, ONE_LOOK)
+    shares = tl.sum(tl.cdiv(blocks, grain), 0) * num_kv_heads
     whole = (shares <= num_programs) & (grain <= SMALL_SHARE)
     share, larger = tl.where(whole, grain, share), tl.where(whole, 0, larger)
     return Schedule(share, larger, tl.where(whole, grain, 1), tl.where(whole, shares, num_programs))
 
 
 @triton.jit
-def find_share(batch, num_kv_heads, program, schedule, index, LAYOUT: tl.constexpr, ONE_LOOK: tl.constexpr):
+def find_share(batch, num_kv_heads, program, schedule, index, LAYOUT: tl.constexpr):
     """What a program takes.
-
-    Args:
-        index, ONE_LOOK: as in :func:`make_schedule`.
 
     Returns:
         request, kv_head, block: where it begins.
@@ -152,16 +136,8 @@ def find_share(batch, num_kv_heads, program, schedule, index, LAYOUT: tl.constex
     count = num_reqs(batch)
     begin = program * share + tl.minimum(program, larger)
     # the request, and how far behind its first block
-    if ONE_LOOK:
-        blocks = load_padded(batch, index, num_kv_heads, grain, LAYOUT)
-        request, offset = find_task(tl.cumsum(blocks, 0), index, count, begin)
-    else:
-        request, offset, seen = program * 0, begin, program * 0
-        for first in range(0, count, index.shape[0]):
-            blocks = load_padded(batch, first + index, num_kv_heads, grain, LAYOUT)
-            passed, left = find_task(seen + tl.cumsum(blocks, 0), first + index, count, begin)
-            request, offset = request + passed, tl.minimum(offset, left)
-            seen += tl.sum(blocks, 0)
+    blocks = load_padded(batch, index, num_kv_heads, grain, LAYOUT)
+    request, offset = find_task(tl.cumsum(blocks, 0), index, count, begin)
     request = tl.minimum(request, count - 1)
     _, query_len, computed = read_lengths(batch, request)
     of_tile = tile_blocks(query_len, computed, LAYOUT)
@@ -177,15 +153,11 @@ def write_schedule(row_starts, batch, num_kv_heads, schedule, index, LAYOUT: tl.
 
     Args:
         row_starts: int32 ``[num_reqs + 3]``: the first block of each request, then ``share``, ``larger`` and ``grain``.
-        index: as in :func:`make_schedule`.
     """
     share, larger, grain, _ = schedule
     count = num_reqs(batch)
     tl.store(row_starts + count, share)
     tl.store(row_starts + count + 1, larger)
     tl.store(row_starts + count + 2, grain)
-    seen = share * 0
-    for first in range(0, count, index.shape[0]):
-        blocks = load_padded(batch, first + index, num_kv_heads, grain, LAYOUT)
-        tl.store(row_starts + first + index, seen + tl.cumsum(blocks, 0) - blocks, mask=first + index < count)
-        seen += tl.sum(blocks, 0)
+    blocks = load_padded(batch, index, num_kv_heads, grain, LAYOUT)
+    tl.store(row_starts + index, tl.cumsum(blocks, 0) - blocks, mask=index < count)

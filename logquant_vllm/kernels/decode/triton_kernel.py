@@ -34,6 +34,7 @@ from logquant_vllm.kernels.decode.tile_scheduler import (
     end_of_slots,
     find_share,
     make_schedule,
+    requests_bound,
     tile_blocks,
     write_schedule,
 )
@@ -154,8 +155,7 @@ def decode_kernel(
     LAYOUT: tl.constexpr,
     VECTORS: tl.constexpr,  # vectors.Vectors
     OPERAND: tl.constexpr,  # type of the products with full-precision tokens
-    REQUESTS: tl.constexpr,  # as ``index`` in tile_scheduler.find_share
-    ONE_LOOK: tl.constexpr,
+    REQUESTS: tl.constexpr,  # tile_scheduler.requests_bound
 ):
     """One program for each share of all requests' KV blocks."""
     FMT: tl.constexpr = LAYOUT.fmt
@@ -164,8 +164,8 @@ def decode_kernel(
     HEAD_PAD: tl.constexpr = max(triton.next_power_of_2(FMT.head_size), 16)
     program, heads = tl.program_id(0), cache.num_kv_heads * VECTORS.blocks
     index = tl.arange(0, REQUESTS)
-    schedule = make_schedule(batch, heads, tl.num_programs(0), index, LAYOUT, ONE_LOOK)
-    request, tile_head, block, count = find_share(batch, heads, program, schedule, index, LAYOUT, ONE_LOOK)
+    schedule = make_schedule(batch, heads, tl.num_programs(0), index, LAYOUT)
+    request, tile_head, block, count = find_share(batch, heads, program, schedule, index, LAYOUT)
     if program == tl.num_programs(0) - 1:  # no program takes fewer blocks
         write_schedule(out.row_starts, batch, heads, schedule, index, LAYOUT)
     column = tl.arange(0, COLUMNS)
@@ -230,16 +230,8 @@ def most_vectors(fmt: PageFormat) -> int:
     return MOST_VECTORS
 
 
-def attend(
-    step: Step,
-    out: Argument,
-    query: Argument,
-    vectors: Vectors,
-    qk_scale: float,
-    programs: int,
-    requests: int,
-) -> None:
-    """Launch :func:`decode_kernel`, see ``decode.launch``; ``requests`` is how many are looked at together."""
+def attend(step: Step, out: Argument, query: Argument, vectors: Vectors, qk_scale: float, programs: int) -> None:
+    """Launch :func:`decode_kernel`, see ``decode.launch``."""
     launch(
         decode_kernel,
         (programs,),
@@ -253,8 +245,7 @@ def attend(
         LAYOUT=step.layout,
         VECTORS=vectors,
         OPERAND=copy_operand(step.dtype),
-        REQUESTS=requests,
-        ONE_LOOK=step.num_reqs <= requests,
+        REQUESTS=requests_bound(step.num_reqs),
         num_warps=1 if step.layout.fmt.head_size <= 128 else 2,
         num_stages=STAGES,
     )

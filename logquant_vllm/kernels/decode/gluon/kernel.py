@@ -52,6 +52,7 @@ from logquant_vllm.kernels.decode.tile_scheduler import (
     end_of_slots,
     find_share,
     make_schedule,
+    requests_bound,
     tile_blocks,
     write_schedule,
 )
@@ -200,8 +201,7 @@ def decode_kernel(
     qk_scale,
     LAYOUT: gl.constexpr,
     VECTORS: gl.constexpr,  # vectors.Vectors
-    REQUESTS: gl.constexpr,  # as ``index`` in tile_scheduler.find_share, a multiple of 32
-    ONE_LOOK: gl.constexpr,
+    REQUESTS: gl.constexpr,  # tile_scheduler.requests_bound, a multiple of 32
     PDL: gl.constexpr,  # launched while the kernel before may run: until it has ended no cache is read
 ):
     """One program for each share of all requests' KV blocks (``decode.tile_scheduler``)."""
@@ -210,8 +210,8 @@ def decode_kernel(
     WINDOW_BLOCKS: gl.constexpr = count_window_blocks(LAYOUT)
     program, heads = gl.program_id(0), cache.num_kv_heads * VECTORS.blocks
     index = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([REQUESTS // 32], [32], [gl.num_warps()], [0]))
-    schedule = make_schedule(batch, heads, gl.num_programs(0), index, LAYOUT, ONE_LOOK)
-    request, tile_head, begin, count = find_share(batch, heads, program, schedule, index, LAYOUT, ONE_LOOK)
+    schedule = make_schedule(batch, heads, gl.num_programs(0), index, LAYOUT)
+    request, tile_head, begin, count = find_share(batch, heads, program, schedule, index, LAYOUT)
     tile = open_tile(cache, batch, request, begin, count, LAYOUT)
     if PDL:  # from here on all that other kernels wrote can be read, and nothing is in use that is written
         gdc_wait()
@@ -268,10 +268,8 @@ def decode_kernel(
             tile = open_tile(cache, batch, request, begin, count, LAYOUT)
 
 
-def attend(
-    step: Step, out: Argument, query: Argument, vectors: Vectors, qk_scale: float, programs: int, requests: int
-) -> None:
-    """Launch :func:`decode_kernel`, see ``decode.launch``; ``requests`` is how many are looked at together."""
+def attend(step: Step, out: Argument, query: Argument, vectors: Vectors, qk_scale: float, programs: int) -> None:
+    """Launch :func:`decode_kernel`, see ``decode.launch``."""
     pdl = step.architecture.dependent_launch
     launch(
         decode_kernel,
@@ -285,8 +283,7 @@ def attend(
         qk_scale,
         LAYOUT=step.layout,
         VECTORS=vectors,
-        REQUESTS=requests,
-        ONE_LOOK=step.num_reqs <= requests,
+        REQUESTS=requests_bound(step.num_reqs),
         PDL=pdl,
         launch_pdl=pdl,
         num_stages=1,
