@@ -27,17 +27,8 @@ from logquant_vllm.kernels.cache import (
     slot_offset,
     window_row,
 )
+from logquant_vllm.kernels.decode import tile_scheduler
 from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS
-from logquant_vllm.kernels.decode.tile_scheduler import (
-    WINDOW_SLOTS,
-    count_window_blocks,
-    end_of_slots,
-    find_share,
-    make_schedule,
-    requests_bound,
-    tile_blocks,
-    write_schedule,
-)
 from logquant_vllm.kernels.decode.triton_pages import group_output, group_scores
 from logquant_vllm.kernels.decode.vectors import Vectors, cap_scores, place_vectors, split_head
 from logquant_vllm.kernels.launcher import Argument, launch
@@ -159,21 +150,21 @@ def decode_kernel(
 ):
     """One program for each share of all requests' KV blocks."""
     FMT: tl.constexpr = LAYOUT.fmt
-    WINDOW_BLOCKS: tl.constexpr = count_window_blocks(LAYOUT)
+    WINDOW_BLOCKS: tl.constexpr = tile_scheduler.count_window_blocks(LAYOUT)
     COLUMNS: tl.constexpr = max(triton.next_power_of_2(VECTORS.block), 8)
     HEAD_PAD: tl.constexpr = max(triton.next_power_of_2(FMT.head_size), 16)
     program, heads = tl.program_id(0), cache.num_kv_heads * VECTORS.blocks
     index = tl.arange(0, REQUESTS)
-    schedule = make_schedule(batch, heads, tl.num_programs(0), index, LAYOUT)
-    request, tile_head, block, count = find_share(batch, heads, program, schedule, index, LAYOUT)
+    schedule = tile_scheduler.make_schedule(batch, heads, tl.num_programs(0), index, LAYOUT)
+    request, tile_head, block, count = tile_scheduler.find_share(batch, heads, program, schedule, index, LAYOUT)
     if program == tl.num_programs(0) - 1:  # no program takes fewer blocks
-        write_schedule(out.row_starts, batch, heads, schedule, index, LAYOUT)
+        tile_scheduler.write_schedule(out.row_starts, batch, heads, schedule, index, LAYOUT)
     column = tl.arange(0, COLUMNS)
     channel = tl.arange(0, HEAD_PAD)
     while count > 0:
         kv_head, first = split_head(tile_head, VECTORS)
         this = read_request(cache, batch, request, kv_head, LAYOUT)
-        blocks = tile_blocks(this.query_len, this.computed, LAYOUT)
+        blocks = tile_scheduler.tile_blocks(this.query_len, this.computed, LAYOUT)
         stop = tl.minimum(block + count, blocks)
         if stop > block:
             vector, start = first + column, this.start.to(tl.int64)
@@ -191,8 +182,8 @@ def decode_kernel(
                 Rows(value.data + start * value.stride + kv_head * value.head_stride, value.stride, 0),
             )
             # new tokens may lie behind the last window block, where a share of pages begins: they are not its
-            end = end_of_slots(stop, VECTORS.queries, LAYOUT)
-            slots = tl.where(block < WINDOW_BLOCKS, block * WINDOW_SLOTS, end), end
+            end = tile_scheduler.end_of_slots(stop, VECTORS.queries, LAYOUT)
+            slots = tl.where(block < WINDOW_BLOCKS, block * tile_scheduler.WINDOW_SLOTS, end), end
             table = window_row(cache, request)
             sums = attend_slots(sums, q, token, rows, cache, slots, this, table, qk_scale, VECTORS, LAYOUT)
             first_page, end_page = tl.maximum(block - WINDOW_BLOCKS, 0), stop - WINDOW_BLOCKS
@@ -245,7 +236,7 @@ def attend(step: Step, out: Argument, query: Argument, vectors: Vectors, qk_scal
         LAYOUT=step.layout,
         VECTORS=vectors,
         OPERAND=copy_operand(step.dtype),
-        REQUESTS=requests_bound(step.num_reqs),
+        REQUESTS=tile_scheduler.requests_bound(step.num_reqs),
         num_warps=1 if step.layout.fmt.head_size <= 128 else 2,
         num_stages=STAGES,
     )

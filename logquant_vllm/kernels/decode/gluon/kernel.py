@@ -22,7 +22,9 @@ from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.architecture import Architecture
 from logquant_vllm.kernels.arguments import Member, Step
 from logquant_vllm.kernels.cache import Request, find_sink, load_header, open_header, page_row, read_lengths, window_row
+from logquant_vllm.kernels.decode import tile_scheduler
 from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS
+from logquant_vllm.kernels.decode.gluon import sizes
 from logquant_vllm.kernels.decode.gluon.copies import block_of, copy_first_keys, load_blocks
 from logquant_vllm.kernels.decode.gluon.layouts import lanes, products
 from logquant_vllm.kernels.decode.gluon.pages import attend_pages
@@ -35,43 +37,25 @@ from logquant_vllm.kernels.decode.gluon.queries import (
     store_queries,
 )
 from logquant_vllm.kernels.decode.gluon.scales import PRODUCT_UNIT
-from logquant_vllm.kernels.decode.gluon.sizes import (
-    CHANNELS_OF_WARP,
-    COLUMNS_OF_TILE,
-    columns_of_vector,
-    num_tiles,
-    num_warps,
-    padded,
-)
 from logquant_vllm.kernels.decode.gluon.state import allocate, memory_bytes, no_sums
 from logquant_vllm.kernels.decode.gluon.tiles import WEIGHT_UNIT, exp2, of_heads, reference_of
 from logquant_vllm.kernels.decode.gluon.window import attend_window
-from logquant_vllm.kernels.decode.tile_scheduler import (
-    WINDOW_SLOTS,
-    count_window_blocks,
-    end_of_slots,
-    find_share,
-    make_schedule,
-    requests_bound,
-    tile_blocks,
-    write_schedule,
-)
 from logquant_vllm.kernels.decode.vectors import Vectors, split_head
 from logquant_vllm.kernels.launcher import Argument, launch
 
 
 def most_vectors(fmt: PageFormat) -> int:
     """Query vectors that a program takes, at most."""
-    return COLUMNS_OF_TILE * (2 if num_warps(fmt) == 1 else 1)
+    return sizes.COLUMNS_OF_TILE * (2 if sizes.num_warps(fmt) == 1 else 1)
 
 
 def registers(architecture: Architecture, fmt: PageFormat, vectors: Vectors) -> int:
     """Registers of a lane. Each quarter of a multiprocessor has 16,384: for three warps, or for two that want more, as
     they do with two tiles of columns, or have them where shared memory has no room for three."""
     three, two = 168, 255
-    if num_warps(fmt) > 1:
+    if sizes.num_warps(fmt) > 1:
         return three
-    if num_tiles(vectors, fmt) * padded(fmt.head_size) > CHANNELS_OF_WARP:
+    if sizes.num_tiles(vectors, fmt) * sizes.padded(fmt.head_size) > sizes.CHANNELS_OF_WARP:
         return two
     memory = memory_bytes(fmt, vectors)
     room = architecture.resident_programs(three, memory) > architecture.resident_programs(two, memory)
@@ -80,13 +64,13 @@ def registers(architecture: Architecture, fmt: PageFormat, vectors: Vectors) -> 
 
 @functools.cache
 def _options(architecture: Architecture, fmt: PageFormat, vectors: Vectors) -> dict[str, int]:
-    return {"num_warps": num_warps(fmt), "maxnreg": registers(architecture, fmt, vectors)}
+    return {"num_warps": sizes.num_warps(fmt), "maxnreg": registers(architecture, fmt, vectors)}
 
 
 def resident_programs(architecture: Architecture, fmt: PageFormat, vectors: Vectors) -> int:
     """Programs that a multiprocessor holds at a time."""
     return architecture.resident_programs(
-        registers(architecture, fmt, vectors), memory_bytes(fmt, vectors), num_warps(fmt)
+        registers(architecture, fmt, vectors), memory_bytes(fmt, vectors), sizes.num_warps(fmt)
     )
 
 
@@ -106,9 +90,9 @@ class Tile(NamedTuple):
 @gluon.jit
 def open_tile(cache, batch, request, block, count, LAYOUT: gl.constexpr):
     """The :class:`Tile` of a request, for ``count`` KV blocks from ``block`` on, at most to its end."""
-    WINDOW_BLOCKS: gl.constexpr = count_window_blocks(LAYOUT)
+    WINDOW_BLOCKS: gl.constexpr = tile_scheduler.count_window_blocks(LAYOUT)
     start, query_len, computed = read_lengths(batch, request)
-    blocks = tile_blocks(query_len, computed, LAYOUT)
+    blocks = tile_scheduler.tile_blocks(query_len, computed, LAYOUT)
     stop = gl.minimum(block + count, blocks)
     page_blocks = load_blocks(page_row(cache, request), gl.maximum(block - WINDOW_BLOCKS, 0), stop - WINDOW_BLOCKS)
     table_row = window_row(cache, request) + 0 * gl.arange(0, 32, layout=lanes(gl.num_warps()))
@@ -165,7 +149,7 @@ def store_tile(out, sums, tile, block, begin, TILE: gl.constexpr, VECTORS: gl.co
         block: of which vectors the columns' tile ``TILE`` is one.
     """
     FMT: gl.constexpr = LAYOUT.fmt
-    COLUMNS: gl.constexpr = columns_of_vector(VECTORS, FMT)
+    COLUMNS: gl.constexpr = sizes.columns_of_vector(VECTORS, FMT)
     # a vector's columns are partials of it
     maximum, weight = of_heads(sums.maximum[TILE]), of_heads(sums.totals[0][TILE])
     highest = of_columns(maximum, True, COLUMNS)
@@ -206,18 +190,18 @@ def decode_kernel(
 ):
     """One program for each share of all requests' KV blocks (``decode.tile_scheduler``)."""
     FMT: gl.constexpr = LAYOUT.fmt
-    TILES: gl.constexpr = num_tiles(VECTORS, FMT)
-    WINDOW_BLOCKS: gl.constexpr = count_window_blocks(LAYOUT)
+    TILES: gl.constexpr = sizes.num_tiles(VECTORS, FMT)
+    WINDOW_BLOCKS: gl.constexpr = tile_scheduler.count_window_blocks(LAYOUT)
     program, heads = gl.program_id(0), cache.num_kv_heads * VECTORS.blocks
     index = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([REQUESTS // 32], [32], [gl.num_warps()], [0]))
-    schedule = make_schedule(batch, heads, gl.num_programs(0), index, LAYOUT)
-    request, tile_head, begin, count = find_share(batch, heads, program, schedule, index, LAYOUT)
+    schedule = tile_scheduler.make_schedule(batch, heads, gl.num_programs(0), index, LAYOUT)
+    request, tile_head, begin, count = tile_scheduler.find_share(batch, heads, program, schedule, index, LAYOUT)
     tile = open_tile(cache, batch, request, begin, count, LAYOUT)
     if PDL:  # from here on all that other kernels wrote can be read, and nothing is in use that is written
         gdc_wait()
         gdc_launch_dependents()
     if program == gl.num_programs(0) - 1:  # no program takes fewer blocks
-        write_schedule(out.row_starts, batch, heads, schedule, index, LAYOUT)
+        tile_scheduler.write_schedule(out.row_starts, batch, heads, schedule, index, LAYOUT)
     memory = allocate(VECTORS, FMT)
     while count > 0:
         if tile.stop > begin:
@@ -236,7 +220,7 @@ def decode_kernel(
                 copy_first_keys(memory, slab, FMT)
             exponent = 0
             if end_page > 0:
-                if padded(FMT.key_words) == FMT.key_words:
+                if sizes.padded(FMT.key_words) == FMT.key_words:
                     exponent = store_queries(memory.queries, q, FMT)
                 else:
                     exponent = store_queries(
@@ -251,7 +235,8 @@ def decode_kernel(
             if live & (begin < WINDOW_BLOCKS):
                 new_keys = key.data + tile.start.to(gl.int64) * key.stride + kv_head * key.head_stride
                 new_values = value.data + tile.start.to(gl.int64) * value.stride + kv_head * value.head_stride
-                slots = begin * WINDOW_SLOTS, end_of_slots(tile.stop, VECTORS.queries, LAYOUT)
+                end = tile_scheduler.end_of_slots(tile.stop, VECTORS.queries, LAYOUT)
+                slots = begin * tile_scheduler.WINDOW_SLOTS, end
                 copies = cache.window + kv_head.to(gl.int64) * (2 * FMT.head_size)
                 rows = copies, (new_keys, key.stride), (new_values, value.stride), window_row(cache, request)
                 sums = attend_window(sums, memory.tiles, q, block, cache, rows, slots, this, qk_scale, VECTORS, LAYOUT)
@@ -283,7 +268,7 @@ def attend(step: Step, out: Argument, query: Argument, vectors: Vectors, qk_scal
         qk_scale,
         LAYOUT=step.layout,
         VECTORS=vectors,
-        REQUESTS=requests_bound(step.num_reqs),
+        REQUESTS=tile_scheduler.requests_bound(step.num_reqs),
         PDL=pdl,
         launch_pdl=pdl,
         num_stages=1,

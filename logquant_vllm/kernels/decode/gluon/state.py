@@ -9,21 +9,9 @@ from triton.experimental.gluon import language as gl
 
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.arguments import Member
+from logquant_vllm.kernels.decode.gluon import sizes
 from logquant_vllm.kernels.decode.gluon.factors import quads_memory
 from logquant_vllm.kernels.decode.gluon.layouts import PLAIN, by_lanes, products, rows_memory
-from logquant_vllm.kernels.decode.gluon.sizes import (
-    columns_of_vector,
-    group_channels,
-    key_channels,
-    num_pairs,
-    num_tiles,
-    num_warps,
-    padded,
-    third_bits_bytes,
-    up_to,
-    value_groups,
-    window_rows,
-)
 from logquant_vllm.kernels.decode.gluon.tiles import HEADROOM, column_maxima, exp2, reference_of, scale_rows
 from logquant_vllm.kernels.decode.vectors import Vectors
 
@@ -57,19 +45,20 @@ COMPILERS = 256  # bytes at most, for what passes between lanes: a program too m
 @gluon.constexpr_function
 def tile_elements(vectors, fmt):
     """16-bit elements of a tile: a page's codes of keys or of values, or rows of slots."""
-    channels, rows = padded(fmt.head_size), window_rows(vectors, fmt)
-    return max(fmt.page_size * padded(fmt.key_words), channels * fmt.value_words, channels * rows)
+    channels, rows = sizes.padded(fmt.head_size), sizes.window_rows(vectors, fmt)
+    return max(fmt.page_size * sizes.padded(fmt.key_words), channels * fmt.value_words, channels * rows)
 
 
 def memory_bytes(fmt: PageFormat, vectors: Vectors) -> int:
     """Bytes of :func:`allocate`, and of what the compiler adds."""
-    keys, groups, columns = fmt.groups_per_page * key_channels(fmt), value_groups(fmt), columns_of_vector(vectors, fmt)
+    keys, groups = fmt.groups_per_page * sizes.key_channels(fmt), sizes.value_groups(fmt)
+    columns = sizes.columns_of_vector(vectors, fmt)
     raw = 2 * (keys + groups * fmt.page_size)
-    key_factors = 2 * keys + 4 * key_channels(fmt)
-    value_factors = (2 * columns * groups + 8 * num_pairs(fmt)) * fmt.page_size
-    queries = 16 * num_tiles(vectors, fmt) * key_channels(fmt)
-    third_bits = third_bits_bytes(fmt, 0) + third_bits_bytes(fmt, 1)
-    weights = 16 * fmt.page_size // columns if num_warps(fmt) > 1 else 0
+    key_factors = 2 * keys + 4 * sizes.key_channels(fmt)
+    value_factors = (2 * columns * groups + 8 * sizes.num_pairs(fmt)) * fmt.page_size
+    queries = 16 * sizes.num_tiles(vectors, fmt) * sizes.key_channels(fmt)
+    third_bits = sizes.third_bits_bytes(fmt, 0) + sizes.third_bits_bytes(fmt, 1)
+    weights = 16 * fmt.page_size // columns if sizes.num_warps(fmt) > 1 else 0
     tiles = 4 * tile_elements(vectors, fmt)
     return tiles + raw + key_factors + value_factors + queries + third_bits + weights + COMPILERS
 
@@ -77,7 +66,7 @@ def memory_bytes(fmt: PageFormat, vectors: Vectors) -> int:
 @gluon.jit
 def third_bits_memory(kind: gl.constexpr, FMT: gl.constexpr):
     """Shared memory for ``sizes.third_bits_bytes``, or nothing."""
-    BYTES: gl.constexpr = third_bits_bytes(FMT, kind)
+    BYTES: gl.constexpr = sizes.third_bits_bytes(FMT, kind)
     if BYTES == 0:
         return ()
     else:
@@ -87,15 +76,15 @@ def third_bits_memory(kind: gl.constexpr, FMT: gl.constexpr):
 @gluon.jit
 def allocate(VECTORS: gl.constexpr, FMT: gl.constexpr):
     """A program's :class:`Memory`."""
-    COLUMNS: gl.constexpr = columns_of_vector(VECTORS, FMT)
-    STEPS: gl.constexpr = num_pairs(FMT) * FMT.page_size // (16 * COLUMNS)
-    CHANNELS: gl.constexpr = key_channels(FMT)
+    COLUMNS: gl.constexpr = sizes.columns_of_vector(VECTORS, FMT)
+    STEPS: gl.constexpr = sizes.num_pairs(FMT) * FMT.page_size // (16 * COLUMNS)
+    CHANNELS: gl.constexpr = sizes.key_channels(FMT)
     KEYS: gl.constexpr = FMT.groups_per_page * CHANNELS
-    VALUES: gl.constexpr = value_groups(FMT) * FMT.page_size
+    VALUES: gl.constexpr = sizes.value_groups(FMT) * FMT.page_size
     tiles = gl.allocate_shared_memory(gl.uint16, [2, tile_elements(VECTORS, FMT)], PLAIN)
     raw_keys = gl.allocate_shared_memory(gl.int32, [KEYS // 2], PLAIN)
     raw_values = gl.allocate_shared_memory(gl.int32, [VALUES // 2], PLAIN)
-    queries = gl.allocate_shared_memory(gl.float16, [num_tiles(VECTORS, FMT), CHANNELS, 8], rows_memory(8))
+    queries = gl.allocate_shared_memory(gl.float16, [sizes.num_tiles(VECTORS, FMT), CHANNELS, 8], rows_memory(8))
     key_scales = quads_memory(KEYS // (32 * COLUMNS), COLUMNS)
     key_zeros = quads_memory(CHANNELS // 16, 1)
     value_scales = quads_memory(VALUES // 32, COLUMNS)
@@ -114,15 +103,15 @@ def allocate(VECTORS: gl.constexpr, FMT: gl.constexpr):
 @gluon.jit
 def no_products(TILES: gl.constexpr, ROWS: gl.constexpr):
     """Sums of nothing, of ``ROWS`` rows for each tile."""
-    tiles = up_to(TILES)
+    tiles = sizes.up_to(TILES)
     return [gl.zeros((ROWS, 8), gl.float32, products(gl.num_warps())) for _ in tiles]
 
 
 @gluon.jit
 def no_sums(TILES: gl.constexpr, FMT: gl.constexpr):
     """:class:`Sums` over nothing."""
-    groups, pairs, tiles = up_to(FMT.value_groups), up_to(num_pairs(FMT)), up_to(TILES)
-    acc = [no_products(TILES, group_channels(FMT, group)) for group in groups]
+    groups, pairs, tiles = sizes.up_to(FMT.value_groups), sizes.up_to(sizes.num_pairs(FMT)), sizes.up_to(TILES)
+    acc = [no_products(TILES, sizes.group_channels(FMT, group)) for group in groups]
     totals = [no_products(TILES, 16) for _ in pairs]
     return Sums(acc, totals, [gl.full((8, 8), float("-inf"), gl.float32, by_lanes(gl.num_warps())) for _ in tiles])
 
@@ -130,14 +119,14 @@ def no_sums(TILES: gl.constexpr, FMT: gl.constexpr):
 @gluon.jit
 def scale_all(sums, decay):
     """Products ``[rows, 8]`` of some rows for each tile times ``decay``, one for each tile."""
-    tiles = up_to(len(decay))
+    tiles = sizes.up_to(len(decay))
     return [[scale_rows(of_rows[tile], decay[tile]) for tile in tiles] for of_rows in sums]
 
 
 @gluon.jit
 def raise_maxima(sums, highest):
     """``sums`` relative to maxima that leave HEADROOM above the scores ``highest``: ``[8, 8]`` by lane of each tile."""
-    tiles = up_to(len(highest))
+    tiles = sizes.up_to(len(highest))
     maximum = [gl.maximum(sums.maximum[tile], column_maxima(highest[tile]) + HEADROOM) for tile in tiles]
     decay = [exp2(sums.maximum[tile] - reference_of(maximum[tile])) for tile in tiles]
     return Sums(scale_all(sums.acc, decay), scale_all(sums.totals, decay), maximum)
