@@ -23,7 +23,8 @@ from triton.language.extra.cuda import gdc_wait
 
 from logquant_vllm.kernels.cache import find_task, load_lengths, num_reqs, read_lengths
 from logquant_vllm.kernels.codes import bits_of_plane
-from logquant_vllm.kernels.decode.gluon.layouts import plain, products
+from logquant_vllm.kernels.decode.gluon.layouts import left, plain, products, right
+from logquant_vllm.kernels.decode.gluon.sizes import up_to
 from logquant_vllm.kernels.decode.gluon.tiles import distance
 from logquant_vllm.kernels.store.feedback.codes import channels_again, choose_code, pick
 from logquant_vllm.kernels.store.group import copied_keys, copy_offset, open_group
@@ -215,18 +216,16 @@ def add_product(sums, lost, share):
 @gluon.jit
 def load_share(shares, tile, TRANSPOSED: gl.constexpr):
     """A tile of :func:`copy_feedback`'s as the right operand of a product."""
-    RIGHT: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=products(gl.num_warps()), k_width=2)
+    share = shares.index(tile)
     if TRANSPOSED:
-        return shares.index(tile).permute((1, 0)).load(RIGHT)
-    else:
-        return shares.index(tile).load(RIGHT)
+        share = share.permute((1, 0))
+    return share.load(right(gl.num_warps()))
 
 
 @gluon.jit
 def load_lost(lost, block):
     """What a block lost as the left operand of a product, two bfloat16."""
-    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=products(gl.num_warps()), k_width=2)
-    return lost[0].index(block).load(LEFT), lost[1].index(block).load(LEFT)
+    return lost[0].index(block).load(left(gl.num_warps())), lost[1].index(block).load(left(gl.num_warps()))
 
 
 @gluon.jit
@@ -260,12 +259,8 @@ def no_sums(TOKENS: gl.constexpr):
 def load_metadata(of_blocks, block, BLOCKS: gl.constexpr):
     """Scales, zeros, inverse scales and weights of a block's channels, of :func:`choose_scales`'s by blocks."""
     BY_CHANNEL: gl.constexpr = gl.SliceLayout(0, by_token(gl.num_warps()))
-    return (
-        of_blocks.index(block).load(BY_CHANNEL),
-        of_blocks.index(BLOCKS + block).load(BY_CHANNEL),
-        of_blocks.index(2 * BLOCKS + block).load(BY_CHANNEL),
-        of_blocks.index(3 * BLOCKS + block).load(BY_CHANNEL),
-    )
+    kinds = up_to(4)
+    return [of_blocks.index(kind * BLOCKS + block).load(BY_CHANNEL) for kind in kinds]
 
 
 @gluon.jit
@@ -298,10 +293,8 @@ def choose_again(codes, keys, lost, shares, of_blocks, FMT: gl.constexpr):
     :func:`choose_codes`."""
     BLOCKS: gl.constexpr = keys.shape[0]
     BY_TOKEN: gl.constexpr = by_token(gl.num_warps())
-    MMA: gl.constexpr = products(gl.num_warps())
-    RIGHT: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=MMA, k_width=2)
-    loser = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, RIGHT))[:, None]
-    taker = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, RIGHT))[None, :]
+    loser = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, right(gl.num_warps())))[:, None]
+    taker = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, right(gl.num_warps())))[None, :]
     for block in range(channels_again(FMT.head_size) // BLOCK):
         own = block * BLOCKS + block
         # of those behind in the block what was lost in the first round; those before come as they are chosen
@@ -316,7 +309,7 @@ def choose_again(codes, keys, lost, shares, of_blocks, FMT: gl.constexpr):
         # what is left of keys is a little less exact than keys are
         x = tl.fma(code, of_channels[0][None, :], of_channels[1][None, :]) + left
         x = x.to(keys.dtype).to(gl.float32)
-        transposed = shares.index(own).permute((1, 0)).load(MMA)
+        transposed = shares.index(own).permute((1, 0)).load(products(gl.num_warps()))
         shares.index(own).store(transposed)
         within = shares.index(own)._reinterpret(gl.float32, [BLOCK, BLOCK], plain(1))
         chosen, left = choose_block(x, taken_up, of_channels, within, FMT.key_bits, FMT.key_rounding.stretch)
