@@ -79,18 +79,16 @@ def rows_of_step(memory, step: gl.constexpr):
 @gluon.jit
 def slot_scores(memory, q, seen_from, block, scale, VECTORS: gl.constexpr, FMT: gl.constexpr):
     """Scores ``[rows, 8]`` of slots' keys for each tile; ``-inf`` where a column does not attend to a slot."""
-    BLOCKS: gl.constexpr = memory.shape[0] // 16
     WHOLE: gl.constexpr = whole(gl.num_warps())
     BY_HEAD: gl.constexpr = gl.SliceLayout(0, WHOLE)
     CAP: gl.constexpr = VECTORS.softcap
-    blocks = ()
-    for i in gl.static_range(BLOCKS):
-        k = rows_of_step(memory, i).load(operand(0, WHOLE))
-        columns = [gl.convert_layout(x, operand(1, WHOLE), assert_trivial=True) for x in q]
-        blocks += ([mma_v2(k, x, gl.zeros((16, 8), gl.float32, WHOLE)) * scale for x in columns],)
+    steps = up_to(memory.shape[0] // 16)
+    keys = [rows_of_step(memory, step).load(operand(0, WHOLE)) for step in steps]
+    columns = [gl.convert_layout(x, operand(1, WHOLE), assert_trivial=True) for x in q]
+    products = [[mma_v2(k, x, gl.zeros((16, 8), gl.float32, WHOLE)) * scale for x in columns] for k in keys]
     scores = ()
     for tile in gl.static_range(len(q)):
-        rows = [products[tile] for products in blocks]
+        rows = [of_step[tile] for of_step in products]
         token, _, _ = place(index_columns(tile, VECTORS, FMT, BY_HEAD), block, VECTORS)
         # one of a vector's columns attends to them
         own = gl.arange(0, 8, layout=BY_HEAD)[None, :] % columns_of_vector(VECTORS, FMT) == 0
