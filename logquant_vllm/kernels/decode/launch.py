@@ -15,7 +15,7 @@ from logquant_vllm.kernels.architecture import Architecture
 from logquant_vllm.kernels.arguments import Rows, Scores, Step, next_power_of_2
 from logquant_vllm.kernels.decode.choice import why_not_gluon
 from logquant_vllm.kernels.decode.combine import DecodeOutput, combine
-from logquant_vllm.kernels.decode.tile_scheduler import PARTIALS, tile_blocks_bound
+from logquant_vllm.kernels.decode.tile_scheduler import PARTIALS, count_window_blocks
 from logquant_vllm.kernels.decode.vectors import Vectors
 from logquant_vllm.kernels.launcher import Argument
 from logquant_vllm.kernels.rotate import rotate_output
@@ -31,6 +31,7 @@ class Choice(NamedTuple):
     kernel: ModuleType
     vectors: Vectors
     resident: int  # programs that all multiprocessors hold at a time
+    window_blocks: int
 
     @classmethod
     def of(
@@ -39,7 +40,7 @@ class Choice(NamedTuple):
         """With a module's kernel."""
         vectors = Vectors(gqa, queries, kernel.most_vectors(layout.fmt), softcap * LOG2E)
         resident = kernel.resident_programs(architecture, layout.fmt, vectors)
-        return cls(kernel, vectors, resident * architecture.multiprocessors)
+        return cls(kernel, vectors, resident * architecture.multiprocessors, count_window_blocks(layout))
 
 
 @functools.cache
@@ -82,12 +83,13 @@ def decode(
     """
     layout, fmt = step.layout, step.layout.fmt
     gqa, queries = query.shape[1] // step.num_kv_heads, step.max_query_len
-    kernel, vectors, resident = _choose(step.architecture, step.dtype, layout, gqa, queries, scores.softcap)
+    kernel, vectors, resident, window_blocks = _choose(
+        step.architecture, step.dtype, layout, gqa, queries, scores.softcap
+    )
     # Shares, and the order in which partials are combined, must be the same in a captured graph, which pads the batch
     # (not beyond the next power of two) and has to assume the longest requests: the tokens would differ in rounding.
     rows = next_power_of_2(step.num_reqs) * step.num_kv_heads * vectors.blocks
-    blocks = rows * tile_blocks_bound(step.max_pages * fmt.page_size, layout.num_slots, fmt.page_size)
-    programs = min(resident, blocks)
+    programs = min(resident, rows * (window_blocks + step.max_pages))  # no tile has more KV blocks
     results = DecodeOutput(
         Rows.of(output),
         lse,

@@ -45,19 +45,9 @@ def requests_bound(count: int) -> int:
     return next((n for n in REQUESTS if count <= n), next_power_of_2(count))
 
 
-def window_blocks(num_slots: int) -> int:
-    """KV blocks of a request's window."""
-    return -(-num_slots // WINDOW_BLOCK)
-
-
-def tile_blocks_bound(max_seq_len: int, num_slots: int, page_size: int) -> int:
-    """No tile of a request of up to ``max_seq_len`` tokens has more KV blocks."""
-    return window_blocks(num_slots) + -(-max_seq_len // page_size)
-
-
 @triton.constexpr_function
 def count_window_blocks(layout):
-    """:func:`window_blocks` of a layout, a constant."""
+    """KV blocks of a request's window."""
     return (layout.num_slots + WINDOW_BLOCK - 1) // WINDOW_BLOCK
 
 
