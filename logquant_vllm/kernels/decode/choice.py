@@ -9,11 +9,7 @@ from logquant_vllm.kernels.architecture import Architecture
 
 
 def why_not_gluon(
-    architecture: Architecture,
-    dtype: torch.dtype,
-    layout: CacheLayout,
-    gqa: int,
-    queries: int = 1,
+    architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int = 1
 ) -> str | None:
     """Why the Gluon kernel cannot serve, and the slower Triton kernel has to; None if it can.
 

@@ -168,13 +168,7 @@ def store_row(out, row, head, channel, in_head, result, lse):
 
 
 def combine(
-    step: Step,
-    out: Argument,
-    programs: int,
-    rows: int,
-    vectors: Vectors,
-    hadamard: bool,
-    sinks: Tensor | None,
+    step: Step, out: Argument, programs: int, rows: int, vectors: Vectors, hadamard: bool, sinks: Tensor | None
 ) -> None:
     """Launch :func:`combine_kernel` behind a decode kernel of ``programs`` programs.
 

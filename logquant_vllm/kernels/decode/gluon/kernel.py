@@ -220,12 +220,10 @@ def decode_kernel(
                 copy_first_keys(memory, slab, FMT)
             exponent = 0
             if end_page > 0:
-                if sizes.padded(FMT.key_words) == FMT.key_words:
-                    exponent = store_queries(memory.queries, q, FMT)
-                else:
-                    exponent = store_queries(
-                        memory.queries, load_key_queries(query_row, query, block, VECTORS, FMT), FMT
-                    )
+                in_order = q
+                if sizes.padded(FMT.key_words) != FMT.key_words:
+                    in_order = load_key_queries(query_row, query, block, VECTORS, FMT)
+                exponent = store_queries(memory.queries, in_order, FMT)
             live = gl.max(tile.window_block, 0) > 0
             window_start, compactions = open_header(gl.max(header, 0), tile.computed, LAYOUT)
             query_len = 1 if VECTORS.queries == 1 else tile.query_len

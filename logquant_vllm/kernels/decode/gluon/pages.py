@@ -48,16 +48,7 @@ def store_factors(memory, key_scales, complete, FMT: gl.constexpr):
 
 @gluon.jit
 def attend_pages(
-    sums,
-    memory,
-    pages,
-    first_page,
-    end_page,
-    request,
-    exponent,
-    qk_scale,
-    VECTORS: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    sums, memory, pages, first_page, end_page, request, exponent, qk_scale, VECTORS: gl.constexpr, LAYOUT: gl.constexpr
 ):
     """Attention to the pages from ``first_page`` to ``end_page``.
 

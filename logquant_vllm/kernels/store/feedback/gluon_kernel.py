@@ -28,13 +28,7 @@ from logquant_vllm.kernels.decode.gluon.sizes import up_to
 from logquant_vllm.kernels.decode.gluon.tiles import distance
 from logquant_vllm.kernels.store.feedback.codes import channels_again, choose_code, pick
 from logquant_vllm.kernels.store.group import copied_keys, copy_offset, open_group
-from logquant_vllm.kernels.store.quantize import (
-    is_finite,
-    key_code_words,
-    read_scale,
-    scale_and_zero,
-    store_key_scales,
-)
+from logquant_vllm.kernels.store.quantize import is_finite, key_code_words, read_scale, scale_and_zero, store_key_scales
 
 BLOCK = gl.constexpr(16)  # channels
 SCATTER = gl.constexpr(5003)  # a prime that is no divisor of a number of programs
