@@ -3,18 +3,56 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from logquant_vllm.core import operations as reference
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
+from logquant_vllm.core.parts import Part
+from logquant_vllm.core.past import past_of
+from logquant_vllm.core.states import add_sinks
 from logquant_vllm.kernels import operations as kernels
+from logquant_vllm.kernels.arguments import Step
+from logquant_vllm.kernels.prefill.attention import DenseAttention
 from tests.paging import PagedBatch, assert_close, random_qkv
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+
+
+def attention(
+    query, key, value, cache, batch, layout, scale, softcap=0.0, sinks=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``core.operations.attention``: of one new token each by the decode kernel; of more as later chunks of a prompt
+    have it, the past as the kernel gathers it and torch's dense attention, in float32."""
+    if batch.max_query_len == 1:
+        return kernels.decode(query, key, value, cache, batch, layout, scale, None, softcap, sinks)
+    step = Step.of(key, value, cache, batch, layout)
+    output = torch.zeros_like(query)
+    lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
+    if not step.is_empty:
+        new, cached = batch.query_start_loc.diff().tolist(), batch.num_computed.tolist()
+        room = max(sum(new) + sum(cached), 32 * len(new))
+        part = Part(slice(sum(new)), 0, batch, past_of(batch, new, cached, room))
+        out, q, k, v = (x[part.tokens] for x in (output, query, key, value))
+        dense = DenseAttention(room, memory=_float32, softcap=softcap)
+        lse[part.tokens] = dense.attend_with_past(out, q, k, v, step, part, scale).T
+        add_sinks(out, lse[part.tokens], sinks)
+    return output, lse
+
+
+def _float32(device: torch.device, *buffers: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
+    return [torch.empty(shape, dtype=torch.float32, device=device) for shape, _ in buffers]
+
+
+OPERATIONS = SimpleNamespace(
+    quantize_pages=kernels.quantize_pages, attention=attention, update_window=kernels.update_window
+)
+"""For ``PagedBatch.step``."""
 
 
 class Pair:
@@ -58,12 +96,13 @@ class Pair:
             reference.quantize_pages(k, v, self.expected.cache, a, self.layout)
             kernels.quantize_pages(*on_device[1:], self.actual.cache, b, self.layout)
             self.same_bytes(f"pages after {new}")
-        attend = "decode_step" if at_once else "attention"
-        expected = getattr(reference, attend)(q, k, v, self.expected.cache, a, self.layout, self.scale, **self.scores)
+        attend = reference.decode_step if at_once else reference.attention
+        expected = attend(q, k, v, self.expected.cache, a, self.layout, self.scale, **self.scores)
         if queries:
-            attend, b = "decode_step" if at_once else "decode", b._replace(max_query_len=queries)
+            b = b._replace(max_query_len=queries)
+        attend = kernels.decode_step if at_once else kernels.decode if queries else attention
         scores = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in self.scores.items()}
-        actual = getattr(kernels, attend)(*on_device, self.actual.cache, b, self.layout, self.scale, **scores)
+        actual = attend(*on_device, self.actual.cache, b, self.layout, self.scale, **scores)
         if not at_once:
             self.same_bytes(f"attention of {new} wrote to the cache")
         finite = torch.ones(sum(new), dtype=torch.bool) if nan_rows is None else ~nan_rows

@@ -20,7 +20,7 @@ from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.kernels import operations as kernels
 from tests.paging import assert_close
-from tests.pair import DEVICE, SMALL, Pair, needs_gpu, small_layout
+from tests.pair import DEVICE, OPERATIONS, SMALL, Pair, attention, needs_gpu, small_layout
 
 
 def edge_steps(layout: CacheLayout) -> list[list[int]]:
@@ -79,7 +79,7 @@ def test_blocks_that_several_layers_share(pages: int, layers: int) -> None:
     expected, actual = (side.beside(layers, layers - 1) for side in (pair.expected, pair.actual))
     for seed, new in enumerate([[3, 70], [1, 1], [100, 1], [1, 1], [1, 120], [1, 1]]):
         qkv = pair.qkv(sum(new), seed)
-        output = actual.step(*(x.to(DEVICE) for x in qkv), new, pair.scale, kernels)[0]
+        output = actual.step(*(x.to(DEVICE) for x in qkv), new, pair.scale, OPERATIONS)[0]
         assert_close(output, expected.step(*qkv, new, pair.scale, reference)[0], what=f"output of {new}")
         same = [side.cache.pages.clone().cpu() for side in (expected, actual)]
         assert torch.equal(*same), f"bytes after {new}"
@@ -152,11 +152,11 @@ def test_null_rows_and_long_bounds() -> None:
     q, k, v = (x.to(DEVICE) for x in pair.qkv(4, 9))
     before = pair.actual.cache.pages.clone()
     kernels.quantize_pages(k, v, pair.actual.cache, batch, layout)
-    out, _ = kernels.attention(q, k, v, pair.actual.cache, batch, layout, 1.0)
+    out, _ = kernels.decode(q, k, v, pair.actual.cache, batch, layout, 1.0)
     kernels.update_window(k, v, pair.actual.cache, batch, layout)
     assert (out == 0).all()
     assert torch.equal(before, pair.actual.cache.pages)
-    out, _ = kernels.attention(q, k, v, pair.actual.cache, batch._replace(max_query_len=2), layout, 1.0)
+    out, _ = attention(q, k, v, pair.actual.cache, batch._replace(max_query_len=2), layout, 1.0)
     assert (out == 0).all()
 
 

@@ -1,4 +1,4 @@
-"""The operations of ``core`` on a GPU: same names, same arguments, same results.
+"""The operations of ``core`` on a GPU: same names, same arguments, same results; attention by itself is ``decode``.
 
 Safe to capture in a CUDA graph: grids and constants depend on shapes and host integers alone (``max_query_len`` and
 ``max_seq_len`` are upper bounds), lengths are read on the device, and programs with nothing to do return at once.
@@ -12,19 +12,17 @@ from torch import Tensor
 from logquant_vllm.core.calibration import Basis, change_basis
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
-from logquant_vllm.core.parts import Part, Parts
-from logquant_vllm.core.past import PastSlice, past_of
+from logquant_vllm.core.parts import Parts
+from logquant_vllm.core.past import PastSlice
 from logquant_vllm.core.states import add_sinks
 from logquant_vllm.kernels.arguments import Scores, Step
 from logquant_vllm.kernels.decode import launch
-from logquant_vllm.kernels.prefill.attention import DenseAttention
 from logquant_vllm.kernels.prefill.gather import gather
 from logquant_vllm.kernels.rotate import rotate_heads, rotate_output
 from logquant_vllm.kernels.store import prompt
 from logquant_vllm.kernels.store.step import store_step
 
 __all__ = [
-    "attention",
     "decode",
     "decode_step",
     "gather_past",
@@ -69,47 +67,6 @@ def gather_past(
     gather(Step.of(key, value, cache, batch, layout), keys, values, piece)
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: PagedCache,
-    batch: Batch,
-    layout: CacheLayout,
-    scale: float,
-    output: Tensor | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Causal attention of this step's tokens over the cache and over each other; see ``core.operations.attention``.
-
-    Returns:
-        output: ``[num_tokens, num_heads, head_size]`` in the dtype of ``query``; zero for tokens of no request.
-        lse: float32 ``[num_tokens, num_heads]``; ``-inf`` for tokens of no request.
-    """
-    args = Step.of(key, value, cache, batch, layout)
-    if output is None:
-        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if not args.is_empty and batch.max_query_len == 1:
-        return output, _decode(args, query, output, Scores(scale, softcap, sinks))
-    output.zero_()
-    lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
-    if not args.is_empty:  # torch's dense attention in float32, which reads lengths on the host
-        new = batch.query_start_loc.diff().tolist()
-        cached = batch.num_computed.tolist()
-        room = max(sum(new) + sum(cached), 32 * len(new))
-        part = Part(slice(sum(new)), 0, batch, past_of(batch, new, cached, room))
-        out, q, k, v = (x[part.tokens] for x in (output, query, key, value))
-        dense = DenseAttention(room, memory=_float32, softcap=softcap)
-        lse[part.tokens] = dense.attend_with_past(out, q, k, v, args, part, scale).T
-        add_sinks(out, lse[part.tokens], sinks)
-    return output, lse
-
-
-def _float32(device: torch.device, *buffers: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
-    return [torch.empty(shape, dtype=torch.float32, device=device) for shape, _ in buffers]
-
-
 def decode(
     query: Tensor,
     key: Tensor,
@@ -123,7 +80,12 @@ def decode(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``core.operations.attention`` of a few new tokens per request, for which the kernels of decoding are: up to 64
-    or so. They are compiled for each ``batch.max_query_len``; requests may have fewer tokens, or none."""
+    or so. They are compiled for each ``batch.max_query_len``; requests may have fewer tokens, or none.
+
+    Returns:
+        output: ``[num_tokens, num_heads, head_size]`` in the dtype of ``query``; zero for tokens of no request.
+        lse: float32 ``[num_tokens, num_heads]``; ``-inf`` for tokens of no request.
+    """
     args = Step.of(key, value, cache, batch, layout)
     if output is None:
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
