@@ -119,12 +119,18 @@ def rotate_output_kernel(
     rotate_rows(output, tl.program_id(0), 0, num_tokens, NUM_HEADS, 1, HEAD_SIZE, ROWS, OPERAND, BACK=True)
 
 
+@triton.constexpr_function
+def count_bits(size):
+    """Bits of an index below ``size``, a power of two."""
+    return size.bit_length() - 1
+
+
 @triton.jit
 def hadamard_of(x):
     """``x @ core.hadamard.hadamard_matrix`` of ``[channels]``, a power of two: butterflies over one bit of the index
     after another, each of which is the lowest when its turn comes."""
     SIZE: tl.constexpr = x.shape[0]
-    for _ in tl.static_range(SIZE.bit_length() - 1):
+    for _ in tl.static_range(count_bits(SIZE)):
         even, odd = tl.split(tl.reshape(x, (SIZE // 2, 2)))
         x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (1, 0)), (SIZE,))
     return x * (1.0 / SIZE**0.5)
