@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.kernels import launcher
-from logquant_vllm.kernels.launcher import Argument, launch
+from logquant_vllm.kernels.launcher import Argument, launch, once_a_step
 from tests.test_compile import ROOT, path_of
 
 
@@ -237,3 +237,15 @@ def test_other_tritons(version: str) -> None:
     ]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_once_a_step() -> None:
+    """For the same object, not for one that equals it: a step's batch may look like the one before."""
+    made: list[int] = []
+
+    def make() -> int:
+        made.append(len(made))
+        return made[-1]
+
+    steps = [[1, 2] for _ in range(20)]
+    assert [once_a_step(step, make) for step in steps for _ in range(3)] == [i for i in range(20) for _ in range(3)]

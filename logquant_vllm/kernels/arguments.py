@@ -20,7 +20,7 @@ from torch import Tensor
 
 from logquant_vllm.core.paged import SINK_COLUMNS, Batch, CacheLayout, PagedCache
 from logquant_vllm.kernels.architecture import Architecture, architecture
-from logquant_vllm.kernels.launcher import Argument
+from logquant_vllm.kernels.launcher import Argument, once_a_step
 
 # members are tensors and integers on the host, pointers and scalars in a kernel
 Member = Any
@@ -72,17 +72,9 @@ class BatchArgument(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> Argument:
-        """All layers of a step have the same batch: it is looked at for the first."""
-        if (last := _last_batches.get(id(batch))) is None or last[0] is not batch:
-            if len(_last_batches) == LAST_BATCHES:
-                _last_batches.clear()
-            argument = cls(batch.query_start_loc, batch.seq_lens, 16 * batch.seq_lens.shape[0])
-            last = _last_batches[id(batch)] = batch, Argument(argument)
-        return last[1]
-
-
-LAST_BATCHES = 8
-_last_batches: dict[int, tuple[Batch, Argument]] = {}
+        """Of a batch."""
+        starts, lengths = batch.query_start_loc, batch.seq_lens
+        return once_a_step(batch, lambda: Argument(cls(starts, lengths, 16 * lengths.shape[0])))
 
 
 @functools.cache

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -19,6 +20,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+T = TypeVar("T")
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 
@@ -80,6 +83,20 @@ def _look(value: Any, kind: list[Any]) -> Any:
     if not isinstance(value, float | None):
         raise TypeError(f"a kernel takes tensors, numbers, None and tuples of these, got {value!r}")
     return value
+
+
+_LATEST = 8
+_latest: dict[int, tuple[Any, Any]] = {}
+
+
+def once_a_step(of: Any, make: Callable[[], T]) -> T:
+    """What the first layer of a step makes of an object that all its layers are given, and nobody changes."""
+    if (found := _latest.get(id(of))) is None or found[0] is not of:
+        if len(_latest) == _LATEST:
+            _latest.clear()
+        found = _latest[id(of)] = of, make()
+    made: T = found[1]
+    return made
 
 
 class _Kept(NamedTuple):

@@ -209,6 +209,11 @@ def attend_stored(
     _attend_parts(layer, args, rotated, (key, value), output, parts or Parts())
 
 
+def _rows(x: Tensor, tokens: slice) -> Tensor:
+    """The rows of consecutive tokens; a view takes the host a microsecond, and often they are all."""
+    return x if tokens.stop - tokens.start == x.shape[0] else x[tokens]
+
+
 def _attend_parts(
     layer: Layer,
     args: Step,
@@ -233,11 +238,10 @@ def _attend_parts(
             rotate_output(rows, basis.value)
 
     if begun is not None:
-        q, k, v = (x[begun.tokens] for x in new or (query, *stored))
-        out = output[begun.tokens]
+        out, q, k, v = (_rows(x, begun.tokens) for x in (output, *(new or (query, *stored))))
         finish(out, layer.dense.attend_new(out, q, k, v, begun.batch, layer.scale), None if new else basis)
     if continued is not None:
-        out, q, k, v = (x[continued.tokens] for x in (output, query, *stored))
+        out, q, k, v = (_rows(x, continued.tokens) for x in (output, query, *stored))
         finish(out, layer.dense.attend_with_past(out, q, k, v, args, continued, layer.scale), basis)
     if decoding is not None:
         few, t = args.of_first(decoding.batch, decoding.tokens.stop), decoding.tokens

@@ -147,16 +147,22 @@ def rotate_heads(query: Tensor, key: Tensor, value: Tensor, basis: Basis) -> tup
     There may be fewer queries than keys and values, or none.
     """
     groups, head_size, _ = basis.query.shape
-    matrices = (basis.query, basis.key, basis.value)
-    given = [(x, m if len(x) else None) for x, m in zip((query, key, value), matrices, strict=True)]
-    rotated = [x if m is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, m in given]
-    rows = [0 if m is None else x.shape[0] * x.shape[1] // groups for x, m in given]
+    rotated, given, rows = list[Tensor](), list[Rotation | None](), list[int]()
+    for x, matrices in ((query, basis.query), (key, basis.key), (value, basis.value)):
+        tokens, heads, _ = x.shape
+        y, rotation = x, None
+        if matrices is not None and tokens:
+            y = torch.empty_like(x, memory_format=torch.contiguous_format)
+            rotation = Rotation.of(y, x, matrices, groups)
+        rotated.append(y)
+        given.append(rotation)
+        rows.append(0 if rotation is None else tokens * heads // groups)
     tile = rows_of_tile(sum(rows), head_size)
     if rows[1]:
         launch(
             rotate_kernel,
             (sum(-(-n // tile) for n in rows), groups),
-            *(None if m is None else Rotation.of(y, x, m, groups) for y, (x, m) in zip(rotated, given, strict=True)),
+            *given,
             query.shape[0],
             key.shape[0],
             NUM_HEADS=query.shape[1],

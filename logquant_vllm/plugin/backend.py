@@ -330,7 +330,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
                 self._layer.dense.workspace(query, self.num_kv_heads, self._most_tokens)
             return output.fill_(0)
         count = attn_metadata.num_actual_tokens
-        query, key, value, out = (x if len(x) == count else x[:count] for x in (query, key, value, output))
+        query, key, value, out = (x if x.shape[0] == count else x[:count] for x in (query, key, value, output))
         window, window_bytes = self.window_layer, self.num_kv_heads * self._layer.layout.window_head_bytes
         cache = PagedCache(
             *window.views(kv_cache, self._place, (self.page_bytes, window_bytes)),

@@ -20,7 +20,7 @@ from logquant_vllm.kernels.cache import (
     window_row,
 )
 from logquant_vllm.kernels.codes import load_codes
-from logquant_vllm.kernels.launcher import launch
+from logquant_vllm.kernels.launcher import Argument, launch, once_a_step
 from logquant_vllm.kernels.scales import load_scale_zero
 
 TOKENS = tl.constexpr(SLICE_STEP)  # of a program: divides every group of tokens
@@ -132,6 +132,8 @@ def gather(step: Step, keys: Tensor, values: Tensor, piece: PastSlice, first_req
             f"keys and values must have a contiguous last dimension, got {keys.stride()}, {values.stride()}"
         )
     count = piece.start_loc.shape[0] - 1
+    of_piece = (piece.start_loc, count, piece.first, piece.rows)
+    start_loc, *sizes = once_a_step(piece, lambda: [Argument(x) for x in of_piece])
     launch(
         gather_kernel,
         (piece.rows // SLICE_STEP + count, step.num_kv_heads),
@@ -141,11 +143,9 @@ def gather(step: Step, keys: Tensor, values: Tensor, piece: PastSlice, first_req
         step.value,
         step.cache,
         step.batch,
-        piece.start_loc,
+        start_loc,
         first_request,
-        count,
-        piece.first,
-        piece.rows,
+        *sizes,
         LAYOUT=step.layout,
         num_warps=4,
     )
