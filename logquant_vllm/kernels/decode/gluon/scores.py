@@ -152,12 +152,16 @@ def without_copied(scores, page, part: gl.constexpr, end, request, COLUMNS: gl.c
 
 
 @gluon.jit
+def weigh_tile(scores, factor, shifts, maximum):
+    """float16 weights of a part's tile relative to ``maximum``."""
+    return exp2(scale_and_shift(scores, factor, shifts + (LOG_WEIGHT_UNIT - maximum))).to(gl.float16)
+
+
+@gluon.jit
 def weigh(scores, factor, shifts, maximum):
-    """float16 weights of all parts and tiles relative to ``maximum``."""
+    """:func:`weigh_tile` of all parts and tiles."""
     parts, tiles = up_to(len(scores)), up_to(len(maximum))
-    above = [LOG_WEIGHT_UNIT - x for x in maximum]
-    shifted = [[scale_and_shift(scores[i][t], factor, shifts[i][t] + above[t]) for t in tiles] for i in parts]
-    return [[exp2(x).to(gl.float16) for x in part] for part in shifted]
+    return [[weigh_tile(scores[i][t], factor, shifts[i][t], maximum[t]) for t in tiles] for i in parts]
 
 
 @gluon.jit
@@ -173,12 +177,11 @@ def highest_scores(scores, factor, shifts):
 
 
 @gluon.jit
-def capped(scores, factor, shifts, CAP: gl.constexpr):
+def cap_parts(scores, factor, shifts, CAP: gl.constexpr):
     """Scores of all parts, capped in units of log2; and what brings them there."""
     parts, tiles = up_to(len(scores)), up_to(len(scores[0]))
-    in_log2 = [[scale_and_shift(scores[i][t], factor, shifts[i][t]) for t in tiles] for i in parts]
-    none = [[x * 0.0 for x in part] for part in shifts]
-    return [[cap_scores(x, CAP) for x in part] for part in in_log2], 1.0, none
+    capped = [[cap_scores(scale_and_shift(scores[i][t], factor, shifts[i][t]), CAP) for t in tiles] for i in parts]
+    return capped, 1.0, [[x * 0.0 for x in part] for part in shifts]
 
 
 @gluon.jit
@@ -199,7 +202,7 @@ def page_scores(memory, place, factor, shifts, VECTORS: gl.constexpr, LAYOUT: gl
     parts = up_to(FMT.groups_per_page // COLUMNS)
     scores = [part_scores(memory, part, COLUMNS, FMT) for part in parts]
     if CAP > 0:
-        scores, factor, shifts = capped(scores, factor, shifts, CAP)
+        scores, factor, shifts = cap_parts(scores, factor, shifts, CAP)
     if overlaid:
         scores = [without_copied(scores[i], page, i, end, request, COLUMNS, LAYOUT) for i in parts]
     return scores, factor, shifts
