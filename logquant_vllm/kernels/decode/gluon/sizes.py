@@ -16,7 +16,8 @@ CHANNELS_OF_WARP = 128
 
 @gluon.constexpr_function
 def up_to(n):
-    """The numbers below ``n`` as a tuple, to make another of: assigned to a name first, it can be gone through."""
+    """The numbers below ``n`` as a tuple, to make another of by a comprehension, once it has a name. In Triton the
+    comprehension's variable stays: its name must be no other's in the function."""
     return gl.tuple([gl.constexpr(i) for i in range(n)])
 
 
