@@ -66,6 +66,11 @@ class MomentSums:
         self.query = self.query + moments.cpu() * scale**2
         self.squares = self.squares + squares.cpu()
 
+    @property
+    def output(self) -> float:
+        """The squared length of all that was read."""
+        return float(self.squares[1])
+
     def moments(self) -> Moments:
         """What was summed up; zero for the queries of a head whose far keys were never read.
 
@@ -78,8 +83,7 @@ class MomentSums:
         key = self.key / self.keys
         # the least that errors in a basis of few bits cost: see `core.calibration`
         by_keys = KEY_ERRORS * key.shape[-1] * float((_size(query) * _size(key)).sum())
-        values, output = self.squares.tolist()
-        cost = torch.tensor([by_keys, values]) / max(output, torch.finfo(torch.float64).tiny)
+        cost = torch.tensor([by_keys, float(self.squares[0])]) / max(self.output, torch.finfo(torch.float64).tiny)
         return Moments(query, key, cost.float())
 
 

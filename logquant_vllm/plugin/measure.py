@@ -193,11 +193,9 @@ def _runner(vllm_config: Any, executor: Any, kv_cache_config: Any) -> Callable[[
     return run
 
 
-def _merge(
-    ranks: Sequence[tuple[dict[int, tuple[int, Moments]], str | None]], shape: tuple[int, int, int]
-) -> list[Moments]:
-    """What all ranks measured: heads that several have count as their mean, and so does what errors cost; layers that
-    nobody has as a head without a preference.
+def _merge(ranks: Sequence[tuple[dict[int, observe.Seen], str | None]], shape: tuple[int, int, int]) -> list[Moments]:
+    """What all ranks measured: heads that several have count as their mean; what errors cost, as a share of all heads'
+    output; layers that nobody has as a head without a preference.
 
     Args:
         shape: layers, KV heads and channels.
@@ -209,17 +207,18 @@ def _merge(
         if problem:
             raise ValueError(problem)
     layers, heads, channels = shape
-    sums, costs = torch.zeros(2, layers, heads, channels, channels), torch.zeros(layers, 2)
-    count, seen = torch.zeros(layers, heads, 1, 1), torch.zeros(layers, 1)
+    sums, count = torch.zeros(2, layers, heads, channels, channels), torch.zeros(layers, heads, 1, 1)
+    costs, output = torch.zeros(layers, 2), torch.zeros(layers, 1)
     for of_rank, _ in ranks:
-        for i, (first, moments) in of_rank.items():
+        for i, (first, moments, read) in of_rank.items():
             mine = slice(first, first + len(moments.key))
             count[i, mine] += 1
             sums[0, i, mine] += moments.query
             sums[1, i, mine] += moments.key
-            costs[i] += moments.cost
-            seen[i] += 1
+            costs[i] += moments.cost * read
+            output[i] += read
     if not count.any():
         raise ValueError("no layer of the model was run")
     query, key = sums / count.clamp(min=1)
-    return [Moments(*of_layer) for of_layer in zip(query, key, costs / seen.clamp(min=1), strict=True)]
+    shares = costs / output.clamp(min=torch.finfo(output.dtype).tiny)
+    return [Moments(*of_layer) for of_layer in zip(query, key, shares, strict=True)]

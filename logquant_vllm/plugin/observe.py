@@ -6,7 +6,7 @@ The functions run in every worker (``collective_rpc``), called by :mod:`logquant
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,20 +126,31 @@ def begin(worker: Any) -> str | None:
     return None
 
 
-def end(worker: Any) -> tuple[dict[int, tuple[int, Moments]], str | None]:
+class Seen(NamedTuple):
+    """What a rank measured of a layer."""
+
+    first_head: int
+    """Of the KV heads that the moments are of."""
+    moments: Moments
+    output: float
+    """The squared length of what these heads read, of which ``moments.cost`` is a share."""
+
+
+def end(worker: Any) -> tuple[dict[int, Seen], str | None]:
     """Look no longer, and give back the memory that it took.
 
     Returns:
-        By layer, the first KV head of this rank and the moments of all that it has; and what went wrong.
+        What this rank saw, by layer; and what went wrong.
     """
     total = shape_of(worker.vllm_config.model_config)[1]
-    found, problem = dict[int, tuple[int, Moments]](), None
+    found, problem = dict[int, Seen](), None
     for name, layer in _layers(worker):
         observer, layer.impl.observer = layer.impl.observer, None
         try:
             if observer is not None:
                 first = 0 if layer.num_kv_heads == total else basis.first_head(total)
-                found[extract_layer_index(name)] = first, Moments(*(x.float() for x in observer.moments()))
+                moments = Moments(*(x.float() for x in observer.moments()))
+                found[extract_layer_index(name)] = Seen(first, moments, observer.sums.output)
         except ValueError as error:
             problem = problem or str(error)
     if torch.cuda.is_initialized():
