@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,40 @@ def test_a_compiled_library_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     again = build.load.__wrapped__()
     assert again.__file__ == first.__file__
+
+
+def test_what_is_begun_beside_is_waited_for_and_not_done_again(
+    extensions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, may_end, compiled = threading.Event(), threading.Event(), list[Path]()
+
+    def compile_slowly(name: str, directory: Path) -> None:
+        began.set()
+        assert may_end.wait(60)
+        for path in (extensions / name).iterdir():
+            shutil.copy(path, directory)
+        compiled.append(directory)
+
+    monkeypatch.setattr(build, "_compile", compile_slowly)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    build.begin.__wrapped__()
+    assert began.wait(60)
+    threading.Timer(0.2, may_end.set).start()
+    name, library = build._library()
+    assert compiled == [tmp_path / name] and library.parent == tmp_path / name
+
+
+def test_what_is_in_the_way_of_compiling_beside_is_told_by_who_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    build.begin.__wrapped__()
+    for thread in threading.enumerate():
+        if thread.name == build.THREAD:
+            thread.join(60)
+    with pytest.raises(RuntimeError, match="ninja cannot be found"):
+        build._library()
 
 
 def test_a_compiled_library_is_loaded_from_where_nothing_can_be_written(extensions: Path) -> None:

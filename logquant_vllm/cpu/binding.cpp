@@ -1,5 +1,7 @@
 // From tensors to the views in cache.h: one call per operation, and one for a whole step.
-#include <ATen/ATen.h>
+// not ATen/ATen.h, which brings every operation of torch: half of the time that compiling takes
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/full.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstring>

@@ -1,5 +1,7 @@
 """Compile the C++ operations at first use and load them.
 
+A starting engine compiles them beside what it does before it needs them (:func:`begin`), half a minute on two cores.
+
 The library lies in torch's extensions directory under a name that changes with the sources, torch, Python and the
 processor: a home directory shared by different machines stays safe, and a later start needs no compiler and writes
 nothing. Where that directory cannot be written, or others can write it, a private one beside temporary files is used.
@@ -7,6 +9,7 @@ nothing. Where that directory cannot be written, or others can write it, a priva
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -17,6 +20,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +31,7 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handler shows what is b
 
 SOURCES = ("binding.cpp", "attention.cpp", "storage.cpp")
 HEADERS = ("cache.h", "dequantize.h", "matrix.h", "softmax.h", "tokens.h", "vec.h")
+THREAD = "logquant-compile"
 DIGEST = ".sha256"
 """Suffix of the file that says what a finished library holds."""
 # the quantizer must round as torch does, hence no contraction; attention asks for fused multiply-adds by name
@@ -149,11 +154,10 @@ def _obstacle(directory: Path) -> str | None:
     return None if usable else "cannot be written"
 
 
-@cache
-def load() -> ModuleType:
-    """The compiled module.
+def _library() -> tuple[str, Path]:
+    """The name of the compiled module and its library, which is compiled if it is missing.
 
-    Processes that start together compile it once: the others wait for the first.
+    Processes and threads that start together compile it once: the others wait for the first.
 
     Raises:
         RuntimeError: saying what to do, if it has to be compiled and cannot be.
@@ -172,8 +176,29 @@ def load() -> ModuleType:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not _is_whole(library):
                     _compile(name, directory)
-        return _import(name, library)
+        return name, library
     raise RuntimeError(
         f"there is no place for the compiled CPU operations of logquant-vllm: {'; '.join(obstacles)}. "
         "Set TORCH_EXTENSIONS_DIR to a directory of your own"
     )
+
+
+@cache
+def load() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: saying what to do, if it has to be compiled and cannot be.
+    """
+    return _import(*_library())
+
+
+@cache
+def begin() -> None:
+    """Compile what :func:`load` will ask for, in a thread of its own; what is in the way is left for that to say."""
+
+    def compile_beside() -> None:
+        with contextlib.suppress(Exception):
+            _library()
+
+    threading.Thread(target=compile_beside, name=THREAD, daemon=True).start()

@@ -118,7 +118,18 @@ def _check_and_update_config(original: Callable[..., None], vllm_config: Any) ->
     validate_config(vllm_config)
     prepare(vllm_config)
     _patch_chunked_attention()
+    _compile_operations()
     return original(vllm_config)
+
+
+def _compile_operations() -> None:
+    """On a CPU, where the engine's processes have yet to start and to import for as long as compiling takes."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from logquant_vllm.cpu import build
+
+        build.begin()
 
 
 def _update_block_size_for_backend(original: Callable[..., None], vllm_config: Any) -> None:
