@@ -152,6 +152,7 @@ def test_what_is_kept_follows_from_what_it_depends_on(tmp_path: Path, monkeypatc
         calibration.measured_path(LogQuantConfig(key_group_size=32), str(model)),
         calibration.measured_path(config, "someone/else"),
         calibration.measured_path(config, "someone/else", "old"),
+        calibration.measured_path(config, str(model), device="cpu"),  # of which less is read there
     ]
     for file in (copied / "config.json", next(copied.glob("*.safetensors"))):
         content = bytearray(file.read_bytes())
@@ -166,6 +167,8 @@ def test_what_is_kept_follows_from_what_it_depends_on(tmp_path: Path, monkeypatc
         )
         others.append(calibration.measured_path(config, str(copied)))
     assert len({name, *others}) == 1 + len(others)
+    own = LogQuantConfig(calibration_text=str(words))
+    assert calibration.measured_path(own, str(model), device="cpu") == calibration.measured_path(own, str(model))
     # how keys are stored does not change what is measured
     assert calibration.measured_path(LogQuantConfig(key_bits=4, range_shrink=0.8), str(model)) == name
 

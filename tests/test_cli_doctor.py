@@ -125,7 +125,7 @@ def test_doctor_names_the_calibration(tmp_path: Path, monkeypatch: pytest.Monkey
     """The one that a start would use: beside the model, measured before, or still to be measured."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     model = write_config(tmp_path / "model")
-    kept = calibration.measured_path(LogQuantConfig(), str(model))
+    kept = calibration.measured_path(LogQuantConfig(), str(model), device=environment._engine_device())
 
     def found(**options: object) -> tuple[str, str]:
         result = runner.invoke(app, ["doctor", str(model), "--options", json.dumps(options), "--json"])

@@ -280,6 +280,8 @@ def test_accepted(name: str, tmp_path: Path) -> None:
 
 def test_what_changes_a_model_changes_where_its_calibration_is_kept(tmp_path: Path) -> None:
     """An engine that overrides a model's configuration measures another model."""
+    from vllm.platforms import current_platform
+
     from logquant_vllm.plugin.model import where
 
     path, other = write_config(tmp_path / "model"), write_config(tmp_path / "other", rope_theta=500.0)
@@ -290,7 +292,7 @@ def test_what_changes_a_model_changes_where_its_calibration_is_kept(tmp_path: Pa
         {"hf_config_path": str(other)},
     ]
     asked = [where(create_config(path, **given).model_config) for given in arguments]
-    assert asked[0] == where(create_config(path).model_config) == (str(path), None, None)
+    assert asked[0] == where(create_config(path).model_config) == (str(path), None, None, current_platform.device_type)
     assert len({calibration.measured_path(LogQuantConfig(), *what) for what in asked}) == len(asked)
 
 

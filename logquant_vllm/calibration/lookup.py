@@ -30,12 +30,15 @@ _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _TENSOR_BYTES = 256
 
 
-def find(config: LogQuantConfig, model: str, revision: str | None = None, changes: str | None = None) -> Path | None:
+def find(
+    config: LogQuantConfig, model: str, revision: str | None = None, changes: str | None = None, device: str = "cuda"
+) -> Path | None:
     """The calibration to use for a model directory or name; None for none (yet).
 
     Args:
         revision: of a name on the hub; None for the newest that is cached.
         changes: that an engine makes when it loads the model: quantization, another configuration.
+        device: ``cpu`` or ``cuda``, where it measures: a CPU reads less text.
 
     Raises:
         ValueError: if the options ask for a file that is not there.
@@ -43,7 +46,7 @@ def find(config: LogQuantConfig, model: str, revision: str | None = None, change
     if config.calibration is None or not config.rotation:
         return None
     if config.calibration == "auto":
-        candidates = [measured_path(config, model, revision, changes)]
+        candidates = [measured_path(config, model, revision, changes, device)]
         if config.calibration_text is None and (beside := _local_file(model, FILE_NAME, revision)) is not None:
             candidates.insert(0, beside)
         return next((path for path in candidates if _is_file(path)), None)
@@ -93,7 +96,9 @@ def origin(config: LogQuantConfig, path: Path) -> str:
     return "measured at an earlier start" if is_measured(path) else "beside the model"
 
 
-def measured_path(config: LogQuantConfig, model: str, revision: str | None = None, changes: str | None = None) -> Path:
+def measured_path(
+    config: LogQuantConfig, model: str, revision: str | None = None, changes: str | None = None, device: str = "cuda"
+) -> Path:
     """Where an engine keeps what it measures of a model; arguments as in :func:`find`.
 
     Raises:
@@ -103,7 +108,7 @@ def measured_path(config: LogQuantConfig, model: str, revision: str | None = Non
         "version": VERSION,
         "model": _identity(model, revision),
         "changes": changes,
-        "text": text.digest(config.calibration_text),
+        "text": text.digest(config.calibration_text, device),
         "key_group_size": config.key_group_size,
         "window_length": config.window_length,
     }

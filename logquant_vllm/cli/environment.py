@@ -137,11 +137,19 @@ def start_of(model: str, options: dict[str, Any]) -> Iterator[Check]:
         yield Check("decode kernel", "note", f"Triton on {architecture.name}, as {reason}", advice)
 
 
+def _engine_device() -> str:
+    try:
+        return installed_engine().device
+    except ValueError:  # none, of which another check tells
+        return "cuda"
+
+
 def _calibration(config: LogQuantConfig, directory: str, shape: ModelShape) -> Check:
     """Raises ValueError if it is somebody's, and damaged."""
     from logquant_vllm import calibration
 
-    path, damage = calibration.find(config, directory), ""
+    device = _engine_device()
+    path, damage = calibration.find(config, directory, device=device), ""
     if path is not None:
         try:
             calibration.load(path, (shape.num_layers, shape.num_kv_heads, shape.head_size))
@@ -151,7 +159,7 @@ def _calibration(config: LogQuantConfig, directory: str, shape: ModelShape) -> C
                 raise
             damage = str(error)
     if config.measures:
-        kept = calibration.measured_path(config, directory)
+        kept = calibration.measured_path(config, directory, device=device)
         return Check("calibration", "ok", f"the first start measures one, and keeps it in {kept}", damage)
     return Check("calibration", "note", "none", "keys are rotated, which is less accurate: see the option calibration")
 

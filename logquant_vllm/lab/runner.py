@@ -56,9 +56,11 @@ class Runner:
     def moments(self) -> list[Moments]:
         """Of every layer, as a server has them: of the file beside the model, if there is one, else measured here on
         the text that an engine measures on."""
-        path = calibration.find(LogQuantConfig(), self.directory)
+        path = calibration.find(LogQuantConfig(), self.directory, device=self.device.type)
         if path is None:
-            return measure(self.model, [(ids, 0) for ids in text.sequences(text.documents(None), self.tokenizer)])
+            tokens, longest = text.amount(None, self.device.type)
+            sequences = text.sequences(text.documents(None), self.tokenizer, longest, tokens)
+            return measure(self.model, [(ids, 0) for ids in sequences])
         return calibration.load(path)
 
     @cached_property

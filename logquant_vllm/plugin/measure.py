@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from logquant_vllm import calibration
 from logquant_vllm.calibration import text
@@ -135,7 +136,8 @@ def _measure(config: LogQuantConfig, vllm_config: Any, executor: Any, kv_cache_c
     documents = text.documents(config.calibration_text)
     try:
         tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
-        prompts = text.sequences(documents, tokenizer, _longest(vllm_config))
+        amount = text.amount(config.calibration_text, current_platform.device_type)
+        prompts = text.sequences(documents, tokenizer, min(amount.longest, _longest(vllm_config)), amount.tokens)
     except ValueError:
         raise
     except Exception as error:  # what tokenizers raise is up to them

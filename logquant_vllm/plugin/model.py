@@ -11,8 +11,10 @@ SLIDING_WINDOW = "sliding_window"
 """What ``kv_cache_dtype_skip_layers`` calls all layers that have one."""
 
 
-def where(model: Any) -> tuple[str, str | None, str | None]:
-    """What :func:`logquant_vllm.calibration.find` asks of a model: name, revision, and what loading makes of it."""
+def where(model: Any) -> tuple[str, str | None, str | None, str]:
+    """What :func:`logquant_vllm.calibration.find` asks of a model: name, revision, what loading makes of it, device."""
+    from vllm.platforms import current_platform
+
     stored = getattr(model.hf_config, "quantization_config", None)
     changes = {
         "quantization": None if stored else model.quantization,
@@ -21,7 +23,8 @@ def where(model: Any) -> tuple[str, str | None, str | None]:
     }
     changes = {name: value for name, value in changes.items() if value}
     # overrides may be a function, which no other process finds again: then each start measures
-    return str(model.model), model.revision, json.dumps(changes, sort_keys=True, default=repr) if changes else None
+    changed = json.dumps(changes, sort_keys=True, default=repr) if changes else None
+    return str(model.model), model.revision, changed, current_platform.device_type
 
 
 def shape_of(model: Any) -> tuple[int, int, int]:
