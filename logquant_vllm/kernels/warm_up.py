@@ -36,7 +36,9 @@ def warm_up(
     width = window_columns(layout, num_kv_heads, dtype)
     window = width - SINK_COLUMNS
     blocks = 1 + torch.arange(2 * (pages + window), dtype=torch.int32, device=device).view(2, pages + window)
-    memory = torch.zeros(1 + blocks.numel(), fmt.page_bytes(num_kv_heads), dtype=torch.uint8, device=device)
+    # a window block may take the place of several pages
+    sizes = fmt.page_bytes(num_kv_heads), num_kv_heads * layout.window_head_bytes
+    memory, windows = (torch.zeros(1 + blocks.numel(), size, dtype=torch.uint8, device=device) for size in sizes)
 
     def inputs(num_reqs: int, new: int, seq_len: int) -> tuple[list[Tensor], PagedCache, Batch]:
         page_table, window_table = (
@@ -47,7 +49,7 @@ def warm_up(
         lens = (seq_len * (torch.arange(num_reqs, device=device) < 2)).int()
         heads = (num_heads, num_kv_heads, num_kv_heads)
         qkv = [torch.zeros(num_reqs * new, n, fmt.head_size, dtype=dtype, device=device) for n in heads]
-        return qkv, PagedCache(memory, memory, page_table, window_table), Batch(starts, lens, new, seq_len)
+        return qkv, PagedCache(memory, windows, page_table, window_table), Batch(starts, lens, new, seq_len)
 
     (q, k, v), cache, batch = inputs(2, length - 1, length - 1)
     feedback = None if layer.basis is None else layer.basis.feedback
