@@ -86,10 +86,10 @@ def unused(gpu: str, name: str) -> set[str]:
     """Kernels that the package says it has no use for on a GPU, in a format, or that are not compiled in it."""
     from logquant_vllm.kernels.store.feedback import launch
 
-    options, head_size, gqa, _ = FORMATS[name]
+    options, head_size, _, _ = FORMATS[name]
     layout = LogQuantConfig.from_options(options).layout(head_size)
     this = architecture_of(GPUS[gpu].capability, GPUS[gpu].multiprocessors)
-    why_not = choice.why_not_gluon(this, torch.bfloat16, layout, gqa)
+    why_not = choice.why_not_gluon(this, torch.bfloat16, layout.fmt)
     decode = "triton_kernel" if why_not is None else "gluon.kernel"
     kernels = {f"decode.{decode}.decode_kernel"}
     if launch.why_not_gluon(this, torch.bfloat16, layout.fmt):

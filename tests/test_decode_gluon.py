@@ -99,8 +99,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, pair: Pair, queries: int, late: bool)
 @pytest.mark.parametrize(("head_size", "gqa", "queries", "options"), CASES, ids=str)
 def test_gluon_serves(head_size: int, gqa: int, queries: int, options: dict[str, object]) -> None:
     """All that is tested here is chosen, too."""
-    layout = layout_of(head_size, queries, options)
-    assert why_not_gluon(Architecture((8, 0)), torch.bfloat16, layout, gqa, queries) is None
+    assert why_not_gluon(Architecture((8, 0)), torch.bfloat16, layout_of(head_size, queries, options).fmt) is None
 
 
 @pytest.mark.parametrize(
@@ -116,6 +115,5 @@ def test_gluon_serves(head_size: int, gqa: int, queries: int, options: dict[str,
     ],
 )
 def test_gluon_leaves(head_size: int, options: dict[str, int], why: str) -> None:
-    layout = CacheLayout(PageFormat(head_size, **options))
-    reason = why_not_gluon(Architecture((9, 0)), torch.bfloat16, layout, 4)
+    reason = why_not_gluon(Architecture((9, 0)), torch.bfloat16, PageFormat(head_size, **options))
     assert reason is not None and why in reason

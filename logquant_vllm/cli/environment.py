@@ -128,8 +128,7 @@ def start_of(model: str, options: dict[str, Any]) -> Iterator[Check]:
         yield Check("decode kernel", "ok", "C++ operations: no GPU for the others")
         return
     architecture = architecture_of(gpu.capability, 1)
-    gqa = heads // shape.num_kv_heads
-    reason = why_not_gluon(architecture, getattr(torch, shape.dtype), layout, gqa)
+    reason = why_not_gluon(architecture, getattr(torch, shape.dtype), layout.fmt)
     if reason is None:
         yield Check("decode kernel", "ok", f"Gluon on {architecture.name}: the fastest")
     else:

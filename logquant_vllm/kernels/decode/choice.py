@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from logquant_vllm.core.paged import CacheLayout
+from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.kernels.architecture import Architecture
 
 
-def why_not_gluon(
-    architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int = 1
-) -> str | None:
+def why_not_gluon(architecture: Architecture, dtype: torch.dtype, fmt: PageFormat) -> str | None:
     """Why the Gluon kernel cannot serve, and the slower Triton kernel has to; None if it can.
 
     Args:
         dtype: of the queries.
-        gqa: query heads of a KV head.
-        queries: new tokens of a request, at most.
     """
-    fmt = layout.fmt
     if not architecture.is_gpu:
         return "Triton's interpreter runs no Gluon"
     if dtype == torch.float32:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import CacheLayout
 from logquant_vllm.kernels.architecture import Architecture
 from logquant_vllm.kernels.arguments import Rows, Scores, Step, next_power_of_2
@@ -47,14 +48,13 @@ class Choice(NamedTuple):
 def _choose(
     architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int, softcap: float
 ) -> Choice:
-    kernel = _kernel(architecture, dtype, layout, gqa, queries)
-    return Choice.of(kernel, architecture, layout, gqa, queries, softcap)
+    return Choice.of(_kernel(architecture, dtype, layout.fmt), architecture, layout, gqa, queries, softcap)
 
 
 @functools.cache
-def _kernel(architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int, queries: int) -> ModuleType:
+def _kernel(architecture: Architecture, dtype: torch.dtype, fmt: PageFormat) -> ModuleType:
     """The module of the kernel that serves; a slower one is logged, once, with the reason."""
-    reason = why_not_gluon(architecture, dtype, layout, gqa, queries)
+    reason = why_not_gluon(architecture, dtype, fmt)
     if reason is None:
         from logquant_vllm.kernels.decode.gluon import kernel as gluon_kernel  # needs the Triton that vLLM has on GPUs
 
