@@ -28,7 +28,7 @@ def test_serve_on_the_cpu_wheel_runs_the_server_module() -> None:
     command = server_command("some/model", ["--port", "8001"], CPU)
     assert command[0] == sys.executable
     assert command[command.index("-m") + 1 :] == [
-        *("vllm.entrypoints.openai.api_server", "--model", "some/model"),
+        *("logquant_vllm.plugin.server", "--model", "some/model"),
         *(*ADDED, "--port", "8001"),
     ]
 
@@ -47,12 +47,12 @@ def test_serve_of_no_model(model: str, tmp_path: Path, monkeypatch: pytest.Monke
 def test_serve_of_a_path(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
     model = str(tmp_path / name if name.endswith("gguf") else tmp_path)
-    assert server_command(model, [], CPU)[5:7] == ["--model", model]
+    assert server_command(model, [], CPU)[3:5] == ["--model", model]
 
 
 def test_serve_of_weights_whose_configuration_lies_elsewhere(tmp_path: Path) -> None:
     command = server_command(str(tmp_path), ["--hf-config-path", "some/model"], CPU)
-    assert command[5:7] == ["--model", str(tmp_path)]
+    assert command[3:5] == ["--model", str(tmp_path)]
 
 
 def test_serve_on_the_cuda_wheel_runs_the_vllm_command() -> None:
