@@ -8,7 +8,8 @@
 - ``basis``: the buffers of an attention layer that hold the basis of its keys;
 - ``measure``, ``observe``: an engine measures its model when it first starts with it, and its workers' part in that;
 - ``backend``: the attention backend;
-- ``orphan``: an engine ends when its server is gone.
+- ``orphan``: an engine ends when its server is gone;
+- ``server``: what `logquant-vllm serve` runs on a CPU.
 """
 
 KV_CACHE_DTYPE = "logquant"
