@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,17 @@ def test_serve_on_the_cpu_wheel_runs_the_server_module() -> None:
         *("logquant_vllm.plugin.server", "--model", "some/model"),
         *(*ADDED, "--port", "8001"),
     ]
+
+
+def test_an_engines_processes_do_not_import_the_server() -> None:
+    """They are spawned, and so import the module that was run."""
+    pytest.importorskip("vllm")
+    code = (
+        f"import gc, runpy, sys; runpy.run_module({serve_module.CPU_SERVER!r}, run_name='__mp_main__'); "
+        "print(gc.isenabled(), *(name in sys.modules for name in ('vllm.v1.engine.core', 'uvicorn')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["True True False"], done.stderr
 
 
 @pytest.mark.parametrize("model", ["/nonexistent", "./nonexistent", "."])
