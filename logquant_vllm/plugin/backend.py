@@ -300,6 +300,11 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             self._layer = self._layer._replace(dense=dense)
             _warm_up(self._layer, self.num_heads, self.num_kv_heads, layer.dtype, vllm_config)
 
+    def memory(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """This layer's pages uint8 ``[num_pages, page_bytes]``, and its window blocks, ``[num_blocks, bytes]``."""
+        window_bytes = self.num_kv_heads * self._layer.layout.window_head_bytes
+        return self.window_layer.views(kv_cache, self._place, (self.page_bytes, window_bytes))
+
     def _settle_reader(self, owner: str) -> None:
         """Take everything but the scores from the settled target, whose memory the layer ``owner`` has."""
         target = self._target
@@ -331,12 +336,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             return output.fill_(0)
         count = attn_metadata.num_actual_tokens
         query, key, value, out = (x if x.shape[0] == count else x[:count] for x in (query, key, value, output))
-        window, window_bytes = self.window_layer, self.num_kv_heads * self._layer.layout.window_head_bytes
-        cache = PagedCache(
-            *window.views(kv_cache, self._place, (self.page_bytes, window_bytes)),
-            attn_metadata.block_table,
-            window.metadata(get_forward_context().attn_metadata).block_table,
-        )
+        windows = self.window_layer.metadata(get_forward_context().attn_metadata).block_table
+        cache = PagedCache(*self.memory(kv_cache), attn_metadata.block_table, windows)
         batch, parts = attn_metadata.batch, attn_metadata.parts
         if self._target is not None:
             stored = self._target._stored

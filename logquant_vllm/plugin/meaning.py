@@ -1,4 +1,4 @@
-"""What the bytes of an engine's blocks mean: formats, windows and matrices of all layers, as a digest.
+"""What the bytes of an engine's blocks mean: its model, and formats, windows and matrices of all layers, as a digest.
 
 vLLM finds blocks by their tokens and by what it knows of a model. Where blocks outlive an engine or leave it, that is
 not enough: with other options or another calibration the same bytes are other keys and values.
@@ -12,12 +12,16 @@ from typing import Any
 import logquant_vllm
 from logquant_vllm.plugin.backend import LogQuantImpl
 from logquant_vllm.plugin.basis import held_basis
+from logquant_vllm.plugin.model import where
 from logquant_vllm.plugin.window_layer import WindowLayer
 
 
 def meaning(worker: Any) -> str:
     """That of the blocks of a worker whose layers quantize as they will."""
-    digest = hashlib.sha256(f"{logquant_vllm.__version__} {worker.vllm_config.parallel_config.world_size}".encode())
+    model, ranks = worker.vllm_config.model_config, worker.vllm_config.parallel_config.world_size
+    # models whose positions turn by other angles where a longer context is allowed
+    length = model.max_model_len if "longrope" in str(model.hf_text_config) else None
+    digest = hashlib.sha256(f"{logquant_vllm.__version__} {ranks} {where(model)} {model.dtype} {length}".encode())
     for name, layer in worker.vllm_config.compilation_config.static_forward_context.items():
         if isinstance(layer, WindowLayer):
             digest.update(f"{name} {layer.layout}".encode())
