@@ -75,7 +75,7 @@ class Pool:
         self.begin: dict[str, int] = {}  # where each of them began to compute
         self.first_token: dict[int, int] = {}  # by block
         self.contents: dict[int, Content] = {}
-        self.adopted = 0
+        self.adopted = self.filled = 0
         self.hasher = get_request_block_hasher(PAGE, sha256)
 
     def request(self, tokens: list[int]) -> Request:
@@ -85,20 +85,36 @@ class Pool:
     def row(self, request: Request) -> list[KVCacheBlock]:
         return self.manager.coordinator.single_type_managers[WINDOW].req_to_blocks[request.request_id]
 
-    def admit(self, request: Request, chunk: int) -> bool:
-        """Begin, or begin again, with at most ``chunk`` tokens; whether there was room."""
-        blocks, hit, _ = self.manager.get_computed_blocks(request)
+    def admit(self, request: Request, chunk: int, brought: int = 0) -> bool:
+        """Begin, or begin again, with at most ``chunk`` tokens; whether there was room.
+
+        Args:
+            brought: tokens of the prompt's beginning that a connector has.
+        """
+        blocks, local, _ = self.manager.get_computed_blocks(request)
+        external = max(min(brought, request.num_tokens - 1) // PAGE * PAGE - local, 0)
+        hit = local + external
         if hit <= self.replay:
-            blocks, hit = self.manager.empty_kv_cache_blocks, 0
+            blocks, hit, local, external = self.manager.empty_kv_cache_blocks, 0, 0, 0
         windows: Any = self.manager.coordinator.single_type_managers[WINDOW]
         self.manager.new_step_starts()
         kept = windows.promise_window(request, hit)
         again = self.replay if hit and not kept else 0
         new = min(chunk, request.num_tokens - hit + again)
         past_hit = max(new - again, 0)
-        done = self.manager.allocate_slots(request, past_hit, num_new_computed_tokens=hit, new_computed_blocks=blocks)
+        done = self.manager.allocate_slots(
+            request,
+            past_hit,
+            num_new_computed_tokens=local,
+            new_computed_blocks=blocks,
+            num_external_computed_tokens=external,
+        )
         if done is None:
             return False
+        if external and local == 0 and (sink := windows.bring_sink(request)) is not None:
+            self.contents.pop(sink, None)
+            self.first_token[sink] = request.prompt_token_ids[0]
+            self.filled += 1
         self.live[request.request_id], self.begin[request.request_id] = request, hit - again
         if kept:
             self._take_over(request, hit)

@@ -131,7 +131,7 @@ CASES = {
         f"{name} as KV connector": (
             {},
             {"kv_transfer_config": {"kv_connector": name, "kv_role": "kv_both"}},
-            f"the KV connector {name} does not know pages .*: use OffloadingConnector, which --kv-offloading-size",
+            f"the KV connector {name} does not know pages .*: use OffloadingConnector, .* LogQuantStorageConnector for",
         )
         for name in ("ExampleConnector", "NixlConnector", "LMCacheMPConnector", "MultiConnector")
     },

@@ -42,7 +42,8 @@ def test_blocks_are_held_as_often_as_they_are_used(replay: int, data: st.DataObj
                 and pool.begin[r.request_id] == 0
                 and r.num_computed_tokens >= PAGE
             ]
-            if pool.admit(request, data.draw(chunks)) and owners and pool.begin[request.request_id]:
+            brought = data.draw(st.sampled_from([0, 0, 256, 700]))
+            if pool.admit(request, data.draw(chunks), brought) and owners and pool.begin[request.request_id]:
                 assert not pool.row(request)[0].is_null, "a sink block that is in use was not found"
         else:
             request = pool.live[data.draw(st.sampled_from(sorted(pool.live)))]
@@ -102,6 +103,33 @@ def test_without_its_sink_block_a_hit_is_still_a_hit() -> None:
     assert pool.begin[reader.request_id] == 256
     assert pool.row(reader)[0].is_null
     pool.check()
+
+
+def test_a_copy_of_token_0_that_a_connector_brings() -> None:
+    """It has a block of its own, which others find and nobody zeroes, and which comes and goes like any sink block."""
+    pool = Pool(60, 128)
+    free = pool.pool.get_num_free_blocks()
+    first = pool.request(prompt(1, 500))
+    assert pool.admit(first, 1000, brought=400)
+    block, *own = pool.row(first)
+    assert pool.begin[first.request_id] == 256 and pool.filled == 1 and block not in own
+    second = pool.request(prompt(1, 400))
+    assert pool.admit(second, 1000, brought=400)
+    assert pool.row(second)[0] is block and pool.filled == 1
+    pool.check()
+    for request in (first, second):
+        pool.leave(request)
+    assert pool.pool.get_num_free_blocks() == free and block.block_hash is not None
+    # another prompt's, and none where there is no memory for it
+    other = pool.request(prompt(2, 500))
+    assert pool.admit(other, 1000, brought=400)
+    assert pool.row(other)[0] is not block and pool.filled == 2
+    pool.check()
+    needed = 4 + pool.spec.num_blocks(500)
+    small = Pool(1 + needed, 128)
+    assert small.admit(small.request(prompt(1, 500)), 1000, brought=400)
+    assert small.pool.get_num_free_blocks() == 0 and small.filled == 0
+    small.check()
 
 
 def test_a_sink_block_never_keeps_a_request_out() -> None:

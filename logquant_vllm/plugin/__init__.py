@@ -8,6 +8,7 @@
 - ``basis``: the buffers of an attention layer that hold the basis of its keys;
 - ``measure``, ``observe``: an engine measures its model when it first starts with it, and its workers' part in that;
 - ``backend``: the attention backend;
+- ``offload``: pages that leave the device; ``storage``: the connector of engines that share a directory;
 - ``orphan``: an engine ends when its server is gone;
 - ``server``: what `logquant-vllm serve` runs on a CPU.
 """

@@ -186,7 +186,7 @@ def _runner(vllm_config: Any, executor: Any, kv_cache_config: Any) -> Callable[[
         while scheduler.has_requests():  # until the workers know that it is finished
             step = scheduler.schedule()
             if vllm_config.kv_transfer_config is not None:
-                step.kv_connector_metadata = no_transfers()
+                step.kv_connector_metadata = no_transfers(vllm_config.kv_transfer_config)
             output = executor.execute_model(step, non_block=True).result()
             if output is None:
                 output = executor.sample_tokens(None)

@@ -1,4 +1,5 @@
-"""Pages that leave the GPU: vLLM's offloading to host memory and files, and what other KV connectors would do to them.
+"""Pages that leave an engine's device: vLLM's offloading to host memory and files, the directory of engines that share
+prompts (``plugin/storage.py``), and what other KV connectors would do to pages.
 
 A page is a block of vLLM's prefix cache, and the offloading connector copies such blocks as bytes, whatever is in them.
 Window blocks are no part of a prefix cache, so they stay with their request. A hit in host memory is thus like one on
@@ -20,7 +21,10 @@ from typing import Any
 import vllm.envs as envs
 from vllm.platforms import current_platform
 
-CONNECTOR = "OffloadingConnector"
+from logquant_vllm.plugin.model import has_other_kinds
+
+CONNECTOR, STORAGE = "OffloadingConnector", "LogQuantStorageConnector"
+STORAGE_MODULE, STORAGE_PATH = "logquant_vllm.plugin.storage", "shared_storage_path"
 IN_HOST_MEMORY, IN_TIERS = "CPUOffloadingSpec", "TieringOffloadingSpec"
 IN_FILES = "fs"
 TIERS = "secondary_tiers"
@@ -46,10 +50,13 @@ def connector_problems(vllm_config: Any) -> Iterator[str]:
         if envs.VLLM_USE_SIMPLE_KV_OFFLOAD:
             yield "VLLM_USE_SIMPLE_KV_OFFLOAD is set, whose connector is not supported: leave it out"
             return
+    if name == STORAGE:
+        yield from _storage_problems(vllm_config, transfer)
+        return
     if name != CONNECTOR:
         yield (
             f"the KV connector {name} does not know pages and full-precision blocks: use {CONNECTOR}, which "
-            "--kv-offloading-size sets up, or leave --kv-transfer-config out"
+            f"--kv-offloading-size sets up, {STORAGE} for prompts on another engine, or leave --kv-transfer-config out"
         )
         return
     extra = (transfer.kv_connector_extra_config if transfer is not None else None) or {}
@@ -78,6 +85,31 @@ def connector_problems(vllm_config: Any) -> Iterator[str]:
         yield f"vLLM offloads from a GPU, and this is a {current_platform.device_name}: leave {option} out"
 
 
+def _storage_problems(vllm_config: Any, transfer: Any) -> Iterator[str]:
+    """Why engines cannot share a directory of prompts."""
+    cache = vllm_config.cache_config
+    if transfer.kv_connector_module_path != STORAGE_MODULE:
+        yield f"kv_connector_module_path of the {STORAGE} is {transfer.kv_connector_module_path}: use {STORAGE_MODULE}"
+    path = (transfer.kv_connector_extra_config or {}).get(STORAGE_PATH)
+    if not isinstance(path, str) or not os.path.isdir(path):
+        yield f"{STORAGE_PATH} of the {STORAGE} must name a directory that is there, got {path!r:.200}"
+    elif not os.access(path, os.R_OK | os.X_OK | (os.W_OK if transfer.is_kv_producer else 0)):
+        yield f"{STORAGE_PATH} of the {STORAGE} is {path}, which this user may not read, or not write to"
+    if not cache.enable_prefix_caching:
+        yield f"the {STORAGE} keeps prefixes, and --no-enable-prefix-caching is given: leave one of the two out"
+    if cache.prefix_caching_hash_algo.startswith("xxhash"):
+        yield (
+            f"--prefix-caching-hash-algo is {cache.prefix_caching_hash_algo}, by which other engines do not find "
+            f"prefixes of the {STORAGE}: use sha256"
+        )
+    if vllm_config.model_config is not None and has_other_kinds(vllm_config):
+        yield f"layers of other kinds have not been tried with the {STORAGE}: leave --kv-transfer-config out"
+    if vllm_config.speculative_config is not None:
+        yield f"drafts have not been tried with the {STORAGE}: leave --speculative-config out"
+    if vllm_config.lora_config is not None:
+        yield f"adapters are known by their names alone, which is not enough for the {STORAGE}: leave --enable-lora out"
+
+
 def keep_apart(transfer: Any, meanings: Sequence[str]) -> None:
     """Give blocks that lie in files a directory for what they mean: format, options and calibration.
 
@@ -92,10 +124,17 @@ def keep_apart(transfer: Any, meanings: Sequence[str]) -> None:
     tiers = [{**tier, "root_dir": os.path.join(tier["root_dir"], directory)} for tier in extra.get(TIERS) or ()]
     if tiers:  # the tiers are still the user's objects, who may start another engine with them
         transfer.kv_connector_extra_config = {**extra, TIERS: tiers}
+    elif transfer.kv_connector == STORAGE:
+        own = os.path.join(extra[STORAGE_PATH], directory)
+        transfer.kv_connector_extra_config = {**extra, STORAGE_PATH: own}
 
 
-def no_transfers() -> Any:
+def no_transfers(transfer: Any) -> Any:
     """What the connector of a worker is told in a step that neither saves nor loads anything."""
+    if transfer.kv_connector == STORAGE:
+        from logquant_vllm.plugin.storage_worker import Orders
+
+        return Orders()
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingConnectorMetadata
 
     return OffloadingConnectorMetadata(load_jobs={}, store_jobs={})

@@ -165,6 +165,19 @@ class WindowManager(CircularBufferManager):
             return
         self._undecided.remove(request.request_id)
 
+    def bring_sink(self, request: Request) -> int | None:
+        """A block to be filled with a copy of token 0 that a connector brings, before the row is sent to the workers.
+
+        As one that is found, it is taken where memory is left when everything else is there; None if there is a copy,
+        or no memory. Others find it from now on: the workers fill it before they compute anything.
+        """
+        row = self.req_to_blocks[request.request_id]
+        if not row[0].is_null or self.block_pool.get_num_free_blocks() == 0:
+            return None
+        row[:1] = self.block_pool.get_new_blocks(1)
+        self._sinks.offer(request.block_hashes[0], row[:1])
+        return row[0].block_id
+
     # -- kept windows
 
     def promise_window(self, request: Request, hit: int) -> bool:
