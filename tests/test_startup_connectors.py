@@ -12,7 +12,7 @@ from tests.models import create_config, write_config
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from logquant_vllm.plugin.offload import STORAGE, STORAGE_MODULE, STORAGE_PATH
+from logquant_vllm.plugin.offload import STORAGE, STORAGE_MEANING, STORAGE_MODULE, STORAGE_PATH, keep_apart
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     "by somebody else's module": (
@@ -78,6 +78,15 @@ def test_refused(name: str, tmp_path: Path) -> None:
 def test_accepted(role: str, tmp_path: Path) -> None:
     config = create_config(write_config(tmp_path / "model"), kv_transfer_config=asked(tmp_path, kv_role=role))
     assert not config.scheduler_config.disable_hybrid_kv_cache_manager
+
+
+def test_a_starting_engine_checks_it_again(tmp_path: Path) -> None:
+    """vLLM does so when its processes have met, and that is after the directory has got its meaning."""
+    config = create_config(write_config(tmp_path / "model"), kv_transfer_config=asked(tmp_path))
+    keep_apart(config.kv_transfer_config, ["a meaning"])
+    config.__post_init__()
+    found = config.kv_transfer_config.kv_connector_extra_config
+    assert found[STORAGE_PATH] == str(tmp_path) and found[STORAGE_MEANING].startswith("logquant-")
 
 
 def test_another_dtype_is_refused_by_the_connector(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.test_page_files import change, cut, empty, lengthen
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+import vllm.envs as envs
 from vllm import SamplingParams
 
 from tests.peers import Engines, Peer
@@ -290,6 +291,7 @@ def test_options(engines: Engines, model: Path, others: Callable[..., Peer], opt
 def test_two_ranks(engines: Engines, model: Path, others: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has files of its own, and a prefix is as long as what all of them have."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one NUMA node serves both ranks
+    envs.disable_envs_cache()  # engines before this one have read all of them
     (prompt,) = prompts_of(900)
     other = others(model, engines.directory, "kv_both", tensor_parallel_size=2)
     other.ask([prompt], 1)

@@ -25,6 +25,8 @@ from logquant_vllm.plugin.model import has_other_kinds
 
 CONNECTOR, STORAGE = "OffloadingConnector", "LogQuantStorageConnector"
 STORAGE_MODULE, STORAGE_PATH = "logquant_vllm.plugin.storage", "shared_storage_path"
+STORAGE_MEANING = "logquant_meaning"
+"""Of our connector's options: the directory of an engine's meaning below the user's."""
 IN_HOST_MEMORY, IN_TIERS = "CPUOffloadingSpec", "TieringOffloadingSpec"
 IN_FILES = "fs"
 TIERS = "secondary_tiers"
@@ -125,8 +127,7 @@ def keep_apart(transfer: Any, meanings: Sequence[str]) -> None:
     if tiers:  # the tiers are still the user's objects, who may start another engine with them
         transfer.kv_connector_extra_config = {**extra, TIERS: tiers}
     elif transfer.kv_connector == STORAGE:
-        own = os.path.join(extra[STORAGE_PATH], directory)
-        transfer.kv_connector_extra_config = {**extra, STORAGE_PATH: own}
+        transfer.kv_connector_extra_config = {**extra, STORAGE_MEANING: directory}
 
 
 def no_transfers(transfer: Any) -> Any:

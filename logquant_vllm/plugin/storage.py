@@ -12,6 +12,7 @@ computed like any other token. Nothing is required of a store: without one both 
 from __future__ import annotations
 
 import itertools
+import os
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from vllm.v1.request import Request
 
 from logquant_vllm.config import PAGE_SIZE
 from logquant_vllm.plugin import KV_CACHE_DTYPE
-from logquant_vllm.plugin.offload import STORAGE_PATH
+from logquant_vllm.plugin.offload import STORAGE_MEANING, STORAGE_PATH
 from logquant_vllm.plugin.page_files import PageFiles
 from logquant_vllm.plugin.specs import WindowManager
 from logquant_vllm.plugin.storage_worker import Answers, Load, Orders, Read, Save, StorageWorker, Stored
@@ -51,7 +52,8 @@ class StorageScheduler:
         transfer = vllm_config.kv_transfer_config
         self._loads, self._stores = transfer.is_kv_consumer, transfer.is_kv_producer
         self._workers = vllm_config.parallel_config.world_size
-        self._directory = transfer.kv_connector_extra_config[STORAGE_PATH]
+        options = transfer.kv_connector_extra_config
+        self._directory = os.path.join(options[STORAGE_PATH], options[STORAGE_MEANING])
         self._files = PageFiles(self._directory, 0)
         self._tickets = itertools.count()
         self._requests: dict[str, Request] = {}
