@@ -156,14 +156,14 @@ class StorageWorker:
                 if load.sink is not None:
                     assert prefix.token_0 is not None
                     scatter(prefix.token_0, copies, [load.sink])
-        for ticket in orders.dropped:
-            self._prefixes.pop(ticket, None)
-            if (gone := self._reads.pop(ticket, None)) is not None:
-                gone.cancel()
         if orders.reads:
             sizes = [_row_bytes(memory) for memory in self._memory()]
             for read in orders.reads:
                 self._reads[read.ticket] = self._threads.submit(_read, self._files(orders), read, *sizes)
+        for ticket in orders.dropped:
+            self._prefixes.pop(ticket, None)
+            if (gone := self._reads.pop(ticket, None)) is not None:
+                gone.cancel()
 
     def answers(self) -> Answers | None:
         """Reads that came to an end; they are held until they are loaded or dropped."""
