@@ -70,6 +70,7 @@ def starts_and_lens(lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         ([4000, 1, 0, 1, 70], 7, False),
         ([0, 0, 500], 13, True),
         ([33 * i % 700 for i in range(40)], 31, False),
+        pytest.param([33 * i % 700 for i in range(300)], 5, False, id="300 requests"),
         ([20 + i for i in range(40)], 90, True),
         ([300] * 8, 16, True),
         ([300] * 8, 17, True),  # a program has nothing to do
