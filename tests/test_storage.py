@@ -288,12 +288,12 @@ def test_options(engines: Engines, model: Path, others: Callable[..., Peer], opt
     assert distance(expected, found) < ROUNDING
 
 
-def test_two_ranks(engines: Engines, model: Path, others: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks(engines: Engines, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has files of its own, and a prefix is as long as what all of them have."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one NUMA node serves both ranks
     envs.disable_envs_cache()  # engines before this one have read all of them
     (prompt,) = prompts_of(900)
-    other = others(model, engines.directory, "kv_both", tensor_parallel_size=2)
+    other = Peer(model, engines.directory, "kv_both", tensor_parallel_size=2)
     other.ask([prompt], 1)
     expected, cached = other.ask([prompt], 20)
     assert len(engines.files()) == 2 * (7 + 1)
@@ -306,6 +306,7 @@ def test_two_ranks(engines: Engines, model: Path, others: Callable[..., Peer], m
     (meaning,) = engines.directory.iterdir()
     (meaning / "rank1" / names[5][:2] / names[5]).unlink()
     assert other.ask([prompt], 20)[1] == [640]
+    other.core.model_executor.shutdown()  # its two processes
 
 
 def test_a_model_is_measured_all_the_same(
