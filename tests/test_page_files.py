@@ -87,3 +87,11 @@ def test_what_cannot_be_written_is_not_there(files: PageFiles, caplog: pytest.Lo
         files.write(NAME, row(1))
         assert read(files) is None
     assert files.directory in caplog.text
+
+
+def test_what_is_out_of_reach_is_not_there(tmp_path: Path) -> None:
+    """Whatever the file system says of it, as of a name that is too long: whoever asks has to go on."""
+    files = PageFiles(str(tmp_path / ("x" * 300)), 0)
+    assert not files.has(NAME) and read(files) is None
+    files.write(NAME, row(1))
+    assert not files.has(NAME)

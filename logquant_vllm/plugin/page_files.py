@@ -37,7 +37,8 @@ class PageFiles(NamedTuple):
         return Path(self.directory, f"rank{self.rank}", name[:2], name)
 
     def has(self, name: str) -> bool:
-        return self.path(name).exists()
+        """Whether there is such a file; what the file system does not let us see is not there."""
+        return os.path.exists(self.path(name))
 
     def write(self, name: str, row: Tensor) -> None:
         """Store a row, uint8 ``[bytes]`` on the host; if that fails there is no file, which is logged once."""
