@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,3 +98,24 @@ def test_another_dtype_is_refused_by_the_connector(tmp_path: Path) -> None:
     config = create_config(path, kv_cache_dtype="auto", kv_transfer_config=asked(tmp_path))
     with pytest.raises(ValueError, match="stores pages of --kv-cache-dtype logquant: set it"):
         KVConnectorFactory.create_connector(config, KVConnectorRole.SCHEDULER, None)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_exchanged_again_and_again(tmp_path: Path) -> None:
+    """As in reinforcement learning: each time a directory of its own, whose name a file system takes."""
+    from logquant_vllm.plugin.storage import StorageScheduler
+
+    config = create_config(write_config(tmp_path / "model"), kv_transfer_config=asked(tmp_path))
+    keep_apart(config.kv_transfer_config, ["a meaning"])
+    scheduler = StorageScheduler(config)
+    directories = [Path(scheduler.orders(no_step()).directory)]
+    for _ in range(20):
+        scheduler.renew()
+        directories.append(Path(scheduler.orders(no_step()).directory))
+    assert len(set(directories)) == 21
+    for directory in directories:
+        assert directory.parent == tmp_path
+        directory.mkdir()
+
+
+def no_step() -> SimpleNamespace:
+    return SimpleNamespace(num_scheduled_tokens={})

@@ -53,7 +53,7 @@ class StorageScheduler:
         self._loads, self._stores = transfer.is_kv_consumer, transfer.is_kv_producer
         self._workers = vllm_config.parallel_config.world_size
         options = transfer.kv_connector_extra_config
-        self._directory = os.path.join(options[STORAGE_PATH], options[STORAGE_MEANING])
+        self._shared = self._directory = os.path.join(options[STORAGE_PATH], options[STORAGE_MEANING])
         self._files = PageFiles(self._directory, 0)
         self._tickets = itertools.count()
         self._requests: dict[str, Request] = {}
@@ -91,7 +91,7 @@ class StorageScheduler:
         for name in list(self._asked):
             self._drop(name)
         self._stored.clear()
-        self._directory = f"{self._directory}-{uuid.uuid4().hex}"
+        self._directory = f"{self._shared}-{uuid.uuid4().hex}"  # no longer each time, as names may not be
         self._files = PageFiles(self._directory, 0)
         self._orders = Orders(self._directory, dropped=self._orders.dropped)
 
