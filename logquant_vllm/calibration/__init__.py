@@ -8,6 +8,6 @@ Importing this does not import torch: the command line looks for files.
 """
 
 from logquant_vllm.calibration.file import FILE_NAME, encoded, load, save
-from logquant_vllm.calibration.lookup import find, is_measured, keep, measured_path, origin
+from logquant_vllm.calibration.lookup import find, identity, is_measured, keep, measured_path, origin
 
-__all__ = ["FILE_NAME", "encoded", "find", "is_measured", "keep", "load", "measured_path", "origin", "save"]
+__all__ = ["FILE_NAME", "encoded", "find", "identity", "is_measured", "keep", "load", "measured_path", "origin", "save"]

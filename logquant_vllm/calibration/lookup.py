@@ -106,7 +106,7 @@ def measured_path(
     """
     depends_on = {
         "version": VERSION,
-        "model": _identity(model, revision),
+        "model": identity(model, revision),
         "changes": changes,
         "text": text.digest(config.calibration_text, device),
         "key_group_size": config.key_group_size,
@@ -137,7 +137,7 @@ def _local_file(model: str, name: str, revision: str | None) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _identity(model: str, revision: str | None) -> str:
+def identity(model: str, revision: str | None) -> str:
     """What tells a model from all others: its weights if they are on this machine, else its name."""
     config = _local_file(model, "config.json", revision)
     paths = [Path(model)] if _is_file(Path(model)) else sorted(config.parent.glob("*")) if config is not None else []

@@ -10,6 +10,7 @@ import hashlib
 from typing import Any
 
 import logquant_vllm
+from logquant_vllm import calibration
 from logquant_vllm.plugin.backend import LogQuantImpl
 from logquant_vllm.plugin.basis import held_basis
 from logquant_vllm.plugin.model import where
@@ -21,7 +22,10 @@ def meaning(worker: Any) -> str:
     model, ranks = worker.vllm_config.model_config, worker.vllm_config.parallel_config.world_size
     # models whose positions turn by other angles where a longer context is allowed
     length = model.max_model_len if "longrope" in str(model.hf_text_config) else None
-    digest = hashlib.sha256(f"{logquant_vllm.__version__} {ranks} {where(model)} {model.dtype} {length}".encode())
+    name, revision, changes, device = where(model)
+    weights = calibration.identity(name, revision)
+    parts = logquant_vllm.__version__, ranks, weights, changes, device, model.dtype, length
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode())
     for name, layer in worker.vllm_config.compilation_config.static_forward_context.items():
         if isinstance(layer, WindowLayer):
             digest.update(f"{name} {layer.layout}".encode())
