@@ -90,6 +90,14 @@ def test_a_starting_engine_checks_it_again(tmp_path: Path) -> None:
     assert found[STORAGE_PATH] == str(tmp_path) and found[STORAGE_MEANING].startswith("logquant-")
 
 
+def test_options_of_another_connector_are_none_of_this_one(tmp_path: Path) -> None:
+    extra = {STORAGE_PATH: str(tmp_path), "secondary_tiers": [{"type": "fs", "root_dir": "/tmp"}]}
+    transfer = asked(tmp_path, kv_connector_extra_config=extra)
+    config = create_config(write_config(tmp_path / "model"), kv_transfer_config=transfer)
+    keep_apart(config.kv_transfer_config, ["a meaning"])
+    assert config.kv_transfer_config.kv_connector_extra_config[STORAGE_MEANING].startswith("logquant-")
+
+
 def test_another_dtype_is_refused_by_the_connector(tmp_path: Path) -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole

@@ -123,11 +123,12 @@ def keep_apart(transfer: Any, meanings: Sequence[str]) -> None:
     """
     directory = f"logquant-{hashlib.sha256(' '.join(meanings).encode()).hexdigest()[:16]}"
     extra = transfer.kv_connector_extra_config or {}
+    if transfer.kv_connector == STORAGE:
+        transfer.kv_connector_extra_config = {**extra, STORAGE_MEANING: directory}
+        return
     tiers = [{**tier, "root_dir": os.path.join(tier["root_dir"], directory)} for tier in extra.get(TIERS) or ()]
     if tiers:  # the tiers are still the user's objects, who may start another engine with them
         transfer.kv_connector_extra_config = {**extra, TIERS: tiers}
-    elif transfer.kv_connector == STORAGE:
-        transfer.kv_connector_extra_config = {**extra, STORAGE_MEANING: directory}
 
 
 def no_transfers(transfer: Any) -> Any:
