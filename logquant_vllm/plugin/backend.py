@@ -335,7 +335,10 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
                 self._layer.dense.workspace(query, self.num_kv_heads, self._most_tokens)
             return output.fill_(0)
         count = attn_metadata.num_actual_tokens
-        query, key, value, out = (x if x.shape[0] == count else x[:count] for x in (query, key, value, output))
+        # a layer that reads the tokens of another may have no keys and values
+        query, key, value, out = (
+            x if x is None or x.shape[0] == count else x[:count] for x in (query, key, value, output)
+        )
         windows = self.window_layer.metadata(get_forward_context().attn_metadata).block_table
         cache = PagedCache(*self.memory(kv_cache), attn_metadata.block_table, windows)
         batch, parts = attn_metadata.batch, attn_metadata.parts
