@@ -163,9 +163,10 @@ def test_runs_on_several_devices_are_one_summary(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.json" for i in range(3)]
     for path, one in zip(paths, results, strict=True):
         path.write_text(json.dumps(one))
-    call = CliRunner().invoke(app, ["eval", "report", *map(str, paths[:2]), "--output", str(tmp_path), "--no-plots"])
+    output = tmp_path / "not there" / "yet"
+    call = CliRunner().invoke(app, ["eval", "report", *map(str, paths[:2]), "--output", str(output), "--no-plots"])
     assert call.exit_code == 0, call.output
-    joined = tmp_path / "accuracy_m.json"
+    joined = output / "accuracy_m.json"
     call = CliRunner().invoke(app, ["eval", "report", str(joined), str(paths[2]), "--no-plots"])
     assert call.exit_code == 0, call.output
     found = json.loads(joined.read_text())
@@ -176,7 +177,7 @@ def test_runs_on_several_devices_are_one_summary(tmp_path: Path) -> None:
         ("B", 4096): 0.03,
         ("B", 7040): 0.04,
     }
-    report = (tmp_path / "accuracy_m.md").read_text()
+    report = (output / "accuracy_m.md").read_text()
     assert "A: 9 items at 1,024 tokens, 9 items at 4,096 tokens." in report and "0.0400 (0.0010 to 0.0200)" in report
     paths[2].write_text(json.dumps({**results[2], "model": "other"}))
     call = CliRunner().invoke(app, ["eval", "report", *map(str, paths), "--no-plots"])

@@ -187,6 +187,7 @@ def plot(summary: dict[str, Any], path: Path) -> bool:
 def write(summary: dict[str, Any], stem: Path, plots: bool = True) -> list[Path]:
     """Write ``stem`` with .json, .md and .png; returns what was written."""
     image, report, data = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "md", "json"))
+    stem.parent.mkdir(parents=True, exist_ok=True)
     drawn = plots and plot(summary, image)
     report.write_text(markdown(summary, image.name if drawn else None), encoding="utf-8")
     data.write_text(json.dumps(summary, indent=1), encoding="utf-8")
