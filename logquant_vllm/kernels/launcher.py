@@ -92,7 +92,7 @@ _latest: dict[int, tuple[Any, Any]] = {}
 def once_a_step(of: Any, make: Callable[[], T]) -> T:
     """What the first layer of a step makes of an object that all its layers are given, and nobody changes."""
     if (found := _latest.get(id(of))) is None or found[0] is not of:
-        if len(_latest) == _LATEST:
+        if len(_latest) >= _LATEST:
             _latest.clear()
         found = _latest[id(of)] = of, make()
     made: T = found[1]
