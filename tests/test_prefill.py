@@ -61,10 +61,10 @@ def described(batch: Batch, new: list[int], bounds: list[int]) -> Any:
 
 
 GRID = [
-    # head size, query heads of a KV head, dtype, room for the past
+    # head size, query heads of a KV head, dtype (the interpreter cuts off for bfloat16), room for the past
     (64, 8, torch.float16, 512),
-    (64, 2, torch.bfloat16, 8192),
-    (128, 4, torch.bfloat16, 1024),
+    (64, 2, torch.float16, 8192),
+    (128, 4, torch.float16, 1024),
 ]
 ON_GPU = [
     (head_size, gqa, dtype, room)
@@ -103,7 +103,10 @@ def test_prefill(head_size: int, gqa: int, dtype: torch.dtype, room: int) -> Non
         ([1, 1, 0, 1], None),
     ]
     for seed, (new, counts) in enumerate(steps):
-        qkv = random_qkv(sum(new), kv_heads * gqa, kv_heads, head_size, dtype, DEVICE, seed)
+        # of few bits, so that sums are exact: who rotates them in which order makes no difference to what is stored
+        qkv = [
+            (4 * x).round() / 4 for x in random_qkv(sum(new), kv_heads * gqa, kv_heads, head_size, dtype, DEVICE, seed)
+        ]
         # the host knows upper bounds, also of a request that has nothing
         more = [5 if n or (seed and r == 1) else 0 for r, n in enumerate(sides[0].seq_lens)]
         bounds = [sum(n) for n in zip(sides[0].seq_lens, new, more, strict=True)]
@@ -118,8 +121,7 @@ def test_prefill(head_size: int, gqa: int, dtype: torch.dtype, room: int) -> Non
                 assert [p.past.whole for p in parts if p and p.past] == [room == 8192] * (counts[1] > 0)
             ops.step(layer, *qkv, side.cache, batch, output, parts)
         assert_close(outputs[1], outputs[0], what=f"step {seed}")
-        if counts is not None:  # single tokens are rotated by a kernel, which rounds otherwise
-            assert torch.equal(*(side.cache.pages for side in sides))
+        assert torch.equal(*(side.cache.pages for side in sides))
 
 
 @pytest.mark.slow
