@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+
+from logquant_vllm.cli.models import DEMO_MODEL
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,6 +56,20 @@ def write_model(path: Path, seed: int = 0, **changes: Any) -> Path:
     named = {**LLAMA, **changes}["architectures"]  # as the public one does: transformers' class may have another name
     (path / "config.json").write_text(json.dumps({**saved, "architectures": named}))
     return path
+
+
+def write_model_that_reads(path: Path, **changes: Any) -> Path:
+    """As :func:`write_model`, with the demo model's tokenizer, which measuring needs."""
+    write_model(path, **changes)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL / name, path)
+    return path
+
+
+def measured_on(path: Path) -> dict[str, Any]:
+    """Options of an engine that measures its model on a short text, written to ``path``."""
+    path.write_text("A page holds the tokens of a prefix, and a window those of a request. " * 60)
+    return {"logquant": {"calibration_text": str(path)}}
 
 
 def look_at_architectures_here() -> None:

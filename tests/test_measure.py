@@ -18,10 +18,9 @@ import torch
 from logquant_vllm import calibration
 from logquant_vllm.bench.calibrations import random_moments
 from logquant_vllm.calibration import text
-from logquant_vllm.cli.models import DEMO_MODEL
 from logquant_vllm.config import LogQuantConfig
 from tests.measuring import DTYPE, Engine, assert_calibrated, assert_rotated
-from tests.models import write_model
+from tests.models import write_model_that_reads
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.server
@@ -41,10 +40,7 @@ def in_this_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers of random weights, and the demo model's tokenizer."""
-    path = write_model(tmp_path_factory.mktemp("model") / "llama", **SHAPE)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_MODEL / name, path)
-    return path
+    return write_model_that_reads(tmp_path_factory.mktemp("model") / "llama", **SHAPE)
 
 
 @pytest.fixture(scope="module")

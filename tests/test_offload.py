@@ -16,9 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from logquant_vllm.cli.models import DEMO_MODEL
 from tests.families import MIXED
-from tests.models import write_model
+from tests.models import measured_on, write_model, write_model_that_reads
 from tests.test_engine import ROUNDING, VOCABULARY, Engine, distance, mean_kl, prompts_of
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -187,12 +186,8 @@ def test_a_full_pool_and_a_full_store(model: Path) -> None:
 def test_a_model_is_measured_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the engine measures on is no prefix of anyone: none of it is stored."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    path = write_model(tmp_path / "llama", vocab_size=4096)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_MODEL / name, path)
-    words = tmp_path / "text.txt"
-    words.write_text("A page holds the tokens of a prefix, and a window those of a request. " * 60)
-    options = {"logquant": {"calibration_text": str(words)}}
+    path = write_model_that_reads(tmp_path / "llama", vocab_size=4096)
+    options = measured_on(tmp_path / "text.txt")
     stored = Copies.stored
     with engine_of(path, kv_offloading_size=0.25, skip_tokenizer_init=False, additional_config=options) as engine:
         _, note = engine.core.logquant_calibration()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from logquant_vllm.cli.models import DEMO_MODEL
-from tests.models import write_model
+from tests.models import measured_on, write_model, write_model_that_reads
 from tests.test_engine import ROUNDING, Engine, distance, mean_kl, prompts_of
 from tests.test_page_files import change, cut, empty, lengthen
 
@@ -218,6 +218,9 @@ def test_requests_that_are_aborted(engines: Engines) -> None:
     engines.first.begin("gone", prompt)
     engines.first.end()
     forget(engines.first)
+    deadline = time.monotonic() + 20
+    while len(engines.files()) < 1 + 256 // 128 and time.monotonic() < deadline:
+        time.sleep(0.05)  # only the end of a prompt waits for the threads that write
     assert len(engines.files()) == 1 + 256 // 128
     engines.second.begin("gone too", prompt)
     assert not engines.second.is_idle
@@ -314,12 +317,8 @@ def test_a_model_is_measured_all_the_same(
 ) -> None:
     """What the engine measures on is no prompt of anyone: none of it is stored."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    path = write_model(tmp_path / "llama", vocab_size=4096)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_MODEL / name, path)
-    words = tmp_path / "text.txt"
-    words.write_text("A page holds the tokens of a prefix, and a window those of a request. " * 60)
-    options = {"logquant": {"calibration_text": str(words)}}
+    path = write_model_that_reads(tmp_path / "llama", vocab_size=4096)
+    options = measured_on(tmp_path / "text.txt")
     other = others(path, engines.directory, "kv_both", skip_tokenizer_init=False, additional_config=options)
     _, note = other.core.logquant_calibration()
     assert note.startswith("measured at this start")
