@@ -148,18 +148,16 @@ class StorageWorker:
 
     def begin(self, orders: Orders) -> None:
         """Fill blocks before anything is computed, and see to further reads."""
-        if orders.loads:
-            pages, copies = self._memory()
-            for load in orders.loads:
-                prefix = self._prefixes.pop(load.ticket)
-                scatter(prefix.pages[load.skipped :][: len(load.blocks)], pages, load.blocks)
-                if load.sink is not None:
-                    assert prefix.token_0 is not None
-                    scatter(prefix.token_0, copies, [load.sink])
-        if orders.reads:
-            sizes = [_row_bytes(memory) for memory in self._memory()]
-            for read in orders.reads:
-                self._reads[read.ticket] = self._threads.submit(_read, self._files(orders), read, *sizes)
+        pages, copies = self._memory() if orders.loads or orders.reads else ([], [])
+        for load in orders.loads:
+            prefix = self._prefixes.pop(load.ticket)
+            scatter(prefix.pages[load.skipped :][: len(load.blocks)], pages, load.blocks)
+            if load.sink is not None:
+                assert prefix.token_0 is not None
+                scatter(prefix.token_0, copies, [load.sink])
+        for read in orders.reads:
+            sizes = _row_bytes(pages), _row_bytes(copies)
+            self._reads[read.ticket] = self._threads.submit(_read, self._files(orders), read, *sizes)
         for ticket in orders.dropped:
             self._prefixes.pop(ticket, None)
             if (gone := self._reads.pop(ticket, None)) is not None:
@@ -177,13 +175,14 @@ class StorageWorker:
     def save(self, orders: Orders) -> None:
         """Store what is complete and was not stored, when everything is computed."""
         files = self._files(orders)
+        pages, copies = self._memory() if orders.saves else ([], [])
         for save in orders.saves:
             missing = [i for i, page in enumerate(save.pages) if not files.has(page)]
             if missing:
-                rows = gather(self._memory()[0], [save.blocks[i] for i in missing])
+                rows = gather(pages, [save.blocks[i] for i in missing])
                 self._write(files, [save.pages[i] for i in missing], rows)
             if save.sink is not None and not files.has(name := copy_of_token_0(save.pages[0])):
-                self._write(files, [name], gather(self._memory()[1], [save.sink]))
+                self._write(files, [name], gather(copies, [save.sink]))
         if orders.prompt_ends:
             for write in self._writes:
                 write.result()
