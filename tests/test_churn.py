@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from logquant_vllm.planning import model_shape, plan
+from logquant_vllm.config import LogQuantConfig
+from logquant_vllm.planning import DEFAULT_BLOCK_SIZE, model_shape, plan
+from logquant_vllm.planning.blocks import MOST_TOKENS
 from tests.families import MIXED
 from tests.models import write_model
 from tests.test_engine import Engine, distance, prompts_of
@@ -28,23 +30,24 @@ pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.usefixtures("in_
 TOKENS = 20_000
 AT_ONCE = 6
 ANSWER = 4
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Churn:
     """Requests that begin like one of a few documents, some of which are aborted, and probes among them."""
 
-    def __init__(self, engine: Engine, probe: list[int]) -> None:
+    def __init__(self, engine: Engine, probe: list[int], longer: int) -> None:
         self.engine, self.probe = engine, probe
         self.rng = random.Random(0)
-        self.documents = prompts_of(520, 300, 400)
+        self.documents = prompts_of(520 + longer, 300 + longer, 400 + longer)
         self.live: dict[str, int] = {}  # tokens of each when it is finished
         self.started = 0
 
     def add(self) -> None:
-        """A request, every fourth of which is the probe."""
+        """A request, every third of which is the probe."""
         name, core = f"request-{self.started}", self.engine.llm.llm_engine
         self.started += 1
-        if self.started % 4 == 0:
+        if self.started % 3 == 0:
             prompt, params = self.probe, self.engine.sampling(ANSWER)
         else:
             own = [self.rng.randrange(2, 512) for _ in range(self.rng.randrange(20, 250))]
@@ -75,21 +78,30 @@ class Churn:
         core.step()
 
 
-@pytest.mark.parametrize("name", ["Gemma 3", "gpt-oss", "Qwen3-Next", "Gemma 3n"])
+@pytest.mark.parametrize("name", ["Gemma 3", "gpt-oss", "Qwen3-Next", "Qwen3.5", "Gemma 3n"])
 def test_churn(name: str, tmp_path: Path) -> None:
     """Sliding windows, sinks, recurrent states, and layers that read the tokens of others."""
+    if name == "Qwen3.5":
+        pytest.importorskip("torchvision", reason="vLLM's Qwen3.5 comes with a vision model")
     path = write_model(tmp_path / "model", **MIXED[name])
-    dtype, rounding = ("bfloat16", 0.2) if torch.cuda.is_available() or name in DELTA_NETS else ("float32", 1e-3)
-    block_size = 16 if torch.cuda.is_available() else 128
-    planned = plan(model_shape(str(path), dtype), 1 << 30, LENGTH, block_size=block_size, in_flight_tokens=1024)[2]
-    probe, other = prompts_of(700, 701)
-    options = {"logquant": {**OPTIONS, "keep_windows_from": 256}}
-    arguments = {"dtype": dtype, "additional_config": options, "max_num_seqs": AT_ONCE}
+    dtype, rounding = ("bfloat16", 0.2) if DEVICE == "cuda" or name in DELTA_NETS else ("float32", 1e-3)
+    shape, config = model_shape(str(path), dtype), LogQuantConfig(**OPTIONS, keep_windows_from=256)
+    # a block that holds a recurrent state may have more tokens than documents do, and only whole blocks are found again
+    longer = MOST_TOKENS - 256 if shape.state_bytes(1) else 0
+    sizes = {"block_size": DEFAULT_BLOCK_SIZE[DEVICE], "in_flight_tokens": 1024}
+    planned = plan(shape, 1 << 30, LENGTH + longer, config, **sizes)[2]
+    probe, other = prompts_of(700 + longer, 701 + longer)
+    arguments = {
+        "dtype": dtype,
+        "additional_config": {"logquant": config.model_dump(exclude_unset=True)},
+        "max_model_len": LENGTH + longer,
+        "max_num_seqs": AT_ONCE,
+    }
     with engine_of(path, num_gpu_blocks_override=2 * planned.blocks_per_request, **arguments) as engine:
         free = engine.free_blocks
         (cold, unlike), _ = engine.ask([probe, other], ANSWER)
         unrelated = divergence([cold], [unlike])
-        probes = list(Churn(engine, probe).run(TOKENS))
+        probes = list(Churn(engine, probe, longer).run(TOKENS + 30 * longer))
         assert engine.free_blocks == free, "a block was never given back"
         preempted, hits = (engine.metric(f"vllm:{what}") for what in ("num_preemptions", "prefix_cache_hits"))
         engine.llm.reset_prefix_cache()

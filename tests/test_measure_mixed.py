@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from logquant_vllm.calibration import text
+from logquant_vllm.planning import model_shape
 from tests.families import MIXED
 from tests.models import write_model
 
@@ -69,8 +70,7 @@ def test_first_start_measures(name: str, tmp_path: Path) -> None:
             answers.append([engine.ask([prompt], 2)[0][0] for _ in range(2)])
     assert Path(found[0][0]).parent.parent == tmp_path / "cache"
     assert [x[1] for x in found] == ["measured at this start", "measured at an earlier start"]
-    layers = [i for i, kind in enumerate(MIXED[name]["layer_types"]) if kind in ("full_attention", "attention")]
-    assert len(found[0][2]) == len(layers)
+    assert len(found[0][2]) == model_shape(str(path)).num_layers
     assert found[1] == (found[0][0], found[1][1], found[0][2])
     assert distance(*answers) < rounding
     unrelated = divergence(own, [x.roll(VOCABULARY // 2, -1) for x in own])
