@@ -210,10 +210,14 @@ def test_crop_to_nothing_and_reset() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunks", [[50], [1000], [100, 1, 400, 1, 1, 700]])
-def test_holds_the_blocks_of_the_format_and_nothing_else(chunks: list[int], dtype: torch.dtype) -> None:
-    config, batch, total = LogQuantConfig(), 3, sum(chunks)
-    cache = filled(config, *random_kv(batch, total, dtype), chunks)
-    layout = config.layout(SIZE)
+@pytest.mark.parametrize("options", [{}, {"keep_all_windows": True}])
+def test_holds_the_blocks_of_the_format_and_nothing_else(
+    options: dict[str, bool], chunks: list[int], dtype: torch.dtype
+) -> None:
+    """No more to keep windows by, either: nobody asks for a prefix again."""
+    batch, total = 3, sum(chunks)
+    cache = filled(LogQuantConfig(**options), *random_kv(batch, total, dtype), chunks)
+    layout = LogQuantConfig().layout(SIZE)
     blocks = -(-total // layout.fmt.page_size) + layout.num_window_blocks(total, HEADS, dtype)
     assert cache.nbytes == (1 + batch * blocks) * layout.fmt.page_bytes(HEADS)  # 1: the null block
     layer = cache.layers[0]

@@ -179,6 +179,8 @@ def _vllm_capacity(specs: dict[str, Any], memory: int, max_model_len: int) -> tu
     memory=st.integers(1 << 28, 1 << 36),
     max_model_len=st.integers(1, 200_000),
     block_size=st.sampled_from([16, 128]),
+    keep_all=st.booleans(),
+    prefix_caching=st.booleans(),
 )
 def test_equals_vllm(
     layers: int,
@@ -189,25 +191,30 @@ def test_equals_vllm(
     memory: int,
     max_model_len: int,
     block_size: int,
+    keep_all: bool,
+    prefix_caching: bool,
 ) -> None:
+    """And all windows are kept where there is a prefix cache alone."""
     pytest.importorskip("vllm")
     import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     from logquant_vllm.plugin.specs import WindowSpec
 
-    config = LogQuantConfig(window_length=window)
+    keep_all = keep_all and window != 85  # compactions of which cannot wait for so long
+    config = LogQuantConfig(window_length=window, keep_all_windows=keep_all)
     shape = ModelShape(layers, heads, head_size)
-    bf16, fp8, logquant = plan(
-        shape, memory, max_model_len, config, block_size=block_size, rollback_tokens=rollback_tokens
-    )
+    slots = {"rollback_tokens": rollback_tokens, "prefix_caching": prefix_caching}
+    bf16, fp8, logquant = plan(shape, memory, max_model_len, config, block_size=block_size, **slots)
 
     for capacity, dtype in ((bf16, torch.bfloat16), (fp8, torch.uint8)):
         spec = FullAttentionSpec(block_size=block_size, num_kv_heads=heads, head_size=head_size, dtype=dtype)
         expected = _vllm_capacity({f"layers.{i}": spec for i in range(layers)}, memory, max_model_len)
         assert (capacity.tokens, capacity.concurrency) == expected
 
-    layout = config.layout(head_size, rollback_tokens=rollback_tokens)
+    layout = LogQuantConfig(window_length=window).layout(head_size, rollback_tokens=rollback_tokens)
+    if keep_all and prefix_caching:
+        layout = config.layout(head_size, rollback_tokens=rollback_tokens)
     common: dict[str, Any] = {
         "block_size": 128,
         "num_kv_heads": heads,

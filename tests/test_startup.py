@@ -312,6 +312,20 @@ def test_pipeline_parallel_is_refused_on_a_cpu_alone(tmp_path: Path) -> None:
             create_config(path, pipeline_parallel_size=2)
 
 
+@pytest.mark.parametrize("caching", [True, False])
+def test_all_windows_are_kept_where_a_prefix_is_found(caching: bool, tmp_path: Path) -> None:
+    """What `GET /logquant` says of tokens counts the larger window there alone."""
+    from logquant_vllm.plugin.introspection import describe
+
+    path, found = write_config(tmp_path / "model"), []
+    for keep in (False, True):
+        options = {"logquant": {"keep_all_windows": keep}}
+        config = create_config(path, enable_prefix_caching=caching, additional_config=options)
+        config.cache_config.num_gpu_blocks = 1000
+        found.append(describe(config).capacity.tokens)
+    assert (found[0] == found[1]) is not caching
+
+
 @pytest.mark.parametrize("name", ["ROCM", "XPU", "TPU", "OOT"])
 def test_other_platforms_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.platforms.interface import Platform, PlatformEnum

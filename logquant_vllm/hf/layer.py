@@ -51,7 +51,7 @@ class LogQuantLayer(CacheLayerMixin):
             )
         batch_size, num_kv_heads, _, head_size = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.layout = self.config.layout(head_size)
+        self.layout = self.config.layout(head_size, prefix_caching=False)
         # rotated, and rotated back, in at least float32: a copy is then off by its storage's rounding alone
         self.compute = torch.promote_types(self.dtype, torch.float32)
         self.basis = self._make_basis(head_size)

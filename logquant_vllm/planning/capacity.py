@@ -16,7 +16,7 @@ then sorts layers into groups of equal size, each with blocks of its own; a bloc
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from logquant_vllm.config import PAGE_SIZE, PRESETS, LogQuantConfig
 from logquant_vllm.planning.blocks import (
@@ -112,7 +112,7 @@ class Engine:
         block_size: tokens of a block of vLLM's own formats; LogQuant's pages always hold 128.
         in_flight_tokens: that may be computed at a time: vLLM's ``max_num_batched_tokens``, twice with asynchronous
             scheduling. Sliding windows are kept for so long.
-        rollback_tokens: see :class:`logquant_vllm.core.paged.CacheLayout`.
+        rollback_tokens, prefix_caching: see :class:`logquant_vllm.core.paged.CacheLayout`.
 
     Raises:
         ValueError: naming the argument, its value, and what would work.
@@ -124,6 +124,7 @@ class Engine:
     block_size: int = DEFAULT_BLOCK_SIZE["cuda"]
     in_flight_tokens: int = 2 * DEFAULT_BATCHED_TOKENS
     rollback_tokens: int = 1
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for name in ("memory", "max_model_len", "block_size", "in_flight_tokens"):
@@ -206,7 +207,9 @@ def growing(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Growin
 
     if config.bits is not None and shape.local:
         raise ValueError(ALIKE.format(bits=config.bits))
-    layout = config.layout(shape.head_size, rollback_tokens=engine.rollback_tokens)
+    layout = config.layout(
+        shape.head_size, prefix_caching=engine.prefix_caching, rollback_tokens=engine.rollback_tokens
+    )
     heads, length = shape.kv_heads_per_rank(engine.tensor_parallel_size), engine.max_model_len
     page_bytes = layout.fmt.page_bytes(heads)
     attention = [_token_of(layers, shape, engine) for layers in shape.local if not layers.state_bytes]
@@ -246,7 +249,7 @@ def logquant_capacity(config: LogQuantConfig, shape: ModelShape, engine: Engine)
 
 
 def preset_capacities(
-    config: LogQuantConfig, shape: ModelShape, memory: int, max_model_len: int, **options: int
+    config: LogQuantConfig, shape: ModelShape, memory: int, max_model_len: int, **options: Any
 ) -> list[Capacity]:
     """:func:`logquant_capacity` of ``config`` with the bits of every preset but its own, under the presets' names.
 
@@ -264,7 +267,7 @@ def preset_capacities(
 
 
 def plan(
-    shape: ModelShape, memory: int, max_model_len: int, config: LogQuantConfig | None = None, **options: int
+    shape: ModelShape, memory: int, max_model_len: int, config: LogQuantConfig | None = None, **options: Any
 ) -> list[Capacity]:
     """The model's own dtype, fp8 and LogQuant side by side.
 

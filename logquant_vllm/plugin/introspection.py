@@ -157,7 +157,8 @@ def describe(vllm_config: Any, calibration: tuple[str | None, str] = (None, "unk
     ranks, length = parallel.tensor_parallel_size, model.max_model_len
     shape = _shape(vllm_config)
     block_size, rollback = DEFAULT_BLOCK_SIZE[vllm_config.device_config.device_type], rollback_tokens(vllm_config)
-    own = Engine(1 << 62, length, ranks, block_size, vllm_config.max_in_flight_tokens, rollback)
+    caching = bool(cache.enable_prefix_caching)
+    own = Engine(1 << 62, length, ranks, block_size, vllm_config.max_in_flight_tokens, rollback, caching)
     block_bytes = logquant_capacity(config, shape, own).block_bytes
     engine = dataclasses.replace(own, memory=num_blocks * block_bytes)
     ours = logquant_capacity(config, shape, engine)
