@@ -124,6 +124,32 @@ def test_what_is_not_there(command: str, message: str, tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
+RUN = {"logquant_vllm": "1", "torch": "2", "device": "CPU", "dtype": "float32", "seconds": 1.0, "complete": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\xff", "is not JSON"),
+        ("[]", "no records"),
+        ('{"records": 3}', "logquant_vllm: Field required"),
+        (json.dumps({**RUN, "records": 3}), "records: Input should be a valid list"),
+        (json.dumps({**RUN, "records": [{"task": "sums"}]}), "records.0.method: Field required"),
+        (json.dumps({**RUN, "records": [], "plan": {"primary": "fp8"}}), "plan.against: Field required"),
+        (json.dumps({**RUN, "records": [{"intervals": [1]}], "model": "m"}), "records.0.method: Field required"),
+    ],
+)
+def test_a_report_of_what_is_no_result(text: str, message: str, tmp_path: Path) -> None:
+    """JSON of another kind, or of another version."""
+    pytest.importorskip("torch")
+    path = tmp_path / "foreign.json"
+    path.write_text(text, encoding="latin-1")
+    result = runner.invoke(app, ["eval", "report", str(path), "--no-plots"])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"error: {path} is not ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
 def test_calibrate_needs_the_directory_of_its_file() -> None:
     """It is written beside, whole, and then takes the place of what is there; known before anything is measured."""
     pytest.importorskip("torch")

@@ -147,7 +147,8 @@ def test_runs_on_several_devices_are_one_summary(tmp_path: Path) -> None:
     """Each figure keeps its device, what was measured again is the later's, and a summary can be joined once more."""
 
     def result(device: str, tasks: list[tuple[str, int, float]], complete: bool = True) -> dict[str, Any]:
-        shape = {"method": "fp8", "metric": "KL divergence", "bytes_per_token": 128.0, "low": 0.001, "high": 0.02}
+        shape = {"method": "fp8", "selection": "none", "quantizer": "fp8", "p_against_primary": None}
+        shape |= {"metric": "KL divergence", "bytes_per_token": 128.0, "low": 0.001, "high": 0.02}
         records = [
             {**shape, "quantized_bits_per_element": 8, "count": 9, "task": task, "context": context, "value": value}
             for task, context, value in tasks

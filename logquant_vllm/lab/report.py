@@ -8,7 +8,67 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 Record = dict[str, Any]
+
+
+class _Strict(BaseModel):
+    """What a report reads of a file; what else is there does not matter."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Measured(_Strict):
+    method: str
+    task: str
+    metric: str
+    selection: str
+    quantizer: str
+    bytes_per_token: float | None
+    quantized_bits_per_element: float | None
+    value: float
+    low: float
+    high: float
+    count: int
+    p_against_primary: float | None
+
+
+class _Row(_Strict):
+    method: str
+    task: str
+    context: int
+    bits: float
+    bytes_per_token: float
+    count: int
+    intervals: dict[str, list[float]]
+
+
+class _Plan(_Strict):
+    primary: str
+    against: list[str]
+    on: list[str]
+    test: str
+    named: str
+
+
+class _Run(_Strict):
+    logquant_vllm: str
+    torch: str
+    device: str
+    dtype: str
+    seconds: float
+    complete: bool
+
+
+class _Result(_Run):
+    records: list[_Measured]
+    plan: _Plan | None = None
+
+
+class _Summary(_Run):
+    records: list[_Row]
+    model: str
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -21,12 +81,20 @@ def load(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(
             f"{path} is not JSON ({error}); give the result.json that `logquant-vllm eval` wrote"
         ) from None
     if not isinstance(result, dict) or "records" not in result:
         raise ValueError(f"{path} is not a result of `logquant-vllm eval`: it has no records")
+    records = result["records"] if isinstance(result["records"], list) else []
+    kind = _Summary if any(isinstance(record, dict) and "intervals" in record for record in records) else _Result
+    try:
+        kind.model_validate(result)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} is not a result of `logquant-vllm eval`: {where}: {first['msg']}") from None
     return result
 
 
