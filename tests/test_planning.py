@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,16 @@ def test_too_little_memory() -> None:
     assert not capacity.fits
     assert plan(LLAMA_8B, capacity.bytes_needed, 8192)[2].fits
     assert not plan(LLAMA_8B, capacity.bytes_needed - 1, 8192)[2].fits
+
+
+def test_stages_of_a_pipeline_divide_the_layers() -> None:
+    """And ours do not lie side by side there, whatever else keeps all tokens: all stages need blocks of one size."""
+    found = [plan(LLAMA_8B, GIB, 8192, pipeline_parallel_size=stages) for stages in (1, 3)]
+    assert [c.block_bytes for c in found[1]] == [c.block_bytes // 32 * 11 for c in found[0]]
+    engine = Engine(GIB, 8192, pipeline_parallel_size=2)
+    mixed = replace(LLAMA_8B, num_layers=28, local=(LocalLayers(4, 8, 128, 0, FULL),))
+    assert growing(LogQuantConfig(), mixed, replace(engine, pipeline_parallel_size=1)).block.layers > 1
+    assert growing(LogQuantConfig(), mixed, engine).block.layers == 1
 
 
 @pytest.mark.parametrize("wrong", [{"memory": 0}, {"max_model_len": 0}, {"block_size": -1}])

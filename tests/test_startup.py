@@ -312,6 +312,18 @@ def test_pipeline_parallel_is_refused_on_a_cpu_alone(tmp_path: Path) -> None:
             create_config(path, pipeline_parallel_size=2)
 
 
+def test_what_is_told_of_a_pipeline(tmp_path: Path) -> None:
+    """Blocks are those of a stage: of four layers, or of one with two pages where one more layer is left out."""
+    from logquant_vllm.plugin.introspection import describe
+
+    path = write_config(tmp_path / "model", num_hidden_layers=8)
+    for skipped, pages in (([], 4), (["0"], 2)):
+        config = create_config(path, kv_cache_dtype_skip_layers=skipped)
+        config.parallel_config.pipeline_parallel_size = 2  # a CPU has none
+        config.cache_config.num_gpu_blocks = 1000
+        assert describe(config).page.block_bytes == pages * 2 * 128 * 36
+
+
 @pytest.mark.parametrize("caching", [True, False])
 def test_all_windows_are_kept_where_a_prefix_is_found(caching: bool, tmp_path: Path) -> None:
     """What `GET /logquant` says of tokens counts the larger window there alone."""

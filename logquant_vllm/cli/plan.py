@@ -50,6 +50,7 @@ def plan(
     memory: Annotated[str, typer.Option(help="KV memory of one device, for example 16GiB.")],
     max_model_len: Annotated[int, typer.Option(help="Longest request in tokens.")],
     tensor_parallel_size: Annotated[int, typer.Option(help="Devices that share the KV heads.")] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option(help="Stages that share the layers.")] = 1,
     dtype: Annotated[str, typer.Option(help="The model's dtype: auto, bfloat16, float16 or float32.")] = "auto",
     block_size: Annotated[
         int, typer.Option(help="Block size of vLLM's own formats (its default: 16 on CUDA, 128 on CPU).")
@@ -82,6 +83,7 @@ def plan(
             raise ValueError(problem)
         engine = {
             "tensor_parallel_size": tensor_parallel_size,
+            "pipeline_parallel_size": pipeline_parallel_size,
             "block_size": block_size,
             "rollback_tokens": taken_back,
         }

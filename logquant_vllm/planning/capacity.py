@@ -113,6 +113,7 @@ class Engine:
         in_flight_tokens: that may be computed at a time: vLLM's ``max_num_batched_tokens``, twice with asynchronous
             scheduling. Sliding windows are kept for so long.
         rollback_tokens, prefix_caching: see :class:`logquant_vllm.core.paged.CacheLayout`.
+        pipeline_parallel_size: stages that share the layers; ``memory`` is a rank's of the largest.
 
     Raises:
         ValueError: naming the argument, its value, and what would work.
@@ -125,9 +126,10 @@ class Engine:
     in_flight_tokens: int = 2 * DEFAULT_BATCHED_TOKENS
     rollback_tokens: int = 1
     prefix_caching: bool = True
+    pipeline_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("memory", "max_model_len", "block_size", "in_flight_tokens"):
+        for name in ("memory", "max_model_len", "block_size", "in_flight_tokens", "pipeline_parallel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -148,6 +150,8 @@ def _capacity(name: str, page_bytes: int, kinds: list[tuple[int, int]], engine: 
 
 def plain_capacity(name: str, element_bytes: int, shape: ModelShape, engine: Engine) -> Capacity:
     """A format of vLLM's own that stores every element in ``element_bytes`` bytes."""
+
+    shape = shape.of_stage(engine.pipeline_parallel_size)
 
     def token_bytes(layers: LocalLayers | None = None) -> int:
         heads = shape.kv_heads_per_rank(engine.tensor_parallel_size, layers)
@@ -205,6 +209,7 @@ def growing(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Growin
 
     from logquant_vllm.core.budget import num_places, spend
 
+    shape = shape.of_stage(engine.pipeline_parallel_size)
     if config.bits is not None and shape.local:
         raise ValueError(ALIKE.format(bits=config.bits))
     layout = config.layout(
@@ -214,6 +219,8 @@ def growing(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Growin
     page_bytes = layout.fmt.page_bytes(heads)
     attention = [_token_of(layers, shape, engine) for layers in shape.local if not layers.state_bytes]
     full = [_token_of(x, shape, engine) for x in shape.local if x.kind == FULL for _ in range(x.num_layers)]
+    if engine.pipeline_parallel_size > 1:  # as in plugin/pool.py
+        full = []
     states = shape.state_bytes(engine.tensor_parallel_size)
     block = block_shape(shape.num_layers, page_bytes, attention, states, full)
     if config.bits is not None:
@@ -238,7 +245,7 @@ def logquant_capacity(config: LogQuantConfig, shape: ModelShape, engine: Engine)
     ours = growing(config, shape, engine)
     kinds = [(ours.owners, ours.pages), (ours.owners, ours.window)]
     place_bytes = ours.block_bytes // ours.block.pages
-    for layers in shape.local:
+    for layers in shape.of_stage(engine.pipeline_parallel_size).local:
         tokens = 0
         if not layers.state_bytes:
             tokens = tokens_per_block(ours.block.pages, place_bytes, *_token_of(layers, shape, engine))

@@ -83,6 +83,13 @@ class ModelShape:
             return replace(self, num_layers=self.num_layers + num_layers)
         return replace(self, local=(*self.local, LocalLayers(num_layers, *own, 0, FULL)))
 
+    def of_stage(self, pipeline_parallel_size: int) -> ModelShape:
+        """What the largest of so many stages of a pipeline has of it."""
+        if pipeline_parallel_size == 1:
+            return self
+        local = (replace(layers, num_layers=-(-layers.num_layers // pipeline_parallel_size)) for layers in self.local)
+        return replace(self, num_layers=-(-self.num_layers // pipeline_parallel_size), local=tuple(local))
+
     def state_bytes(self, tensor_parallel_size: int) -> int:
         """The largest recurrent state of a layer, on one rank."""
         return max((layers.state_bytes // tensor_parallel_size for layers in self.local), default=0)

@@ -118,7 +118,7 @@ def _speculation(vllm_config: Any) -> SpeculationInfo | None:
 
 
 def _shape(vllm_config: Any) -> ModelShape:
-    """The layers of one pipeline stage that have a cache, those of a draft among them."""
+    """The layers that have a cache, those of a draft among them."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     dtype = str(model.dtype).removeprefix("torch.")
     skipped = {int(number) for number in skipped_layers(vllm_config) if number.isdecimal()}
@@ -128,15 +128,13 @@ def _shape(vllm_config: Any) -> ModelShape:
         if draft_kv_cache_dtype(vllm_config) == OWN_CACHE:
             draft = vllm_config.speculative_config.draft_model_config
             own = draft.get_total_num_kv_heads(), draft.get_head_size()
-        shape = ModelShape(model.get_num_layers(parallel), heads, size, dtype)
+        shape = ModelShape(model.get_total_num_hidden_layers(), heads, size, dtype)
         return shape.with_draft(num_draft_layers(vllm_config), own)
     try:
-        shape = shape_of_config(str(model.model), model.hf_text_config, dtype, model.max_model_len, skipped)
+        return shape_of_config(str(model.model), model.hf_text_config, dtype, model.max_model_len, skipped)
     except ValueError:  # layers whose memory we do not know: those that grow are all that is told of
-        return ModelShape(model.get_num_layers_by_block_type(parallel, "attention"), heads, size, dtype)
-    stages = parallel.pipeline_parallel_size
-    local = (dataclasses.replace(layers, num_layers=-(-layers.num_layers // stages)) for layers in shape.local)
-    return dataclasses.replace(shape, num_layers=-(-shape.num_layers // stages), local=tuple(local))
+        of_stage = model.get_num_layers_by_block_type(parallel, "attention")
+        return ModelShape(of_stage * parallel.pipeline_parallel_size, heads, size, dtype)
 
 
 def describe(vllm_config: Any, calibration: tuple[str | None, str] = (None, "unknown")) -> LogQuantInfo:
@@ -157,8 +155,16 @@ def describe(vllm_config: Any, calibration: tuple[str | None, str] = (None, "unk
     ranks, length = parallel.tensor_parallel_size, model.max_model_len
     shape = _shape(vllm_config)
     block_size, rollback = DEFAULT_BLOCK_SIZE[vllm_config.device_config.device_type], rollback_tokens(vllm_config)
-    caching = bool(cache.enable_prefix_caching)
-    own = Engine(1 << 62, length, ranks, block_size, vllm_config.max_in_flight_tokens, rollback, caching)
+    own = Engine(
+        1 << 62,
+        length,
+        ranks,
+        block_size,
+        vllm_config.max_in_flight_tokens,
+        rollback,
+        prefix_caching=bool(cache.enable_prefix_caching),
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+    )
     block_bytes = logquant_capacity(config, shape, own).block_bytes
     engine = dataclasses.replace(own, memory=num_blocks * block_bytes)
     ours = logquant_capacity(config, shape, engine)
