@@ -164,6 +164,7 @@ def test_answers(name: str, tmp_path: Path) -> None:
         "evicted": divergence(own.evicted, ours.evicted),
     }
     print(name, {k: f"{v:.1e}" for k, v in {**kl, "unrelated": unrelated}.items()}, own.cached, ours.cached)
-    # Gemma 4 does not scale scores down, so that rounding shows more
-    bound = unrelated / (5 if name == "Gemma 4" else 100)
+    # Gemma 4 does not scale scores down, and OLMo 2 norms all heads' keys as one, so that rounding shows more: with 3
+    # bits it is four times as much, with 2 sixteen times
+    bound = unrelated / {"Gemma 4": 5, "OLMo 2": 50}.get(name, 100)
     assert all(value < bound for value in kl.values()), (kl, unrelated)
