@@ -8,18 +8,20 @@ nothing behind. Nothing here depends on the version of vLLM. Look-up (ngram) is 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.drafts import eagle_head, first_layers, model_with_mtp
 from tests.models import write_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from tests.test_engine import ROUNDING, Engine, distance, prompts_of
+from tests.test_engine import ROUNDING, Engine, agreeing, distance, prompts_of
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("in_this_process")]
 
@@ -88,7 +90,7 @@ def compare(plain: Engine, drafting: Engine) -> None:
     cold, _ = plain.ask(prompts, 80)
     actual, cached = drafting.ask(prompts, 80)
     assert cached == [0] * len(prompts)
-    assert distance(actual, cold) < ROUNDING
+    assert_alike(actual, cold)
     expected, hits = plain.ask(prompts, 80)
     both, cached = drafting.ask([*prompts, *prompts_of(90)], 80)
     managers = drafting.core.scheduler.kv_cache_manager.coordinator.single_type_managers
@@ -99,8 +101,16 @@ def compare(plain: Engine, drafting: Engine) -> None:
     found = [n if n > PAGE else 0 for n in found]  # what would only be replayed is no hit
     assert cached == [*found, 0]
     same = [i for i, n in enumerate(hits) if found[i] == n]
-    assert distance([both[i] for i in same], [expected[i] for i in same]) < ROUNDING
+    assert_alike([both[i] for i in same], [expected[i] for i in same])
     assert drafting.free_blocks == free
+
+
+def assert_alike(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Log-probabilities of greedy answers are those expected, to the first token that differs: a tie in bfloat16."""
+    for a, b in zip(actual, expected, strict=True):
+        steps = agreeing(a, b)
+        assert distance(*zip(*steps, strict=True)) < ROUNDING
+        assert len(steps) == len(b) or torch.cuda.is_available()  # behind it the two have another past
 
 
 def test_a_draft_model(plain: Engine, drafting: Engine) -> None:
