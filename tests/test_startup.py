@@ -212,6 +212,11 @@ CASES = {
         {**options(bits=2.5), "pipeline_parallel_size": 2},
         "bits 2.5 are spent among all layers, and --pipeline-parallel-size is 2: leave bits out",
     ),
+    "a stage without a layer of ours": (
+        {**families.MIXED["Gemma 3"], "num_hidden_layers": 6},
+        {"pipeline_parallel_size": 2},
+        "no layer of stage 0 keeps all tokens in this cache with --pipeline-parallel-size 2: use fewer stages",
+    ),
     "calibration that is not there": ({}, options(calibration="/no/such/file"), "there is no file '/no/such/file'"),
     "context parallel": (
         {"num_key_value_heads": 1},

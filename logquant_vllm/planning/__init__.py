@@ -11,6 +11,7 @@ from logquant_vllm.planning.capacity import (
     plan,
     preset_capacities,
     rollback_tokens,
+    token_of,
     too_many_drafts,
 )
 from logquant_vllm.planning.shape import (
@@ -21,6 +22,7 @@ from logquant_vllm.planning.shape import (
     MAMBA2,
     LocalLayers,
     ModelShape,
+    growing_layers,
     is_mixed,
     model_shape,
     shape_of_config,
@@ -42,6 +44,7 @@ __all__ = [
     "ModelShape",
     "block_shape",
     "growing",
+    "growing_layers",
     "is_mixed",
     "logquant_capacity",
     "model_shape",
@@ -51,6 +54,7 @@ __all__ = [
     "rollback_tokens",
     "shape_of_config",
     "state_kinds",
+    "token_of",
     "tokens_per_block",
     "too_many_drafts",
 ]

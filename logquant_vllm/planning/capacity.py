@@ -193,7 +193,7 @@ class Growing(NamedTuple):
         return self.owners * (self.pages + self.window) * self.block_bytes
 
 
-def _token_of(layers: LocalLayers, shape: ModelShape, engine: Engine) -> tuple[int, int]:
+def token_of(layers: LocalLayers, shape: ModelShape, engine: Engine) -> tuple[int, int]:
     """Bytes of a token of attention layers in vLLM's own cache, and the least tokens that their kernel takes."""
     heads = shape.kv_heads_per_rank(engine.tensor_parallel_size, layers)
     return 2 * heads * layers.head_size * DTYPE_BYTES[shape.dtype], kernel_block(engine.block_size)
@@ -217,8 +217,8 @@ def growing(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Growin
     )
     heads, length = shape.kv_heads_per_rank(engine.tensor_parallel_size), engine.max_model_len
     page_bytes = layout.fmt.page_bytes(heads)
-    attention = [_token_of(layers, shape, engine) for layers in shape.local if not layers.state_bytes]
-    full = [_token_of(x, shape, engine) for x in shape.local if x.kind == FULL for _ in range(x.num_layers)]
+    attention = [token_of(layers, shape, engine) for layers in shape.local if not layers.state_bytes]
+    full = [token_of(x, shape, engine) for x in shape.local if x.kind == FULL for _ in range(x.num_layers)]
     if engine.pipeline_parallel_size > 1:  # as in plugin/pool.py
         full = []
     states = shape.state_bytes(engine.tensor_parallel_size)
@@ -248,7 +248,7 @@ def logquant_capacity(config: LogQuantConfig, shape: ModelShape, engine: Engine)
     for layers in shape.of_stage(engine.pipeline_parallel_size).local:
         tokens = 0
         if not layers.state_bytes:
-            tokens = tokens_per_block(ours.block.pages, place_bytes, *_token_of(layers, shape, engine))
+            tokens = tokens_per_block(ours.block.pages, place_bytes, *token_of(layers, shape, engine))
         if layers.kind == CHUNKED:  # kept like a window, see plugin/pool.py
             layers = replace(layers, kind=SLIDING)
         kinds.append((layers.num_layers, layers.blocks(tokens, engine.max_model_len, engine.in_flight_tokens)))

@@ -159,16 +159,13 @@ def shape_of_config(
     if dtype == "auto":
         own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
         dtype = "bfloat16" if own == "float32" else own
-    kinds = _layer_kinds(config, layers)
-    window = getattr(config, "sliding_window", None)
-    if set(kinds) == {SLIDING} and isinstance(window, int) and max_model_len is not None and window >= max_model_len:
-        kinds = [FULL] * len(kinds)
+    kinds = _layer_kinds(config, layers, max_model_len)
     if unknown := sorted({*kinds} - {FULL, HYBRID, *LOCAL, *STATES_PER_REQUEST, *NO_CACHE}):
         raise ValueError(f"{model} has {', '.join(unknown)} layers, whose memory is not known here")
     if FULL not in kinds and HYBRID not in kinds:
         raise ValueError(
-            f"all layers of {model} attend to the last {window} tokens only, so its KV cache does not grow: use "
-            f"--max-model-len {window}"
+            f"all layers of {model} attend to the last {config.sliding_window} tokens only, so its KV cache does not "
+            f"grow: use --max-model-len {config.sliding_window}"
         )
 
     def shape(index: int) -> tuple[int, int]:
@@ -179,7 +176,7 @@ def shape_of_config(
         return getattr(own, "num_key_value_heads", None) or heads, size
 
     attention = {i: FULL if kind == HYBRID else kind for i, kind in enumerate(kinds) if kind in {FULL, HYBRID, *LOCAL}}
-    ours = [i for i, kind in attention.items() if kind == FULL and i not in skipped]
+    ours = growing_layers(config, max_model_len, skipped)
     others = Counter((shape(i), kind) for i, kind in attention.items() if i not in ours)
     local = []
     for ((kv_heads, size), kind), count in others.items():
@@ -188,6 +185,12 @@ def shape_of_config(
     states = Counter(_state(config, kind, dtype) for kind in kinds if kind in WITH_STATE)
     local += [LocalLayers(count, 0, 0, 0, *state) for state, count in states.items()]
     return ModelShape(len(ours), *shape(ours[0]), dtype, heads, _softcap(config), tuple(local))
+
+
+def growing_layers(config: Any, max_model_len: int | None = None, skipped: Collection[int] = ()) -> list[int]:
+    """Which layers of a model keep all tokens in our cache; arguments as :func:`shape_of_config`."""
+    kinds = _layer_kinds(config, config.num_hidden_layers, max_model_len)
+    return [i for i, kind in enumerate(kinds) if kind in (FULL, HYBRID) and i not in skipped]
 
 
 def _state(config: Any, kind: str, dtype: str) -> tuple[str, int]:
@@ -240,10 +243,16 @@ def is_mixed(config: Any) -> bool:
     return bool(kinds & {FULL, "attention"}) and len(kinds) > 1
 
 
-def _layer_kinds(config: Any, num_layers: int) -> list[str]:
-    """The kind of each layer that has a cache: the last ones of some models read those of others."""
+def _layer_kinds(config: Any, num_layers: int, max_model_len: int | None = None) -> list[str]:
+    """The kind of each layer that has a cache: the last ones of some models read those of others, and windows of all
+    layers that are never full make no difference."""
     kinds = [FULL if kind == "attention" else kind for kind in getattr(config, "layer_types", None) or []]
+    window = getattr(config, "sliding_window", None)
     if kinds:
-        return kinds[: len(kinds) - (getattr(config, "num_kv_shared_layers", None) or 0)]
-    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return [SLIDING if sliding else FULL] * num_layers
+        kinds = kinds[: len(kinds) - (getattr(config, "num_kv_shared_layers", None) or 0)]
+    else:
+        sliding = window and getattr(config, "use_sliding_window", True)
+        kinds = [SLIDING if sliding else FULL] * num_layers
+    if set(kinds) == {SLIDING} and isinstance(window, int) and max_model_len is not None and window >= max_model_len:
+        return [FULL] * len(kinds)
+    return kinds

@@ -20,7 +20,7 @@ from logquant_vllm.planning import (
     shape_of_config,
 )
 from logquant_vllm.plugin import KV_CACHE_DTYPE
-from logquant_vllm.plugin.model import has_other_kinds, skipped_layers
+from logquant_vllm.plugin.model import has_other_kinds, skipped_indices
 from logquant_vllm.plugin.speculation import (
     OWN_CACHE,
     draft_kv_cache_dtype,
@@ -121,7 +121,6 @@ def _shape(vllm_config: Any) -> ModelShape:
     """The layers that have a cache, those of a draft among them."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     dtype = str(model.dtype).removeprefix("torch.")
-    skipped = {int(number) for number in skipped_layers(vllm_config) if number.isdecimal()}
     heads, size = model.get_total_num_kv_heads(), model.get_head_size()
     if not has_other_kinds(vllm_config):
         own = None
@@ -131,7 +130,9 @@ def _shape(vllm_config: Any) -> ModelShape:
         shape = ModelShape(model.get_total_num_hidden_layers(), heads, size, dtype)
         return shape.with_draft(num_draft_layers(vllm_config), own)
     try:
-        return shape_of_config(str(model.model), model.hf_text_config, dtype, model.max_model_len, skipped)
+        return shape_of_config(
+            str(model.model), model.hf_text_config, dtype, model.max_model_len, skipped_indices(vllm_config)
+        )
     except ValueError:  # layers whose memory we do not know: those that grow are all that is told of
         of_stage = model.get_num_layers_by_block_type(parallel, "attention")
         return ModelShape(of_stage * parallel.pipeline_parallel_size, heads, size, dtype)

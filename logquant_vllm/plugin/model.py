@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect
 from typing import Any
 
-from logquant_vllm.planning import is_mixed
+from logquant_vllm.planning import growing_layers, is_mixed
 
 SLIDING_WINDOW = "sliding_window"
 """What ``kv_cache_dtype_skip_layers`` calls all layers that have one."""
@@ -38,7 +39,24 @@ def skipped_layers(vllm_config: Any) -> set[str]:
     return {str(name) for name in vllm_config.cache_config.kv_cache_dtype_skip_layers} - {SLIDING_WINDOW}
 
 
+def skipped_indices(vllm_config: Any) -> set[int]:
+    """The same as numbers."""
+    return {int(name) for name in skipped_layers(vllm_config) if name.isdecimal()}
+
+
 def has_other_kinds(vllm_config: Any) -> bool:
     """Whether some layers keep vLLM's own cache, as far as the configuration tells."""
     model = vllm_config.model_config
     return bool(skipped_layers(vllm_config)) or model.is_hybrid or is_mixed(model.hf_text_config)
+
+
+def layers_of_stages(vllm_config: Any) -> list[int]:
+    """How many layers of each stage of a pipeline are in our cache."""
+    from vllm.distributed.utils import get_pp_indices
+
+    model, stages = vllm_config.model_config, vllm_config.parallel_config.pipeline_parallel_size
+    total = model.get_total_num_hidden_layers()
+    ends = [get_pp_indices(total, stage, stages)[1] for stage in range(stages)]
+    ours = growing_layers(model.hf_text_config, model.max_model_len, skipped_indices(vllm_config))
+    found = [bisect(ends, index) for index in ours]
+    return [found.count(stage) for stage in range(stages)]

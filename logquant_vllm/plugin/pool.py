@@ -19,6 +19,7 @@ chunks wants its blocks to have as many tokens as those of full attention.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -38,9 +39,17 @@ from vllm.v1.kv_cache_interface import (
 from logquant_vllm import calibration
 from logquant_vllm.config import PAGE_SIZE
 from logquant_vllm.core.budget import num_places, spend
-from logquant_vllm.planning import BlockShape, block_shape, tokens_per_block
+from logquant_vllm.planning import (
+    DEFAULT_BLOCK_SIZE,
+    BlockShape,
+    Engine,
+    block_shape,
+    shape_of_config,
+    token_of,
+    tokens_per_block,
+)
 from logquant_vllm.plugin import basis
-from logquant_vllm.plugin.model import where
+from logquant_vllm.plugin.model import has_other_kinds, layers_of_stages, skipped_indices, where
 from logquant_vllm.plugin.speculation import options_of
 from logquant_vllm.plugin.validation import Layers
 
@@ -90,6 +99,25 @@ def _smallest_block(layer: Any, vllm_config: Any) -> tuple[int, int]:
 
 def _keeps_all_tokens(layer: Any, vllm_config: Any) -> bool:
     return type(layer.get_kv_cache_spec(vllm_config)) is FullAttentionSpec
+
+
+def _block_of_all_stages(
+    vllm_config: Any, page_bytes: int, others: set[tuple[int, int]], state_bytes: int
+) -> BlockShape:
+    """In a pipeline a stage knows its own layers alone, and all need one size of block: what the others have is said by
+    the model's configuration. As many of our layers are side by side as divide those of each stage.
+
+    Args:
+        page_bytes, others, state_bytes: as in :func:`logquant_vllm.planning.block_shape`, of this stage.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    dtype, length = str(model.dtype).removeprefix("torch."), model.max_model_len
+    shape = shape_of_config(str(model.model), model.hf_text_config, dtype, length, skipped_indices(vllm_config))
+    block_size = DEFAULT_BLOCK_SIZE[vllm_config.device_config.device_type]
+    engine = Engine(1, length, parallel.tensor_parallel_size, block_size)
+    others |= {token_of(layers, shape, engine) for layers in shape.local if not layers.state_bytes}
+    state_bytes = state_bytes or shape.state_bytes(parallel.tensor_parallel_size)
+    return block_shape(math.gcd(*layers_of_stages(vllm_config)), page_bytes, sorted(others), state_bytes)
 
 
 def _settle(vllm_config: Any, impls: Sequence[Any], block: BlockShape, alone: bool) -> None:
@@ -154,12 +182,13 @@ def share_pool(vllm_config: Any, layers: Layers) -> None:
     cache, page_bytes = vllm_config.cache_config, impls[0].page_bytes
     attention = layers.attention | layers.drafts
     tokens = {name: _smallest_block(layer, vllm_config) for name, layer in attention.items()}
-    full = [tokens[name] for name, layer in attention.items() if _keeps_all_tokens(layer, vllm_config)]
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        full = []  # a stage knows its own layers alone, and all need one size of block
     states = [replace(layer.get_kv_cache_spec(vllm_config), page_size_padded=None) for layer in layers.states.values()]
     state_bytes = max((spec.page_size_bytes for spec in states), default=0)
-    block = block_shape(len(impls), page_bytes, list(tokens.values()), state_bytes, full)
+    if vllm_config.parallel_config.pipeline_parallel_size > 1 and has_other_kinds(vllm_config):
+        block = _block_of_all_stages(vllm_config, page_bytes, set(tokens.values()), state_bytes)
+    else:
+        full = [tokens[name] for name, layer in attention.items() if _keeps_all_tokens(layer, vllm_config)]
+        block = block_shape(len(impls), page_bytes, list(tokens.values()), state_bytes, full)
     if impls[0].config.bits is not None:
         spend_bits(vllm_config, layers.ours)
         block = BlockShape(1, len(impls), tuple(impl.page_bytes for impl in impls))

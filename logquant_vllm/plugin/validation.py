@@ -20,7 +20,14 @@ from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig, unsuppor
 from logquant_vllm.core.budget import num_places
 from logquant_vllm.planning import ALIKE, LINEAR, MAMBA, MAMBA2, state_kinds
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE, prefill
-from logquant_vllm.plugin.model import SLIDING_WINDOW, has_other_kinds, shape_of, skipped_layers, where
+from logquant_vllm.plugin.model import (
+    SLIDING_WINDOW,
+    has_other_kinds,
+    layers_of_stages,
+    shape_of,
+    skipped_layers,
+    where,
+)
 from logquant_vllm.plugin.offload import connector_problems
 from logquant_vllm.plugin.specs import WindowSpec
 from logquant_vllm.plugin.speculation import (
@@ -52,6 +59,7 @@ def validate_config(vllm_config: Any) -> LogQuantConfig:
         problems += _state_problems(vllm_config)
         problems += speculation_problems(vllm_config, config)
         problems += _budget_problems(vllm_config, config)
+        problems += _stage_problems(vllm_config)
         if vllm_config.speculative_config is not None and has_other_kinds(vllm_config):
             problems.append(DRAFTS_BESIDE_OTHERS)
     if draft_kv_cache_dtype(vllm_config) == KV_CACHE_DTYPE:
@@ -152,6 +160,18 @@ def _budget_problems(vllm_config: Any, config: LogQuantConfig) -> Iterator[str]:
         num_places(bits, config.page_format(model.get_head_size()), model.get_total_num_hidden_layers())
     except ValueError as error:
         yield str(error)
+
+
+def _stage_problems(vllm_config: Any) -> Iterator[str]:
+    """All stages of a pipeline have blocks of the same bytes, which are pages of the layers in our cache."""
+    if (stages := vllm_config.parallel_config.pipeline_parallel_size) == 1 or not has_other_kinds(vllm_config):
+        return
+    counts = layers_of_stages(vllm_config)
+    if any(counts) and 0 in counts:
+        yield (
+            f"no layer of stage {counts.index(0)} keeps all tokens in this cache with --pipeline-parallel-size "
+            f"{stages}: use fewer stages, or VLLM_PP_LAYER_PARTITION for others"
+        )
 
 
 def _state_problems(vllm_config: Any) -> Iterator[str]:
