@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -234,6 +235,28 @@ def with_state(shape: tuple[tuple[int, ...], ...], checkpoints: int = 0) -> Any:
             return replace(super().get_kv_cache_spec(vllm_config), num_prefill_checkpoint_blocks=checkpoints)
 
     return LinearAttention()
+
+
+def test_a_layer_that_reads_another_is_as_that_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU its prompts, too, are attended to by FlashAttention, which comes last."""
+    from vllm.config import set_current_vllm_config
+    from vllm.platforms import current_platform
+
+    from logquant_vllm.plugin import backend, prefill
+
+    config, dense = create_config(write_config(tmp_path / "model")), object()
+    layers = config.compilation_config.static_forward_context
+    layers.clear()
+    with set_current_vllm_config(config):
+        attention_layer(0)
+        attention_layer(1, kv_sharing_target_layer_name="model.layers.0.self_attn.attn")
+        gpu = SimpleNamespace(is_cuda=lambda: True, device_type="cuda")
+        monkeypatch.setattr(backend, "current_platform", gpu)
+        monkeypatch.setattr(backend, "_warm_up", lambda *arguments: None)
+        monkeypatch.setattr(prefill, "flash_attention", lambda *arguments: dense)
+        current_platform.update_block_size_for_backend(config)
+    found = [layers[f"model.layers.{i}.self_attn.attn"].impl._layer for i in (0, 1)]
+    assert found[0].dense is dense and found[0] == found[1]
 
 
 @pytest.fixture

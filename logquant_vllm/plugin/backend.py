@@ -290,8 +290,6 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             self._layers[name + WINDOW_SUFFIX] = self._window_layer
             if owner is not layer:  # vLLM 0.32 takes the last layer's group for that of MTP modules
                 self._layers[name] = self._layers.pop(name)
-        for reader in self._readers:
-            reader._settle_reader((beside[0] if beside else self).named()[0])
         if current_platform.is_cuda():
             from logquant_vllm.plugin.prefill import flash_attention
 
@@ -299,6 +297,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             dense = flash_attention(self.head_size, most, self._layer.softcap)
             self._layer = self._layer._replace(dense=dense)
             _warm_up(self._layer, self.num_heads, self.num_kv_heads, layer.dtype, vllm_config)
+        for reader in self._readers:
+            reader._settle_reader((beside[0] if beside else self).named()[0])
 
     def memory(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """This layer's pages uint8 ``[num_pages, page_bytes]``, and its window blocks, ``[num_blocks, bytes]``."""
