@@ -329,6 +329,20 @@ def test_what_is_told_of_a_pipeline(tmp_path: Path) -> None:
         assert describe(config).page.block_bytes == pages * 2 * 128 * 36
 
 
+@pytest.mark.parametrize(("states", "pages"), [("bfloat16", 8), ("float32", 15)])
+def test_what_is_told_beside_recurrent_states(states: str, pages: int, tmp_path: Path) -> None:
+    """A block holds one of the dtype that vLLM is told: 8 matrices of 128 x 128, and the last inputs."""
+    from logquant_vllm.plugin.introspection import describe
+
+    heads = {"linear_num_value_heads": 8, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    path = write_config(tmp_path / "model", **{**families.MIXED["Qwen3-Next"], **heads})
+    config = create_config(path, dtype="bfloat16", mamba_ssm_cache_dtype=states)
+    assert config.cache_config.mamba_ssm_cache_dtype in (states, "float32")
+    config.cache_config.mamba_ssm_cache_dtype = states  # as on a GPU: some CPUs keep them in float32
+    config.cache_config.num_gpu_blocks = 1000
+    assert describe(config).page.block_bytes == 2 * pages * 128 * 144
+
+
 @pytest.mark.parametrize("caching", [True, False])
 def test_all_windows_are_kept_where_a_prefix_is_found(caching: bool, tmp_path: Path) -> None:
     """What `GET /logquant` says of tokens counts the larger window there alone."""

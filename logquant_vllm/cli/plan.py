@@ -25,6 +25,7 @@ from logquant_vllm.planning import (
     too_many_drafts,
 )
 from logquant_vllm.planning import plan as plan_capacity
+from logquant_vllm.planning.shape import DTYPE_BYTES
 
 UNITS = (
     {"": 1, "b": 1}
@@ -52,6 +53,9 @@ def plan(
     tensor_parallel_size: Annotated[int, typer.Option(help="Devices that share the KV heads.")] = 1,
     pipeline_parallel_size: Annotated[int, typer.Option(help="Stages that share the layers.")] = 1,
     dtype: Annotated[str, typer.Option(help="The model's dtype: auto, bfloat16, float16 or float32.")] = "auto",
+    mamba_ssm_cache_dtype: Annotated[
+        str, typer.Option(help="Of recurrent states: auto is what the model says.")
+    ] = "auto",
     block_size: Annotated[
         int, typer.Option(help="Block size of vLLM's own formats (its default: 16 on CUDA, 128 on CPU).")
     ] = DEFAULT_BLOCK_SIZE["cuda"],
@@ -73,7 +77,10 @@ def plan(
     with user_errors():
         config = LogQuantConfig.from_options(parse_json("--options", options))
         available = parse_memory(memory)
-        shape = model_shape(model_directory(model), dtype, max_model_len)
+        if mamba_ssm_cache_dtype not in ("auto", *DTYPE_BYTES):
+            names = ", ".join(("auto", *DTYPE_BYTES))
+            raise ValueError(f"--mamba-ssm-cache-dtype must be one of {names}, got {mamba_ssm_cache_dtype!r}")
+        shape = model_shape(model_directory(model), dtype, max_model_len, mamba_ssm_cache_dtype)
         if draft_kv_cache_dtype not in ("logquant", "auto"):
             raise ValueError(f"--draft-kv-cache-dtype must be logquant or auto, got {draft_kv_cache_dtype!r}")
         own = (shape.num_kv_heads, shape.head_size) if draft_kv_cache_dtype == "auto" else None

@@ -114,13 +114,16 @@ class ModelShape:
         return max(1, heads // ranks)
 
 
-def model_shape(model: str, dtype: str = "auto", max_model_len: int | None = None) -> ModelShape:
+def model_shape(
+    model: str, dtype: str = "auto", max_model_len: int | None = None, state_dtype: str = "auto"
+) -> ModelShape:
     """The shape of a model from its ``config.json``.
 
     Args:
         model: a local directory or a name on the model hub.
         dtype: of activations; ``auto`` is what vLLM chooses: the model's own, or bfloat16 for a float32 model.
         max_model_len: longest request; a sliding window that is no shorter makes no difference.
+        state_dtype: of recurrent states, vLLM's ``mamba_ssm_cache_dtype``; ``auto`` is what the model says.
 
     Raises:
         ValueError: if there is no such model, or its attention is of a kind that LogQuant does not support.
@@ -135,7 +138,7 @@ def model_shape(model: str, dtype: str = "auto", max_model_len: int | None = Non
     except Exception as error:  # whatever a damaged file makes of the library that reads it
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"cannot read the configuration of model {model!r}: {reason}") from None
-    return shape_of_config(model, config.get_text_config(), dtype, max_model_len)
+    return shape_of_config(model, config.get_text_config(), dtype, max_model_len, state_dtype=state_dtype)
 
 
 def shape_of_config(
@@ -144,6 +147,7 @@ def shape_of_config(
     dtype: str = "auto",
     max_model_len: int | None = None,
     skipped: Collection[int] = (),
+    state_dtype: str = "auto",
 ) -> ModelShape:
     """The shape of a model from its text configuration; arguments and errors as :func:`model_shape`.
 
@@ -182,7 +186,7 @@ def shape_of_config(
     for ((kv_heads, size), kind), count in others.items():
         seen = 0 if kind == FULL else getattr(config, LOCAL[kind])
         local.append(LocalLayers(count, kv_heads, size, seen, kind))
-    states = Counter(_state(config, kind, dtype) for kind in kinds if kind in WITH_STATE)
+    states = Counter(_state(config, kind, dtype, state_dtype) for kind in kinds if kind in WITH_STATE)
     local += [LocalLayers(count, 0, 0, 0, *state) for state, count in states.items()]
     return ModelShape(len(ours), *shape(ours[0]), dtype, heads, _softcap(config), tuple(local))
 
@@ -193,7 +197,7 @@ def growing_layers(config: Any, max_model_len: int | None = None, skipped: Colle
     return [i for i, kind in enumerate(kinds) if kind in (FULL, HYBRID) and i not in skipped]
 
 
-def _state(config: Any, kind: str, dtype: str) -> tuple[str, int]:
+def _state(config: Any, kind: str, dtype: str, state_dtype: str = "auto") -> tuple[str, int]:
     """Of a layer with a recurrent state its kind, which configurations call by one name, and the state's bytes as vLLM
     computes them: a convolution's last inputs, and a matrix."""
 
@@ -216,8 +220,11 @@ def _state(config: Any, kind: str, dtype: str) -> tuple[str, int]:
         kind, kernel, depth = MAMBA, config.mamba_d_conv, config.mamba_d_state
     else:
         raise ValueError(f"the memory of {config.model_type}'s {kind} layers is not known here")
-    stored = getattr(config, "mamba_ssm_dtype", None) or getattr(config, "mamba_ssm_cache_dtype", None)
-    return kind, (kernel - 1) * inputs * own + values * depth * DTYPE_BYTES[stored or dtype]
+    if state_dtype == "auto":
+        state_dtype = (
+            getattr(config, "mamba_ssm_dtype", None) or getattr(config, "mamba_ssm_cache_dtype", None) or dtype
+        )
+    return kind, (kernel - 1) * inputs * own + values * depth * DTYPE_BYTES[state_dtype]
 
 
 def state_kinds(config: Any) -> set[str]:

@@ -17,10 +17,9 @@ from logquant_vllm.planning import (
     ModelShape,
     logquant_capacity,
     plain_capacity,
-    shape_of_config,
 )
 from logquant_vllm.plugin import KV_CACHE_DTYPE
-from logquant_vllm.plugin.model import has_other_kinds, skipped_indices
+from logquant_vllm.plugin.model import configured_shape, has_other_kinds
 from logquant_vllm.plugin.speculation import (
     OWN_CACHE,
     draft_kv_cache_dtype,
@@ -130,9 +129,7 @@ def _shape(vllm_config: Any) -> ModelShape:
         shape = ModelShape(model.get_total_num_hidden_layers(), heads, size, dtype)
         return shape.with_draft(num_draft_layers(vllm_config), own)
     try:
-        return shape_of_config(
-            str(model.model), model.hf_text_config, dtype, model.max_model_len, skipped_indices(vllm_config)
-        )
+        return configured_shape(vllm_config)
     except ValueError:  # layers whose memory we do not know: those that grow are all that is told of
         of_stage = model.get_num_layers_by_block_type(parallel, "attention")
         return ModelShape(of_stage * parallel.pipeline_parallel_size, heads, size, dtype)

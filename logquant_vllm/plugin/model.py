@@ -6,7 +6,7 @@ import json
 from bisect import bisect
 from typing import Any
 
-from logquant_vllm.planning import growing_layers, is_mixed
+from logquant_vllm.planning import ModelShape, growing_layers, is_mixed, shape_of_config
 
 SLIDING_WINDOW = "sliding_window"
 """What ``kv_cache_dtype_skip_layers`` calls all layers that have one."""
@@ -48,6 +48,17 @@ def has_other_kinds(vllm_config: Any) -> bool:
     """Whether some layers keep vLLM's own cache, as far as the configuration tells."""
     model = vllm_config.model_config
     return bool(skipped_layers(vllm_config)) or model.is_hybrid or is_mixed(model.hf_text_config)
+
+
+def configured_shape(vllm_config: Any) -> ModelShape:
+    """The layers of a model that have a cache, of all stages.
+
+    Raises:
+        ValueError: as :func:`logquant_vllm.planning.shape_of_config` does.
+    """
+    model, states = vllm_config.model_config, vllm_config.cache_config.mamba_ssm_cache_dtype
+    dtype, skipped = str(model.dtype).removeprefix("torch."), skipped_indices(vllm_config)
+    return shape_of_config(str(model.model), model.hf_text_config, dtype, model.max_model_len, skipped, states)
 
 
 def layers_of_stages(vllm_config: Any) -> list[int]:

@@ -44,12 +44,11 @@ from logquant_vllm.planning import (
     BlockShape,
     Engine,
     block_shape,
-    shape_of_config,
     token_of,
     tokens_per_block,
 )
 from logquant_vllm.plugin import basis
-from logquant_vllm.plugin.model import has_other_kinds, layers_of_stages, skipped_indices, where
+from logquant_vllm.plugin.model import configured_shape, has_other_kinds, layers_of_stages, where
 from logquant_vllm.plugin.speculation import options_of
 from logquant_vllm.plugin.validation import Layers
 
@@ -111,10 +110,9 @@ def _block_of_all_stages(
         page_bytes, others, state_bytes: as in :func:`logquant_vllm.planning.block_shape`, of this stage.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    dtype, length = str(model.dtype).removeprefix("torch."), model.max_model_len
-    shape = shape_of_config(str(model.model), model.hf_text_config, dtype, length, skipped_indices(vllm_config))
+    shape = configured_shape(vllm_config)
     block_size = DEFAULT_BLOCK_SIZE[vllm_config.device_config.device_type]
-    engine = Engine(1, length, parallel.tensor_parallel_size, block_size)
+    engine = Engine(1, model.max_model_len, parallel.tensor_parallel_size, block_size)
     others |= {token_of(layers, shape, engine) for layers in shape.local if not layers.state_bytes}
     state_bytes = state_bytes or shape.state_bytes(parallel.tensor_parallel_size)
     return block_shape(math.gcd(*layers_of_stages(vllm_config)), page_bytes, sorted(others), state_bytes)
