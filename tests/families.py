@@ -334,10 +334,17 @@ SERVED: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "full_attention"],
     },
     "Command-R": {"architectures": ["CohereForCausalLM"], "model_type": "cohere"},
-    "OPT": {"architectures": ["OPTForCausalLM"], "model_type": "opt", "ffn_dim": 256, "word_embed_proj_dim": 256},
+    "OPT": {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "num_key_value_heads": 4,
+        "ffn_dim": 256,
+        "word_embed_proj_dim": 256,
+    },
     "GPT-2": {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
+        "num_key_value_heads": 4,
         "n_embd": 256,
         "n_head": 4,
         "n_positions": 1024,
