@@ -123,7 +123,7 @@ class Copies:
 
     def wait_group(self, pending: int) -> None:
         while len(self.groups) > pending + 1:
-            for target, data in self.groups.pop(0):
+            for target, data in reversed(self.groups.pop(0)):  # in no order that a kernel may count on
                 target[...] = data
 
 

@@ -75,27 +75,18 @@ def copy_keys(memory, group, key, cache, LAYOUT: gl.constexpr):
 def copy_feedback(memory, feedback, CHANNELS: gl.constexpr):
     """Start to copy the matrix of a head to ``[blocks * blocks, 16, 16]``.
 
-    Tile ``blocks * k + c`` holds the rows of block ``c`` and the columns of block ``k``; the tiles ``c == k`` are
-    transposed.
+    Tile ``blocks * k + c`` holds the rows of block ``c`` and the columns of block ``k``.
 
     Args:
         feedback: pointer to float32 ``[channels, channels]``.
     """
     BLOCKS: gl.constexpr = CHANNELS // BLOCK
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [gl.num_warps(), 1], [1, 0])
-    COPY_ONE: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [gl.num_warps(), 1], [1, 0])
     row = gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, COPY))[:, None]
     column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, COPY))[None, :]
-    later = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, COPY_ONE))[None, :]
-    earlier = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, COPY_ONE))[:, None]
     columns = memory._reinterpret(gl.float32, [BLOCKS, CHANNELS, BLOCK], plain(2))
     for b in gl.static_range(BLOCKS):
-        async_copy.async_copy_global_to_shared(
-            columns.index(b), feedback + (row * CHANNELS + b * BLOCK + column), mask=row // BLOCK != b
-        )
-        async_copy.async_copy_global_to_shared(
-            memory.index(b * BLOCKS + b), feedback + ((b * BLOCK + later) * CHANNELS + b * BLOCK + earlier)
-        )
+        async_copy.async_copy_global_to_shared(columns.index(b), feedback + (row * CHANNELS + b * BLOCK + column))
 
 
 @gluon.jit
@@ -217,6 +208,14 @@ def load_share(shares, tile, TRANSPOSED: gl.constexpr):
 
 
 @gluon.jit
+def transpose(shares, tile):
+    """Transpose a tile in its place, and return it."""
+    memory = shares.index(tile)
+    memory.store(memory.permute((1, 0)).load(products(gl.num_warps())))
+    return memory._reinterpret(gl.float32, [BLOCK, BLOCK], plain(1))
+
+
+@gluon.jit
 def load_lost(lost, block):
     """What a block lost as the left operand of a product, two bfloat16."""
     return lost[0].index(block).load(left(gl.num_warps())), lost[1].index(block).load(left(gl.num_warps()))
@@ -265,7 +264,7 @@ def choose_codes(codes, keys, lost, shares, of_blocks, FMT: gl.constexpr):
         codes: shared memory int8 ``[blocks, tokens, 16]``: written.
         keys: likewise, 16-bit.
         lost: likewise, what their codes lose, twice bfloat16 (:func:`cut`): written, the first in place of the keys.
-        shares: as :func:`copy_feedback` lays them out.
+        shares: as :func:`copy_feedback` lays them out; what a block has for itself is transposed.
         of_blocks: float32 ``[4 * blocks, 16]``: scales, zeros, inverse scales, weights.
     """
     BLOCKS: gl.constexpr = keys.shape[0]
@@ -276,7 +275,7 @@ def choose_codes(codes, keys, lost, shares, of_blocks, FMT: gl.constexpr):
         x = keys.index(block).load(BY_TOKEN).to(gl.float32)
         scales, zeros, inverses, weights = load_metadata(of_blocks, block, BLOCKS)
         of_channels = scales, zeros, inverses, gl.zeros_like(weights) + 1.0
-        within = shares.index(block * BLOCKS + block)._reinterpret(gl.float32, [BLOCK, BLOCK], plain(1))
+        within = transpose(shares, block * BLOCKS + block)
         chosen, left = choose_block(x, taken_up, of_channels, within, FMT.key_bits, FMT.key_rounding.stretch)
         store_block(codes, lost, block, chosen, left)
 
@@ -284,7 +283,7 @@ def choose_codes(codes, keys, lost, shares, of_blocks, FMT: gl.constexpr):
 @gluon.jit
 def choose_again(codes, keys, lost, shares, of_blocks, FMT: gl.constexpr):
     """The second round, of the first half: what all other channels lost is taken up. Arguments as in
-    :func:`choose_codes`."""
+    :func:`choose_codes`, which it needs before."""
     BLOCKS: gl.constexpr = keys.shape[0]
     BY_TOKEN: gl.constexpr = by_token(gl.num_warps())
     loser = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, right(gl.num_warps())))[:, None]
@@ -303,9 +302,7 @@ def choose_again(codes, keys, lost, shares, of_blocks, FMT: gl.constexpr):
         # what is left of keys is a little less exact than keys are
         x = tl.fma(code, of_channels[0][None, :], of_channels[1][None, :]) + left
         x = x.to(keys.dtype).to(gl.float32)
-        transposed = shares.index(own).permute((1, 0)).load(products(gl.num_warps()))
-        shares.index(own).store(transposed)
-        within = shares.index(own)._reinterpret(gl.float32, [BLOCK, BLOCK], plain(1))
+        within = transpose(shares, own)
         chosen, left = choose_block(x, taken_up, of_channels, within, FMT.key_bits, FMT.key_rounding.stretch)
         store_block(codes, lost, block, chosen, left)
 
