@@ -149,5 +149,8 @@ def write_schedule(row_starts, batch, num_kv_heads, schedule, index, LAYOUT: tl.
     tl.store(row_starts + count, share)
     tl.store(row_starts + count + 1, larger)
     tl.store(row_starts + count + 2, grain)
-    blocks = load_padded(batch, index, num_kv_heads, grain, LAYOUT)
-    tl.store(row_starts + index, tl.cumsum(blocks, 0) - blocks, mask=index < count)
+    # One turn, that no compiler knows to be one: outside of a loop it would keep what find_share has computed in
+    # registers of all programs, for the one that comes here.
+    for first in range(0, count, index.shape[0]):
+        blocks = load_padded(batch, first + index, num_kv_heads, grain, LAYOUT)
+        tl.store(row_starts + first + index, tl.cumsum(blocks, 0) - blocks, mask=first + index < count)
