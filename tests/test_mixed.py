@@ -145,7 +145,8 @@ def test_answers(name: str, tmp_path: Path) -> None:
     dtype, rounding = ("bfloat16", 0.2) if on_gpu or name in DELTA_NETS else ("float32", 1e-3)
     cached = on_gpu or name not in MAMBA2
     arguments = {"dtype": dtype, "enable_prefix_caching": cached}
-    with engine_of(path, kv_cache_dtype="auto", num_gpu_blocks_override=60, **arguments) as engine:
+    blocks = 60 * 128 // DEFAULT_BLOCK_SIZE["cuda" if on_gpu else "cpu"]
+    with engine_of(path, kv_cache_dtype="auto", num_gpu_blocks_override=blocks, **arguments) as engine:
         own = answers(engine)
     options = {"logquant": OPTIONS | {"prefix_replay_tokens": 0}}  # as it is beside layers of other kinds
     arguments |= {"num_gpu_blocks_override": BLOCKS.get(name, 260), "additional_config": options}
