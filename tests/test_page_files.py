@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from logquant_vllm.plugin.page_files import PageFiles
+from logquant_vllm.plugin.storage_worker import Read, _read
 
 NAME, OTHER = "ab" * 32, "ac" * 32
 
@@ -95,3 +96,20 @@ def test_what_is_out_of_reach_is_not_there(tmp_path: Path) -> None:
     assert not files.has(NAME) and read(files) is None
     files.write(NAME, row(1))
     assert not files.has(NAME)
+
+
+def test_nobody_shares_an_unfinished_file(files: PageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes and threads of two hosts have the same numbers."""
+    unfinished: list[Path] = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, target: unfinished.append(path) or replace(path, target))
+    for _ in range(2):
+        files.write(NAME, row(1))
+    assert len(set(unfinished)) == 2
+
+
+def test_what_the_host_has_no_memory_for_is_not_read(files: PageFiles) -> None:
+    """A request waits for an answer, whatever it is."""
+    files.write(NAME, row(1))
+    prefix = _read(files, Read(0, [NAME] * 100, True), 1 << 50, 300)
+    assert len(prefix.pages) == 0 and prefix.token_0 is None

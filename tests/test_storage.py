@@ -25,6 +25,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 import vllm.envs as envs
 from vllm import SamplingParams
 
+from logquant_vllm.plugin import storage
+from logquant_vllm.plugin.storage import StorageScheduler
 from tests.peers import Engines, Peer
 from tests.test_offload import forget, forget_copies, pages
 
@@ -153,6 +155,28 @@ def test_a_part_here_and_a_part_from_files(engines: Engines) -> None:
     found, again = engines.second.ask([prompt], 20)
     assert again == cached == [896]
     assert distance(expected, found) < ROUNDING
+
+
+def test_a_request_that_waits_is_asked_by_one_name(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each step again, however long it is."""
+    (prompt,) = prompts_of(900)
+    engines.first.ask([prompt], 1)
+    names = StorageScheduler._names
+    made: list[int] = []
+
+    def counted(*args: Any) -> list[str]:
+        found = names(*args)
+        made.append(len(found))
+        return found
+
+    monkeypatch.setattr(StorageScheduler, "_names", counted)
+    monkeypatch.setattr(storage, "MOST_READS", 0)
+    engines.second.begin("one", prompt)
+    with engines.second:
+        for _ in range(3):
+            engines.second.llm.llm_engine.step()
+    engines.second.end()
+    assert len(made) >= 3 and set(made) == {1}
 
 
 @pytest.mark.parametrize("damage", [cut, lengthen, change, empty, os.unlink])

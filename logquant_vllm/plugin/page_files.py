@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +43,7 @@ class PageFiles(NamedTuple):
     def write(self, name: str, row: Tensor) -> None:
         """Store a row, uint8 ``[bytes]`` on the host; if that fails there is no file, which is logged once."""
         path = self.path(name)
-        unfinished = path.with_name(f"{name}.{os.getpid()}.{threading.get_ident()}.unfinished")
+        unfinished = path.with_name(f"{name}.{uuid.uuid4().hex}.unfinished")  # hosts share process ids
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(unfinished, "wb") as file:

@@ -103,11 +103,12 @@ class StorageScheduler:
             self._drop(request.request_id)
             asked = None
         if asked is None:
-            names = self._names(request, hit, (request.num_tokens - 1) // PAGE_SIZE)
-            if not self._loads or request.skip_reading_prefix_cache or not names or not self._files.has(names[0]):
+            end = (request.num_tokens - 1) // PAGE_SIZE
+            first = self._names(request, hit, min(hit + 1, end))  # all of them once, and not while others are read
+            if not self._loads or request.skip_reading_prefix_cache or not first or not self._files.has(first[0]):
                 return 0
             if len(self._asked) < MOST_READS:
-                read = Read(next(self._tickets), names, hit == 0)
+                read = Read(next(self._tickets), self._names(request, hit, end), hit == 0)
                 self._asked[request.request_id] = Asked(read, hit, [])
                 self._orders.reads.append(read)
             return None

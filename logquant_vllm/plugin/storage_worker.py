@@ -15,11 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+from vllm.logger import init_logger
 
 from logquant_vllm.core.page_format import HEADER_SLOTS
 from logquant_vllm.core.paged import window_slots_view
 from logquant_vllm.plugin.backend import LogQuantImpl
 from logquant_vllm.plugin.page_files import PageFiles
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 
 THREADS = 4
 
@@ -196,8 +199,18 @@ class StorageWorker:
 
 
 def _read(files: PageFiles, read: Read, page_bytes: int, copy_bytes: int) -> Prefix:
-    """As many of the pages, from the first on, as are there."""
-    rows = torch.empty(len(read.pages), page_bytes, dtype=torch.uint8)
+    """As many of the pages, from the first on, as are there.
+
+    None if anything goes wrong, as when the host has no memory for them: a request waits for the answer.
+    """
+    try:
+        return _read_whole(files, read, torch.empty(len(read.pages), page_bytes, dtype=torch.uint8), copy_bytes)
+    except Exception as error:
+        logger.warning_once("Prefixes are not read from %s: %s", files.directory, error)
+        return Prefix(torch.empty(0, page_bytes, dtype=torch.uint8), None)
+
+
+def _read_whole(files: PageFiles, read: Read, rows: Tensor, copy_bytes: int) -> Prefix:
     count = 0
     while count < len(rows) and files.read(read.pages[count], rows[count]):
         count += 1
