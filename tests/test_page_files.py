@@ -14,7 +14,6 @@ from torch import Tensor
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from logquant_vllm.plugin.page_files import PageFiles
-from logquant_vllm.plugin.storage_worker import Read, _read
 
 NAME, OTHER = "ab" * 32, "ac" * 32
 
@@ -106,10 +105,3 @@ def test_nobody_shares_an_unfinished_file(files: PageFiles, monkeypatch: pytest.
     for _ in range(2):
         files.write(NAME, row(1))
     assert len(set(unfinished)) == 2
-
-
-def test_what_the_host_has_no_memory_for_is_not_read(files: PageFiles) -> None:
-    """A request waits for an answer, whatever it is."""
-    files.write(NAME, row(1))
-    prefix = _read(files, Read(0, [NAME] * 100, True), 1 << 50, 300)
-    assert len(prefix.pages) == 0 and prefix.token_0 is None

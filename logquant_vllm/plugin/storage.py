@@ -26,10 +26,7 @@ from logquant_vllm.plugin import KV_CACHE_DTYPE
 from logquant_vllm.plugin.offload import STORAGE_MEANING, STORAGE_PATH
 from logquant_vllm.plugin.page_files import PageFiles
 from logquant_vllm.plugin.specs import WindowManager
-from logquant_vllm.plugin.storage_worker import Answers, Load, Orders, Read, Save, StorageWorker, Stored
-
-MOST_READS = 4
-"""Requests whose pages wait in the host's memory at a time."""
+from logquant_vllm.plugin.storage_worker import MOST_READS, Answers, Load, Orders, Read, Save, StorageWorker, Stored
 
 
 @dataclass

@@ -7,9 +7,10 @@ computed is stored: who has the answer's first token finds the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,12 @@ from logquant_vllm.plugin.page_files import PageFiles
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 
-THREADS = 4
+MOST_READS = 4
+"""Requests whose pages wait in the host's memory at a time."""
+AT_ONCE = 1 << 25
+"""Bytes that cross between host and device in one copy, for which the device has twice the room."""
+THREADS = 8
+"""For files, each of which a thread reads or writes, with its digest."""
 
 
 def copy_of_token_0(page: str) -> str:
@@ -108,15 +114,23 @@ class Prefix(NamedTuple):
 def gather(memory: Sequence[Tensor], blocks: Sequence[int]) -> Tensor:
     """Bytes of blocks from the memory of all layers (uint8 ``[num_blocks, bytes]`` each), a row for each block."""
     rows = torch.empty(len(blocks), _row_bytes(memory), dtype=torch.uint8)
-    for part, of_layer in zip(rows.split([x.shape[1] for x in memory], 1), memory, strict=True):
-        part.copy_(of_layer[torch.tensor(blocks, device=of_layer.device)])
+    for some, of_blocks in _pieces(rows, blocks, memory[0].device):
+        some.copy_(torch.cat([of_layer[of_blocks] for of_layer in memory], 1))
     return rows
 
 
 def scatter(rows: Tensor, memory: Sequence[Tensor], blocks: Sequence[int]) -> None:
     """The other way round."""
-    for part, of_layer in zip(rows.split([x.shape[1] for x in memory], 1), memory, strict=True):
-        of_layer[torch.tensor(blocks, device=of_layer.device)] = part.to(of_layer.device)
+    for some, of_blocks in _pieces(rows, blocks, memory[0].device):
+        parts = some.to(of_blocks.device).split([of_layer.shape[1] for of_layer in memory], 1)
+        for part, of_layer in zip(parts, memory, strict=True):
+            of_layer[of_blocks] = part
+
+
+def _pieces(rows: Tensor, blocks: Sequence[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows that cross between host and device at once, and their blocks on the device."""
+    at_once = max(AT_ONCE // rows.shape[1], 1)
+    return zip(rows.split(at_once), torch.tensor(blocks, device=device).split(at_once), strict=True)
 
 
 def _row_bytes(memory: Sequence[Tensor]) -> int:
@@ -130,6 +144,7 @@ class StorageWorker:
         self._layers = vllm_config.compilation_config.static_forward_context
         self._parallel = vllm_config.parallel_config
         self._threads = ThreadPoolExecutor(THREADS, "logquant-storage")
+        self._readers = ThreadPoolExecutor(MOST_READS, "logquant-storage-reads")
         self._reads: dict[int, Future[Prefix]] = {}
         self._prefixes: dict[int, Prefix] = {}
         self._writes: list[Future[None]] = []
@@ -159,8 +174,8 @@ class StorageWorker:
                 assert prefix.token_0 is not None
                 scatter(prefix.token_0, copies, [load.sink])
         for read in orders.reads:
-            sizes = _row_bytes(pages), _row_bytes(copies)
-            self._reads[read.ticket] = self._threads.submit(_read, self._files(orders), read, *sizes)
+            what = self._files(orders), read, _row_bytes(pages), _row_bytes(copies), self._threads
+            self._reads[read.ticket] = self._readers.submit(_read, *what)
         for ticket in orders.dropped:
             self._prefixes.pop(ticket, None)
             if (gone := self._reads.pop(ticket, None)) is not None:
@@ -195,25 +210,21 @@ class StorageWorker:
         self._writes += [self._threads.submit(files.write, *pair) for pair in zip(names, rows, strict=True)]
 
     def shutdown(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        for pool in (self._readers, self._threads):
+            pool.shutdown(cancel_futures=True)
 
 
-def _read(files: PageFiles, read: Read, page_bytes: int, copy_bytes: int) -> Prefix:
+def _read(files: PageFiles, read: Read, page_bytes: int, copy_bytes: int, threads: Executor) -> Prefix:
     """As many of the pages, from the first on, as are there.
 
     None if anything goes wrong, as when the host has no memory for them: a request waits for the answer.
     """
     try:
-        return _read_whole(files, read, torch.empty(len(read.pages), page_bytes, dtype=torch.uint8), copy_bytes)
+        rows = torch.empty(len(read.pages), page_bytes, dtype=torch.uint8)
+        count = sum(takewhile(bool, threads.map(files.read, read.pages, rows)))
+        copy = torch.empty(1, copy_bytes, dtype=torch.uint8)
+        has_copy = read.with_token_0 and count > 0 and files.read(copy_of_token_0(read.pages[0]), copy[0])
+        return Prefix(rows[:count], copy if has_copy else None)
     except Exception as error:
         logger.warning_once("Prefixes are not read from %s: %s", files.directory, error)
         return Prefix(torch.empty(0, page_bytes, dtype=torch.uint8), None)
-
-
-def _read_whole(files: PageFiles, read: Read, rows: Tensor, copy_bytes: int) -> Prefix:
-    count = 0
-    while count < len(rows) and files.read(read.pages[count], rows[count]):
-        count += 1
-    copy = torch.empty(1, copy_bytes, dtype=torch.uint8)
-    has_copy = read.with_token_0 and count > 0 and files.read(copy_of_token_0(read.pages[0]), copy[0])
-    return Prefix(rows[:count], copy if has_copy else None)
