@@ -21,6 +21,8 @@ from logquant_vllm.core.states import merge_states
 
 SLICE_STEP = 32
 """Slices begin at multiples of this: it divides every group of tokens."""
+CLEARED_ROWS = 512
+"""Behind the last token of a slice: more than an attention kernel reads at a time."""
 
 
 class PastSlice(NamedTuple):
@@ -99,14 +101,15 @@ def gather_past(
 
     Args:
         keys, values: ``[piece.rows or more, num_kv_heads, head_size]`` in the model's dtype, written; keys are rotated
-            as they were stored. The first ``piece.rows`` rows that belong to no token become 0: attention kernels mask
-            weights, but a NaN times 0 is still one.
+            as they were stored. Of the first ``piece.rows`` rows those behind the last token become 0, ``CLEARED_ROWS``
+            at most: attention kernels mask weights, but a NaN times 0 is still one.
         piece: one of :func:`past_slices` of the same batch.
         key, value: ``[num_tokens, num_kv_heads, head_size]``, the new tokens, whose positions follow the cached ones.
     """
     computed, starts = batch.num_computed, batch.query_start_loc.tolist()
     cached = read_cached_tokens(cache, computed, layout, keys.shape[1], keys.dtype)
-    keys[: piece.rows], values[: piece.rows] = 0, 0
+    written = min(piece.rows, int(piece.start_loc[-1]) + CLEARED_ROWS)
+    keys[:written], values[:written] = 0, 0
     for request, start in enumerate(piece.start_loc[:-1].tolist()):
         if cache.own_blocks[request, 0] == 0:
             continue

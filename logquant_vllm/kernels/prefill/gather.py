@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from logquant_vllm.core.past import SLICE_STEP, PastSlice
+from logquant_vllm.core.past import CLEARED_ROWS, SLICE_STEP, PastSlice
 from logquant_vllm.kernels.arguments import Rows, Step
 from logquant_vllm.kernels.cache import (
     find_request,
@@ -24,6 +24,7 @@ from logquant_vllm.kernels.launcher import Argument, launch, once_a_step
 from logquant_vllm.kernels.scales import load_scale_zero
 
 TOKENS = tl.constexpr(SLICE_STEP)  # of a program: divides every group of tokens
+CLEARED = tl.constexpr(CLEARED_ROWS)
 
 
 @triton.jit
@@ -55,6 +56,14 @@ def page_values(slab, first, token, channel, group, valid, in_head, FMT: tl.cons
     return codes.to(tl.float32) * scale + zero
 
 
+@triton.jit
+def channels_of(group, FMT: tl.constexpr):
+    """Channels of a group, and whether there are such, ``[1, channels]``."""
+    in_group = tl.arange(0, triton.next_power_of_2(FMT.value_group_size))[None, :]
+    channel = group * FMT.value_group_size + in_group
+    return channel, (in_group < FMT.value_group_size) & (channel < FMT.head_size)
+
+
 @triton.jit(do_not_specialize=["first_request", "count", "first", "rows"])
 def gather_kernel(
     keys,  # Rows [rows, num_kv_heads, head_size], written
@@ -77,45 +86,51 @@ def gather_kernel(
     kv_head = tl.program_id(1)
     begin = tl.load(start_loc + index)
     length = tl.load(start_loc + index + 1) - begin
-    request = first_request + index
-    this = read_request(cache, batch, request, kv_head, LAYOUT)
-    # the last request also clears the rows behind its own
-    owned = tl.where(index == count - 1, rows - begin, length)
+    # the last request also clears rows behind its own
+    owned = tl.where(index == count - 1, tl.minimum(rows - begin, length + CLEARED), length)
     if chunk * TOKENS < owned:
+        request = first_request + index
+        this = read_request(cache, batch, request, kv_head, LAYOUT)
         base = first + chunk * TOKENS
         token = tl.arange(0, TOKENS)
         position = base + token
         exists = chunk * TOKENS + token < tl.where(this.live, length, 0)
         from_page = exists & read_from_page(position, pages_end(this, LAYOUT), this, LAYOUT)
         is_new = exists & (position >= this.computed)
-        from_slot = exists & ~is_new & ~from_page
+        in_full = exists & ~from_page  # precision: copies, and new tokens
+        row = (begin + chunk * TOKENS + token).to(tl.int64)[:, None]
+        to_key = keys.data + row * keys.stride + kv_head * keys.head_stride
+        to_value = values.data + row * values.stride + kv_head * values.head_stride
+        dtype: tl.constexpr = keys.data.dtype.element_ty
 
         block = tl.load(page_row(cache, request) + base // FMT.page_size, mask=base < this.computed, other=0)
         slab, in_page = page_slab(cache, block, kv_head, LAYOUT), base % FMT.page_size
-        slot = tl.where(from_slot, slot_of_copy(position, this.compactions, LAYOUT), 0)
-        offset = slot_offset(slot, cache, window_row(cache, request), LAYOUT)
-        copies = cache.window + kv_head.to(tl.int64) * (2 * FMT.head_size)
-        new = (this.start + position - this.computed).to(tl.int64)[:, None]
-        row = (begin + chunk * TOKENS + token).to(tl.int64)[:, None]
-        dtype: tl.constexpr = keys.data.dtype.element_ty
+        paged, written = from_page[:, None], (~in_full & (chunk * TOKENS + token < owned))[:, None]
         for group in tl.static_range(GROUPS):  # of channels: a token has one scale in each
-            in_group = tl.arange(0, triton.next_power_of_2(FMT.value_group_size))[None, :]
-            channel = group * FMT.value_group_size + in_group
-            in_head = (in_group < FMT.value_group_size) & (channel < FMT.head_size)
-            paged = from_page[:, None]
+            channel, in_head = channels_of(group, FMT)
             k = page_keys(slab, in_page, token[:, None], channel, in_head, FMT).to(dtype)
             v = page_values(slab, in_page, token[:, None], channel, group, paged, in_head, FMT).to(dtype)
-            address, mask = copies + offset[:, None] + channel, from_slot[:, None] & in_head
-            k = tl.where(paged, k, tl.load(address, mask=mask, other=0.0).to(dtype))
-            v = tl.where(paged, v, tl.load(address + FMT.head_size, mask=mask, other=0.0).to(dtype))
-            mask = is_new[:, None] & in_head
-            of_key = key.data + new * key.stride + kv_head * key.head_stride + channel
-            of_value = value.data + new * value.stride + kv_head * value.head_stride + channel
-            k = tl.where(is_new[:, None], tl.load(of_key, mask=mask, other=0.0).to(dtype), k)
-            v = tl.where(is_new[:, None], tl.load(of_value, mask=mask, other=0.0).to(dtype), v)
-            mask = (chunk * TOKENS + token < owned)[:, None] & in_head
-            tl.store(keys.data + row * keys.stride + kv_head * keys.head_stride + channel, k, mask=mask)
-            tl.store(values.data + row * values.stride + kv_head * values.head_stride + channel, v, mask=mask)
+            tl.store(to_key + channel, tl.where(paged, k, 0.0), mask=written & in_head)
+            tl.store(to_value + channel, tl.where(paged, v, 0.0), mask=written & in_head)
+
+        if tl.max(in_full.to(tl.int32), 0) > 0:  # a few programs have any
+            from_slot = in_full & ~is_new
+            slot = tl.where(from_slot, slot_of_copy(position, this.compactions, LAYOUT), 0)
+            offset = slot_offset(slot, cache, window_row(cache, request), LAYOUT)
+            copy = cache.window + kv_head.to(tl.int64) * (2 * FMT.head_size) + offset[:, None]
+            new = (this.start + position - this.computed).to(tl.int64)[:, None]
+            of_key = key.data + new * key.stride + kv_head * key.head_stride
+            of_value = value.data + new * value.stride + kv_head * value.head_stride
+            for group in tl.static_range(GROUPS):
+                channel, in_head = channels_of(group, FMT)
+                mask = from_slot[:, None] & in_head
+                k = tl.load(copy + channel, mask=mask, other=0.0).to(dtype)
+                v = tl.load(copy + FMT.head_size + channel, mask=mask, other=0.0).to(dtype)
+                mask = is_new[:, None] & in_head
+                k = tl.where(is_new[:, None], tl.load(of_key + channel, mask=mask, other=0.0).to(dtype), k)
+                v = tl.where(is_new[:, None], tl.load(of_value + channel, mask=mask, other=0.0).to(dtype), v)
+                tl.store(to_key + channel, k, mask=in_full[:, None] & in_head)
+                tl.store(to_value + channel, v, mask=in_full[:, None] & in_head)
 
 
 def gather(step: Step, keys: Tensor, values: Tensor, piece: PastSlice, first_request: int = 0) -> None:
