@@ -237,15 +237,36 @@ def perturbed_demo(path: Path) -> Path:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM sleeps on a GPU only")
-def test_sleep(tmp_path: Path) -> None:
-    """With CUDA graphs, which keep addresses: after each kind of sleep answers are those of an engine just started."""
+def test_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA graphs, which keep addresses: after each kind of sleep answers are those of an engine just started.
+
+    A short prompt is asked again and again, so that what its step launches is replayed.
+    """
+    from logquant_vllm.plugin.replay import Graphs
+
     second = perturbed_demo(tmp_path / "second")
     prompts = [case.prompt for n in (60, 300, 800) for case in tasks.cases("lookup", 1, seed=n, tokens=n)]
     arguments = {
         "dtype": "bfloat16",
-        "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]},
+        "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 128]},
     }
-    of_second = in_engine(lambda llm: answers(llm, prompts), second, **arguments)
+    captures = 0
+
+    def counted(graphs: Graphs, launch: Any) -> Any:
+        nonlocal captures
+        captures += 1
+        return capture(graphs, launch)
+
+    capture = Graphs.capture
+    monkeypatch.setattr(Graphs, "capture", counted)
+
+    def asked(llm: Any) -> Answers:
+        short = [answers(llm, prompts[:1]) for _ in range(3)]
+        assert [difference(x, short[0]) for x in short] == [0, 0, 0], "launched, captured, replayed"
+        return short[0] + answers(llm, prompts)
+
+    of_second = in_engine(asked, second, **arguments)
+    assert captures
 
     def sleep(llm: Any) -> None:
         def sleep_without_weights(**other: str) -> None:
@@ -254,20 +275,20 @@ def test_sleep(tmp_path: Path) -> None:
             llm.collective_rpc("reload_weights", kwargs=other)
             llm.wake_up(tags=["kv_cache"])
 
-        fresh = answers(llm, prompts)
+        fresh = asked(llm)
         addresses = {name: x.data_ptr() for name, x in buffers(llm).items()}
         assert addresses
         llm.sleep(level=1)
         llm.wake_up()
-        assert difference(answers(llm, prompts), fresh) == 0, "weights kept"
+        assert difference(asked(llm), fresh) == 0, "weights kept"
         sleep_without_weights()
-        assert difference(answers(llm, prompts), fresh) == 0, "weights loaded again"
+        assert difference(asked(llm), fresh) == 0, "weights loaded again"
         sleep_without_weights(weights_path=str(second))
         # another engine may round otherwise: bfloat16 logits of 16 and more differ by multiples of 0.125
-        assert difference(answers(llm, prompts), of_second) < 0.3, "weights of another model"
+        assert difference(asked(llm), of_second) < 0.3, "weights of another model"
         assert difference(fresh, of_second) > 0.3
         sleep_without_weights(weights_path=str(DEMO_MODEL))
-        assert difference(answers(llm, prompts), fresh) == 0, "weights of the first model"
+        assert difference(asked(llm), fresh) == 0, "weights of the first model"
         assert {name: x.data_ptr() for name, x in buffers(llm).items()} == addresses
 
     in_engine(sleep, DEMO_MODEL, enable_sleep_mode=True, **arguments)

@@ -218,6 +218,11 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         return self._target is not None
 
     @property
+    def _launches_alone(self) -> bool:
+        """Whether a step of this layer is no more than its launches."""
+        return self.observer is None and self._target is None and not self._readers
+
+    @property
     def decode_query_len(self) -> int:
         """Tokens of a request in a decode step, at most."""
         return self._layer.layout.decode_query_len
@@ -334,14 +339,17 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
             if self._layer.dense is not None:
                 self._layer.dense.workspace(query, self.num_kv_heads, self._most_tokens)
             return output.fill_(0)
-        count = attn_metadata.num_actual_tokens
+        windows = self.window_layer.metadata(get_forward_context().attn_metadata).block_table
+        cache = PagedCache(*self.memory(kv_cache), attn_metadata.block_table, windows)
+        again = attn_metadata.again
+        if again is not None and query.shape[0] == again.num_tokens and self._launches_alone:
+            again.step(self, self.operations.step, self._layer, query, key, value, cache, output)
+            return output
+        count, batch, parts = attn_metadata.num_actual_tokens, attn_metadata.batch, attn_metadata.parts
         # a layer that reads the tokens of another may have no keys and values
         query, key, value, out = (
             x if x is None or x.shape[0] == count else x[:count] for x in (query, key, value, output)
         )
-        windows = self.window_layer.metadata(get_forward_context().attn_metadata).block_table
-        cache = PagedCache(*self.memory(kv_cache), attn_metadata.block_table, windows)
-        batch, parts = attn_metadata.batch, attn_metadata.parts
         if self._target is not None:
             stored = self._target._stored
             assert stored is not None

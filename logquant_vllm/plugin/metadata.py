@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from logquant_vllm.core.paged import Batch
 from logquant_vllm.core.parts import Parts
 from logquant_vllm.plugin.parts import parts_of
+from logquant_vllm.plugin.replay import Again, Graphs
 from logquant_vllm.plugin.window_layer import page_table
 
 
@@ -23,6 +24,7 @@ class LogQuantMetadata:
     batch: Batch
     block_table: Tensor
     parts: Parts | None
+    again: Again | None = None  # the same step, if it may come again
 
 
 class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
@@ -38,6 +40,7 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         impl = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]].impl
         self.decode_query_len, self.uncounted = impl.decode_query_len, int(impl.drafts)
+        self._graphs: Graphs | None = None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -47,14 +50,28 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
         if 1 < longest < self.decode_query_len:  # kernels are compiled for one and for all of them
             longest = self.decode_query_len
         batch = Batch(common.query_start_loc, common.seq_lens, longest, common.max_seq_len)
-        parts = None
-        if current_platform.is_cuda():
-            from logquant_vllm.plugin.prefill import past_room
+        count, block_table = common.num_actual_tokens, page_table(common.block_table_tensor, self.kv_cache_spec)
+        if not current_platform.is_cuda():
+            return LogQuantMetadata(count, batch, block_table, None)
+        from logquant_vllm.plugin.prefill import past_room
 
-            room = past_room(self.vllm_config.scheduler_config.max_num_seqs)
-            parts = parts_of(common, batch, room, self.decode_query_len, self.uncounted)
-        block_table = page_table(common.block_table_tensor, self.kv_cache_spec)
-        return LogQuantMetadata(common.num_actual_tokens, batch, block_table, parts)
+        room = past_room(self.vllm_config.scheduler_config.max_num_seqs)
+        parts = parts_of(common, batch, room, self.decode_query_len, self.uncounted)
+        again = None if parts is None else self.graphs.again(count, batch, block_table, parts, room)
+        return LogQuantMetadata(count, batch, block_table, parts, again)
+
+    @property
+    def graphs(self) -> Graphs:
+        """Of these layers' steps with prompts. By the first one vLLM has said which graphs there are of its own."""
+        if self._graphs is None:
+            from logquant_vllm.plugin.prefill import workspace_stays
+
+            vllm_config = self.vllm_config
+            compilation, most = vllm_config.compilation_config, vllm_config.scheduler_config.max_num_seqs
+            sizes = compilation.cudagraph_capture_sizes if compilation.cudagraph_mode.has_piecewise_cudagraphs() else []
+            layers, longest = len(self.layer_names), vllm_config.model_config.max_model_len
+            self._graphs = Graphs(layers, sizes, most, longest, workspace_stays, self.device)
+        return self._graphs
 
     def update_draft_decode_metadata(self, metadata: LogQuantMetadata) -> None:
         """Nothing: a decode step's metadata are vLLM's own buffers, in which lengths and blocks are the newest."""

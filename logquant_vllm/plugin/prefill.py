@@ -26,6 +26,13 @@ def _workspace(device: torch.device, *buffers: tuple[tuple[int, ...], torch.dtyp
     return current_workspace_manager().get_simultaneous(*buffers)
 
 
+def workspace_stays() -> bool:
+    """Whether vLLM has promised that it grows no more: then it stays where it is."""
+    from vllm.v1.worker.workspace import current_workspace_manager
+
+    return current_workspace_manager().is_locked()
+
+
 def _merge(output: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> Tensor:
     from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 

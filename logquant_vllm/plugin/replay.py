@@ -1,0 +1,269 @@
+"""Small steps with prompts: what a layer launches is captured in a CUDA graph when such a step comes again.
+
+vLLM has graphs of these steps without attention (``PIECEWISE``), and lets each layer launch its kernels one by one. For
+a few new tokens, as after a prefix hit, that takes the host longer than the GPU. But what kernels are launched with
+follows from addresses, shapes and numbers that the host knows; lengths and blocks they read on the device. So the
+launches of two steps are the same where a layer is given the same of all these.
+
+Steps are made to come again (:func:`alike`): vLLM pads the tokens to the size of its graphs, whose results lie where
+they lay before; what the host knows of lengths is rounded up; and the few tensors that are made for a step are put
+where those of others were. A graph is found by everything that its launches were given, so that an address or a number
+that has changed finds none.
+"""
+
+from __future__ import annotations
+
+import bisect
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from logquant_vllm.core.layer import Layer
+from logquant_vllm.core.paged import Batch, PagedCache
+from logquant_vllm.core.parts import Part, Parts
+from logquant_vllm.core.past import PastSlice
+
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
+
+MOST_GRAPHS = 1024
+"""Of some layers. On an H200 one took 0.1 to 0.2 MiB, which vLLM knows nothing of."""
+LONG_AGO = 10_000
+"""Steps after which a form that has not come again makes room for others, as one does that came only once."""
+FEW_ROWS = 4096
+"""The past of a step is gathered by launches for so many tokens, or for as many as the workspace holds."""
+MOST_SLICES = 8
+"""Of the past of a step."""
+
+_Key = tuple[Any, ...]
+
+
+def _key(x: Any) -> Any:
+    """Addresses, shapes and numbers of tensors, and of tuples of such."""
+    if isinstance(x, Tensor):
+        return x.data_ptr(), x.dtype, x.shape, x.stride()
+    if isinstance(x, slice):
+        return x.start, x.stop
+    return tuple([_key(member) for member in x]) if isinstance(x, tuple | list) else x
+
+
+class _Launches(NamedTuple):
+    """What the launches of a layer were given, and the graph of them if they have come again."""
+
+    given: _Key
+    layer: Layer  # and its tensors, which nobody gives back meanwhile
+    graph: Any = None
+    before: Any = None  # the graph of others, which may still run
+
+
+class Form:
+    """Steps of one description: by layer, what was launched the last time."""
+
+    def __init__(self) -> None:
+        self.used = 0  # in which step
+        self._launches: dict[Any, _Launches] = {}
+
+    @property
+    def has_graphs(self) -> bool:
+        return any(launches.graph or launches.before for launches in self._launches.values())
+
+    def run(self, whose: Any, launches: _Launches, launch: Callable[[], None], capture: Callable[..., Any]) -> None:
+        """``launch``, or its graph if the layer ``whose`` launched the same the last time."""
+        last = self._launches.get(whose)
+        if last is None or last.layer is not launches.layer or last.given != launches.given:
+            before = last and (last.graph or last.before)
+            self._launches[whose] = launches._replace(before=before)
+            launch()
+            return
+        graph = last.graph
+        if graph is None and (graph := capture(launch)) is not None:
+            self._launches[whose] = launches._replace(graph=graph)
+        launch() if graph is None else graph.replay()
+
+
+class Again:
+    """A step, described as others are described, too.
+
+    Args:
+        batch, parts: with padding: ``num_tokens`` in all.
+    """
+
+    def __init__(self, num_tokens: int, batch: Batch, parts: Parts, form: Form, graphs: Graphs) -> None:
+        self.num_tokens, self.batch, self.parts = num_tokens, batch, parts
+        self._form, self._graphs = form, graphs
+        self._workspace = 0
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether such steps are replayed, or were."""
+        return self._form.has_graphs
+
+    def step(
+        self,
+        whose: Any,
+        step: Callable[..., None],
+        layer: Layer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: PagedCache,
+        output: Tensor,
+    ) -> None:
+        """The step of a layer: launched the first time, then captured, then replayed.
+
+        Args:
+            whose: the layer, hashable.
+            step: ``kernels.operations.step``, which takes the rest.
+        """
+        if not self._workspace:  # the same for all layers of a step
+            self._workspace = layer.dense.memory(query.device, ((1,), torch.uint8))[0].data_ptr()
+
+        def launch() -> None:
+            if self._is_padding_read:
+                self._graphs.clear_padding(value, self.batch)
+            step(layer, query, key, value, cache, self.batch, output, self.parts)
+
+        memory = cache.pages, cache.window, cache.window_block_table, self._workspace
+        given = _key((query, key, value, output, *memory))
+        self._form.run(whose, _Launches(given, layer), launch, self._graphs.capture)
+
+    @property
+    def _is_padding_read(self) -> bool:
+        """Whether attention reads new values where they are, as it does unless they are gathered behind a past."""
+        _, continued, begun = self.parts
+        return begun is not None or continued is None or continued.past is None or not continued.past.whole
+
+
+class Graphs:
+    """The forms of the steps of some layers.
+
+    Args:
+        layers: how many.
+        sizes: numbers of tokens that vLLM has graphs for.
+        max_num_seqs, max_model_len: of the server.
+        may_capture: whether the workspace of attention stays where it is from now on.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        sizes: Sequence[int],
+        max_num_seqs: int,
+        max_model_len: int,
+        may_capture: Callable[[], bool],
+        device: torch.device,
+    ) -> None:
+        self._sizes, self._longest, self._may_capture = sorted(sizes), max_model_len, may_capture
+        self._most_forms = max(MOST_GRAPHS // layers, 1)
+        self._steps = 0
+        self._forms: dict[_Key, Form] = {}  # in the order of their use
+        # of each slice, and the first rows of two parts
+        self._made = torch.zeros(MOST_SLICES + 2, max_num_seqs + 1, dtype=torch.int32, device=device)
+        self._rows = torch.arange(max(sizes, default=0), dtype=torch.int32, device=device)
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+
+    def again(self, num_tokens: int, batch: Batch, block_table: Tensor, parts: Parts, room: int) -> Again | None:
+        """The description of a step under which it may come again, if it is a small one.
+
+        Args:
+            batch, block_table, parts: of the step as it is.
+            room: tokens of the past that the workspace holds.
+        """
+        index = bisect.bisect_left(self._sizes, num_tokens)
+        past = parts.continued and parts.continued.past
+        if index == len(self._sizes) or (past and len(past.slices) > MOST_SLICES) or not self._may_capture():
+            return None
+        size, places = self._sizes[index], iter(self._made)
+        of_vllm = {x.untyped_storage().data_ptr() for x in (batch.query_start_loc, batch.seq_lens)}
+
+        def keep(x: Tensor) -> Tensor:
+            return x if x.untyped_storage().data_ptr() in of_vllm else next(places)[: x.shape[0]].copy_(x)
+
+        batch = batch._replace(max_query_len=size, max_seq_len=self._longest)
+        parts = alike(parts, size, room, self._longest, keep)
+        form = self._form(_key((size, batch, block_table, parts)))
+        return None if form is None else Again(size, batch, parts, form, self)
+
+    def _form(self, key: _Key) -> Form | None:
+        """Of a description, if there is room for it."""
+        self._steps += 1
+        form = self._forms.pop(key, None)
+        if form is None and len(self._forms) >= self._most_forms:
+            old = self._steps - LONG_AGO
+            idle = next((k for k, x in self._forms.items() if x.used < old or not x.has_graphs), None)
+            if idle is None:
+                return None
+            del self._forms[idle]
+        form = self._forms[key] = form or Form()  # behind all others
+        form.used = self._steps
+        return form
+
+    def clear_padding(self, value: Tensor, batch: Batch) -> None:
+        """Zero in rows of padding: attention kernels read some, and mask weights, but a NaN times 0 is still one."""
+        is_padding = self._rows[: value.shape[0]] >= batch.query_start_loc[-1]
+        value.masked_fill_(is_padding[:, None, None], 0)
+
+    def capture(self, launch: Callable[[], Any]) -> Any:
+        """A graph of what ``launch`` does, or None if that fails: then nothing is captured any more."""
+        try:
+            return self._capture(launch)
+        except RuntimeError as error:
+            self._sizes = []
+            logger.warning("LogQuant: short prompts take the host longer, as no CUDA graph can be captured: %s", error)
+            return None
+
+    def _capture(self, launch: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+        # no graph has results of its own, so all share memory. Torch gives up a pool that no graph has any more
+        if self._pool is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._made.device)
+        torch.cuda.synchronize()  # a graph that this one replaces is thrown away
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream), _no_garbage_collected():
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                launch()
+            finally:
+                graph.capture_end()
+        return graph
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Somebody's graph that is thrown away meanwhile would end what is captured."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def alike(parts: Parts, num_tokens: int, room: int, max_model_len: int, keep: Callable[[Tensor], Tensor]) -> Parts:
+    """The parts of a step with all that the host knows of lengths rounded up, and padding behind the last token.
+
+    Args:
+        num_tokens: with padding.
+        room: tokens of the past that the workspace holds.
+        keep: puts a tensor where that of another step was.
+    """
+
+    def rounded(piece: PastSlice) -> PastSlice:
+        rows = FEW_ROWS if piece.rows <= FEW_ROWS <= room else room
+        return PastSlice(piece.first, min(rows, max_model_len), rows, keep(piece.start_loc))
+
+    def part(x: Part | None) -> Part | None:
+        if x is None:
+            return None
+        longest = x.batch.max_query_len if x is parts.decoding else num_tokens
+        batch = Batch(keep(x.batch.query_start_loc), keep(x.batch.seq_lens), longest, max_model_len)
+        tokens = slice(x.tokens.start, num_tokens) if x is last else x.tokens
+        return Part(tokens, x.first_request, batch, x.past and x.past._replace(slices=[*map(rounded, x.past.slices)]))
+
+    last = parts.begun or parts.continued or parts.decoding
+    return Parts(*map(part, parts))
