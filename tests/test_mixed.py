@@ -23,7 +23,7 @@ from logquant_vllm.planning import DEFAULT_BLOCK_SIZE, model_shape, plan
 from tests.families import MIXED, SERVED
 from tests.models import write_model
 from tests.paging import assert_close
-from tests.test_engine import Engine, distance, mean_kl, prompts_of
+from tests.test_engine import Engine, agreeing, distance, mean_kl, prompts_of
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("in_this_process")]
@@ -158,7 +158,7 @@ def test_answers(name: str, tmp_path: Path) -> None:
     assert divergence(expected, own.short) < divergence(expected, expected[1:] + expected[:1]) / 100
     for e, a in zip(own.short + own.cold[:1], ours.short + ours.cold[:1], strict=True):
         assert_close(a[0], e[0], what=name)
-        assert distance([e], [a]) < rounding
+        assert distance(*zip(*agreeing(e, a), strict=True)) < rounding
     if cached:
         assert ours.cached[1] >= 512 and ours.cached[3] >= 384, ours.cached
         assert ours.cached[-1] == 0 or name not in BLOCKS, ours.cached

@@ -11,8 +11,8 @@ leaves out, keep vLLM's own cache. vLLM hands out blocks of one size, so
   prefix hits and what the shortest request pays, the pages of several of our layers lie side by side in one block. To
   vLLM these share the cache of the first;
 - so they do beside a few layers that keep all tokens: vLLM would cut ours into groups of as many;
-- a stage of a pipeline has its own layers alone, and blocks of all stages have one size: the others' layers are known by
-  the model's configuration.
+- a stage of a pipeline has its own layers alone, and blocks of all stages have one size: the model's configuration says
+  what the others have.
 
 Chunks are kept like a sliding window of their length, which holds the current chunk in any case: vLLM's manager of
 chunks wants its blocks to have as many tokens as those of full attention.
