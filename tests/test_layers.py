@@ -22,7 +22,7 @@ LAYERS = {
     "cpu": ({"core", "cpu"}, {"torch"}),
     "lab": (
         {"core", "kernels", "config", "calibration", "planning", "processes", "bench", "hf", "demo", "lab"},
-        {"torch", "transformers", "numpy", "matplotlib", "openai"},
+        {"torch", "transformers", "numpy", "matplotlib", "openai", "pydantic"},
     ),
     "hf": ({"core", "config", "hf"}, {"torch", "transformers"}),
     "bench": (

@@ -31,7 +31,8 @@ pytestmark = [
             "test_engine test_register test_planning test_window_manager test_quiet test_configs", id="engine"
         ),
         pytest.param(
-            "test_startup test_startup_drafts test_startup_layers test_startup_calibration test_measure",
+            "test_startup test_startup_drafts test_startup_layers test_startup_pipeline test_startup_calibration "
+            "test_measure",
             id="startup",
             marks=pytest.mark.slow,
         ),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from logquant_vllm import calibration
 from logquant_vllm.config import LogQuantConfig
@@ -212,11 +211,6 @@ CASES = {
         {**options(bits=2.5), "pipeline_parallel_size": 2},
         "bits 2.5 are spent among all layers, and --pipeline-parallel-size is 2: leave bits out",
     ),
-    "a stage without a layer of ours": (
-        {**families.MIXED["Gemma 3"], "num_hidden_layers": 6},
-        {"pipeline_parallel_size": 2},
-        "no layer of stage 0 keeps all tokens in this cache with --pipeline-parallel-size 2: use fewer stages",
-    ),
     "calibration that is not there": ({}, options(calibration="/no/such/file"), "there is no file '/no/such/file'"),
     "context parallel": (
         {"num_key_value_heads": 1},
@@ -306,27 +300,6 @@ def test_configuration_is_checked_again_in_a_worker(tmp_path: Path) -> None:
     config = create_config(write_config(tmp_path / "model", **WORKS["Ministral"][0]))
     part = config.with_hf_config(config.model_config.hf_config)
     assert part.model_config.get_sliding_window() is None
-
-
-def test_pipeline_parallel_is_refused_on_a_cpu_alone(tmp_path: Path) -> None:
-    path = write_config(tmp_path / "model")
-    if torch.cuda.is_available():
-        create_config(path, pipeline_parallel_size=2)
-    else:
-        with pytest.raises(ValueError, match=r"--pipeline-parallel-size is 2: .*use --tensor-parallel-size"):
-            create_config(path, pipeline_parallel_size=2)
-
-
-def test_what_is_told_of_a_pipeline(tmp_path: Path) -> None:
-    """Blocks are those of a stage: of four layers, or of one with two pages where one more layer is left out."""
-    from logquant_vllm.plugin.introspection import describe
-
-    path = write_config(tmp_path / "model", num_hidden_layers=8)
-    for skipped, pages in (([], 4), (["0"], 2)):
-        config = create_config(path, kv_cache_dtype_skip_layers=skipped)
-        config.parallel_config.pipeline_parallel_size = 2  # a CPU has none
-        config.cache_config.num_gpu_blocks = 1000
-        assert describe(config).page.block_bytes == pages * 2 * 128 * 36
 
 
 @pytest.mark.parametrize(("states", "pages"), [("bfloat16", 8), ("float32", 15)])
