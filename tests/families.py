@@ -346,7 +346,7 @@ SERVED: dict[str, dict[str, Any]] = {
         "n_head": 4,
         "n_positions": 1024,
     },
-    "Pythia": {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"},
+    "Pythia": {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "num_key_value_heads": 4},
     "StableLM": {"architectures": ["StableLmForCausalLM"], "model_type": "stablelm"},
 }
 """Families with full attention in every layer, likewise."""
