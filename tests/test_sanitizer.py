@@ -31,15 +31,16 @@ ROOT = Path(__file__).parent.parent
 ROOM = 512  # tokens of a past that are dequantized at a time
 
 
-def layout_of(head_size: int, queries: int) -> CacheLayout:
-    return LogQuantConfig().layout(head_size, decode_query_len=queries, rollback_tokens=2 * queries - 1)
+def layout_of(head_size: int, queries: int, preset: str = "k2v2") -> CacheLayout:
+    config = LogQuantConfig.from_options({"preset": preset})
+    return config.layout(head_size, decode_query_len=queries, rollback_tokens=2 * queries - 1)
 
 
-def decode(shape: Shape, requests: int, context: int, queries: int = 1) -> None:
+def decode(shape: Shape, requests: int, context: int, queries: int = 1, preset: str = "k2v2") -> None:
     """Twice, as the second launch is one that was kept."""
     from logquant_vllm.kernels import operations
 
-    layout = layout_of(shape.head_dim, queries)
+    layout = layout_of(shape.head_dim, queries, preset)
     for seed in range(2):
         query, key, value, cache, batch = random_inputs(requests, context, shape, layout, seed, DEVICE, queries)
         operations.decode(query, key, value, cache, batch, layout, shape.head_dim**-0.5)
@@ -61,12 +62,12 @@ def layer_of(layout: CacheLayout, num_kv_heads: int, calibrated: bool) -> Layer:
     return Layer(layout, head_size**-0.5, basis, DenseAttention(ROOM))
 
 
-def steps(shape: Shape, calibrated: bool) -> None:
+def steps(shape: Shape, calibrated: bool, preset: str = "k2v2") -> None:
     """Of prompts, tokens and drafts of four requests; all of them twice."""
     from logquant_vllm.kernels import operations
 
     heads, kv_heads, head_size, _ = shape
-    layout = layout_of(head_size, 4)
+    layout = layout_of(head_size, 4, preset)
     layer = layer_of(layout, kv_heads, calibrated)
     for _ in range(2):
         requests = PagedBatch(layout, kv_heads, 4, 1024, torch.bfloat16, DEVICE)
@@ -90,6 +91,8 @@ def warm_up(head_size: int, queries: int, window_pages: int, max_num_seqs: int) 
 
 CASES: dict[str, list[Callable[[], None]]] = {
     "heads-of-512": [lambda: decode(Shape(8, 1, 512), 3, 400), lambda: decode(Shape(4, 2, 512), 2, 200, 4)],
+    "head-sizes": [lambda: decode(Shape(6, 2, 96), 3, 400), lambda: decode(Shape(4, 2, 192), 3, 400, 2)],
+    "presets": [lambda: decode(Shape(8, 2, 128), 3, 400, preset="k3v3"), lambda: steps(Shape(4, 2, 64), True, "k4v2")],
     "many-requests": [lambda: decode(Shape(4, 1, 64), 300, 200), lambda: decode(Shape(4, 1, 64), 1030, 130)],
     "warm-up": [lambda: warm_up(64, 1, 13, 4), lambda: warm_up(128, 4, 5, 4), lambda: warm_up(64, 1, 1, 300)],
     "steps": [lambda: steps(Shape(8, 2, 128), False), lambda: steps(Shape(4, 1, 64), True)],
