@@ -61,6 +61,7 @@ MIXED: dict[str, dict[str, Any]] = {
     "Cohere 2": {
         "architectures": ["Cohere2ForCausalLM"],
         "model_type": "cohere2",
+        "rms_norm_eps": None,
         "num_hidden_layers": 4,
         "sliding_window": 128,
         "sliding_window_pattern": 4,
@@ -330,7 +331,7 @@ SERVED: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": None,
         "layer_types": ["full_attention", "full_attention"],
     },
-    "Command-R": {"architectures": ["CohereForCausalLM"], "model_type": "cohere"},
+    "Command-R": {"architectures": ["CohereForCausalLM"], "model_type": "cohere", "rms_norm_eps": None},
     "OPT": {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
