@@ -166,6 +166,7 @@ class Graphs:
         self._rows = torch.arange(max(sizes, default=0), dtype=torch.int32, device=device)
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._first: Any = None  # graph: torch captures into no pool whose graphs are all thrown away
 
     def again(self, num_tokens: int, batch: Batch, block_table: Tensor, parts: Parts, room: int) -> Again | None:
         """The description of a step under which it may come again, if it is a small one.
@@ -210,6 +211,8 @@ class Graphs:
 
     def capture(self, launch: Callable[[], Any]) -> Any:
         """A graph of what ``launch`` does, or None if that fails: then nothing is captured any more."""
+        if not self._sizes:  # it failed for another layer of this step
+            return None
         try:
             return self._capture(launch)
         except RuntimeError as error:
@@ -218,7 +221,7 @@ class Graphs:
             return None
 
     def _capture(self, launch: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        # no graph has results of its own, so all share memory. Torch gives up a pool that no graph has any more
+        # no graph has results of its own, so all share memory
         if self._pool is None:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._made.device)
         torch.cuda.synchronize()  # a graph that this one replaces is thrown away
@@ -229,6 +232,7 @@ class Graphs:
                 launch()
             finally:
                 graph.capture_end()
+        self._first = self._first or graph
         return graph
 
 
