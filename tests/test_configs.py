@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from logquant_vllm.config import LogQuantConfig
 from tests.capacities import CONFIGS, ConfigFile, config_files, updated_file, updated_readme
 
 FILES = config_files()
@@ -38,6 +39,11 @@ def test_vllm_parses_the_file(file: ConfigFile, serve_parser: Any) -> None:
         assert getattr(parsed, key.replace("-", "_")) == file.flags[key]
     backend = parsed.structured_outputs_config
     assert (backend["backend"] if isinstance(backend, dict) else backend.backend) == "xgrammar"
+
+
+@each_file
+def test_the_options_work(file: ConfigFile) -> None:
+    LogQuantConfig.from_options(file.flags.get("additional-config", {}).get("logquant", {}))
 
 
 def test_vllm_refuses_an_unknown_key(tmp_path: Any, serve_parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
