@@ -71,6 +71,14 @@ def test_stages_of_a_pipeline_divide_the_layers() -> None:
     assert growing(LogQuantConfig(), mixed, engine).block.layers == 1
 
 
+def test_what_no_pipeline_serves() -> None:
+    """As the engine says."""
+    with pytest.raises(ValueError, match=r"is 33, and the model has 32 layers .*: use fewer stages"):
+        plan(LLAMA_8B, GIB, 8192, pipeline_parallel_size=33)
+    with pytest.raises(ValueError, match=r"bits 2.5 are spent among all layers, .*: leave bits out"):
+        plan(LLAMA_8B, GIB, 8192, LogQuantConfig(bits=2.5), pipeline_parallel_size=2)
+
+
 @pytest.mark.parametrize("wrong", [{"memory": 0}, {"max_model_len": 0}, {"block_size": -1}])
 def test_wrong_arguments(wrong: dict[str, int]) -> None:
     arguments: dict[str, Any] = {"memory": GIB, "max_model_len": 100, **wrong}

@@ -3,6 +3,7 @@
 from logquant_vllm.planning.blocks import DEFAULT_BLOCK_SIZE, BlockShape, block_shape, tokens_per_block
 from logquant_vllm.planning.capacity import (
     ALIKE,
+    TOGETHER,
     Capacity,
     Engine,
     growing,
@@ -37,6 +38,7 @@ __all__ = [
     "LINEAR",
     "MAMBA",
     "MAMBA2",
+    "TOGETHER",
     "BlockShape",
     "Capacity",
     "Engine",

@@ -32,6 +32,7 @@ ALIKE = (
     "bits {bits:g} are spent among layers that all keep all tokens, and this model has others: leave bits out, or use "
     "a preset, k3v2 for instance"
 )
+TOGETHER = "bits {bits:g} are spent among all layers, and --pipeline-parallel-size is {stages}: leave bits out"
 """What there is to say where a budget cannot be spent."""
 DEFAULT_BATCHED_TOKENS = 8192
 """vLLM's ``max_num_batched_tokens`` for its server on a large GPU."""
@@ -212,6 +213,8 @@ def growing(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Growin
     shape = shape.of_stage(engine.pipeline_parallel_size)
     if config.bits is not None and shape.local:
         raise ValueError(ALIKE.format(bits=config.bits))
+    if config.bits is not None and (stages := engine.pipeline_parallel_size) > 1:
+        raise ValueError(TOGETHER.format(bits=config.bits, stages=stages))
     layout = config.layout(
         shape.head_size, prefix_caching=engine.prefix_caching, rollback_tokens=engine.rollback_tokens
     )

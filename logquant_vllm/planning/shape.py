@@ -84,9 +84,18 @@ class ModelShape:
         return replace(self, local=(*self.local, LocalLayers(num_layers, *own, 0, FULL)))
 
     def of_stage(self, pipeline_parallel_size: int) -> ModelShape:
-        """What the largest of so many stages of a pipeline has of it."""
+        """What the largest of so many stages of a pipeline has of it.
+
+        Raises:
+            ValueError: if there are fewer layers.
+        """
         if pipeline_parallel_size == 1:
             return self
+        if pipeline_parallel_size > self.num_layers:
+            raise ValueError(
+                f"--pipeline-parallel-size is {pipeline_parallel_size}, and the model has {self.num_layers} layers "
+                "with this cache: use fewer stages"
+            )
         local = (replace(layers, num_layers=-(-layers.num_layers // pipeline_parallel_size)) for layers in self.local)
         return replace(self, num_layers=-(-self.num_layers // pipeline_parallel_size), local=tuple(local))
 

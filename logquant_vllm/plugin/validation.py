@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 from logquant_vllm import calibration
 from logquant_vllm.config import HEAD_SIZES, PAGE_SIZE, LogQuantConfig, unsupported_head_size
 from logquant_vllm.core.budget import num_places
-from logquant_vllm.planning import ALIKE, LINEAR, MAMBA, MAMBA2, state_kinds
+from logquant_vllm.planning import ALIKE, LINEAR, MAMBA, MAMBA2, TOGETHER, state_kinds
 from logquant_vllm.plugin import BACKEND_NAME, KV_CACHE_DTYPE, prefill
 from logquant_vllm.plugin.model import (
     SLIDING_WINDOW,
@@ -154,8 +154,8 @@ def _budget_problems(vllm_config: Any, config: LogQuantConfig) -> Iterator[str]:
         yield ALIKE.format(bits=bits)
     if has_draft_layers(vllm_config):
         yield f"bits {bits:g} are spent on the model's layers, and drafts have layers of their own: leave bits out"
-    if (ranks := vllm_config.parallel_config.pipeline_parallel_size) > 1:
-        yield f"bits {bits:g} are spent among all layers, and --pipeline-parallel-size is {ranks}: leave bits out"
+    if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
+        yield TOGETHER.format(bits=bits, stages=stages)
     try:
         num_places(bits, config.page_format(model.get_head_size()), model.get_total_num_hidden_layers())
     except ValueError as error:
