@@ -46,10 +46,12 @@ def test_a_prefix_ends_where_a_page_is_missing(tmp_path: Path, missing: int | No
     assert prefix.pages.equal(rows[:missing]) and prefix.token_0 is None
 
 
-def test_what_the_host_has_no_memory_for_is_not_read(tmp_path: Path) -> None:
-    """A request waits for an answer, whatever it is."""
+def test_what_the_host_has_no_memory_for_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A request waits for an answer, whatever it is; the log says so once."""
     files = PageFiles(str(tmp_path), 0)
     files.write(NAMES[0], torch.zeros(300, dtype=torch.uint8))
-    with ThreadPoolExecutor() as threads:
-        prefix = _read(files, Read(0, NAMES, True), 1 << 50, 300, threads)
-    assert len(prefix.pages) == 0 and prefix.token_0 is None
+    with ThreadPoolExecutor() as threads, caplog.at_level("WARNING", logger="vllm"):
+        for _ in range(2):
+            prefix = _read(files, Read(0, NAMES, True), 1 << 50, 300, threads)
+            assert len(prefix.pages) == 0 and prefix.token_0 is None
+    assert sum("Prefixes are not read" in record.message for record in caplog.records) == 1

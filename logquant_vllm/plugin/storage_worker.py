@@ -226,5 +226,5 @@ def _read(files: PageFiles, read: Read, page_bytes: int, copy_bytes: int, thread
         has_copy = read.with_token_0 and count > 0 and files.read(copy_of_token_0(read.pages[0]), copy[0])
         return Prefix(rows[:count], copy if has_copy else None)
     except Exception as error:
-        logger.warning_once("Prefixes are not read from %s: %s", files.directory, error)
+        logger.warning_once("Prefixes are not read from %s: %s", files.directory, str(error))
         return Prefix(torch.empty(0, page_bytes, dtype=torch.uint8), None)
