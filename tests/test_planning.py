@@ -15,6 +15,7 @@ from logquant_vllm.config import LogQuantConfig
 from logquant_vllm.planning import (
     CHUNKED,
     FULL,
+    LINEAR,
     MAMBA,
     MAMBA2,
     Engine,
@@ -69,6 +70,9 @@ def test_stages_of_a_pipeline_divide_the_layers() -> None:
     mixed = replace(LLAMA_8B, num_layers=28, local=(LocalLayers(4, 8, 128, 0, FULL),))
     assert growing(LogQuantConfig(), mixed, replace(engine, pipeline_parallel_size=1)).block.layers > 1
     assert growing(LogQuantConfig(), mixed, engine).block.layers == 1
+    with_states = replace(LLAMA_8B, num_layers=16, local=(LocalLayers(48, 0, 0, 0, LINEAR, 3 << 20),))
+    found = [growing(LogQuantConfig(), with_states, replace(engine, pipeline_parallel_size=n)) for n in (1, 2, 3)]
+    assert [(x.block.layers, x.owners) for x in found] == [(8, 2), (8, 1), (1, 6)]  # stages of 5, 5 and 6 of them
 
 
 def test_what_no_pipeline_serves() -> None:

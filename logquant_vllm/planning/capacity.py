@@ -210,6 +210,7 @@ def growing(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Growin
 
     from logquant_vllm.core.budget import num_places, spend
 
+    is_even = shape.num_layers % engine.pipeline_parallel_size == 0
     shape = shape.of_stage(engine.pipeline_parallel_size)
     if config.bits is not None and shape.local:
         raise ValueError(ALIKE.format(bits=config.bits))
@@ -225,7 +226,8 @@ def growing(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Growin
     if engine.pipeline_parallel_size > 1:  # as in plugin/pool.py
         full = []
     states = shape.state_bytes(engine.tensor_parallel_size)
-    block = block_shape(shape.num_layers, page_bytes, attention, states, full)
+    # what lies side by side divides the layers of every stage: of some one more than of others, otherwise
+    block = block_shape(shape.num_layers if is_even else 1, page_bytes, attention, states, full)
     if config.bits is not None:
         formats = spend(layout.fmt, num_places(config.bits, layout.fmt, shape.num_layers), shape.num_layers, None)
         block = BlockShape(1, shape.num_layers, tuple(fmt.page_bytes(heads) for fmt in formats))
