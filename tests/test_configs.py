@@ -43,7 +43,9 @@ def test_vllm_parses_the_file(file: ConfigFile, serve_parser: Any) -> None:
 
 @each_file
 def test_the_options_work(file: ConfigFile) -> None:
-    LogQuantConfig.from_options(file.flags.get("additional-config", {}).get("logquant", {}))
+    options = file.flags.get("additional-config", {}).get("logquant", {})
+    config = LogQuantConfig.from_options(options)
+    assert {name: getattr(config, name) for name in options} == options
 
 
 def test_vllm_refuses_an_unknown_key(tmp_path: Any, serve_parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
