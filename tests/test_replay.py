@@ -160,6 +160,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head_size", "dtype"), HEAD_SIZES)
 def test_replays(head_size: int, dtype: torch.dtype) -> None:
     """Prompts after a past and without, alone and with others that decode: equal to steps that are launched."""
