@@ -103,6 +103,8 @@ def test_shape_of_a_model_directory(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"model_type": "mistral", "sliding_window": 1024}, "the last 1024 tokens only, .* use --max-model-len 1024"),
+        ({"layer_types": ["chunked_attention"] * 2}, "no layer of .* keeps all tokens, so its KV cache does not grow"),
+        ({"layer_types": ["linear_attention"] * 2}, "no layer of .* keeps all tokens, so its KV cache does not grow"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "llama's linear_attention"),
         ({"model_type": "deepseek_v2", "kv_lora_rank": 128}, "MLA"),
     ],

@@ -175,11 +175,13 @@ def shape_of_config(
     kinds = _layer_kinds(config, layers, max_model_len)
     if unknown := sorted({*kinds} - {FULL, HYBRID, *LOCAL, *STATES_PER_REQUEST, *NO_CACHE}):
         raise ValueError(f"{model} has {', '.join(unknown)} layers, whose memory is not known here")
-    if FULL not in kinds and HYBRID not in kinds:
+    if set(kinds) == {SLIDING}:
         raise ValueError(
             f"all layers of {model} attend to the last {config.sliding_window} tokens only, so its KV cache does not "
             f"grow: use --max-model-len {config.sliding_window}"
         )
+    if FULL not in kinds and HYBRID not in kinds:
+        raise ValueError(f"no layer of {model} keeps all tokens, so its KV cache does not grow: use vLLM's own")
 
     def shape(index: int) -> tuple[int, int]:
         """KV heads of a layer, and their size."""
