@@ -32,8 +32,9 @@ ALIKE = (
     "bits {bits:g} are spent among layers that all keep all tokens, and this model has others: leave bits out, or use "
     "a preset, k3v2 for instance"
 )
+"""Of a budget that cannot be spent beside layers of other kinds."""
 TOGETHER = "bits {bits:g} are spent among all layers, and --pipeline-parallel-size is {stages}: leave bits out"
-"""What there is to say where a budget cannot be spent."""
+"""Of one that stages of a pipeline would have to share."""
 DEFAULT_BATCHED_TOKENS = 8192
 """vLLM's ``max_num_batched_tokens`` for its server on a large GPU."""
 
@@ -222,9 +223,9 @@ def growing(config: LogQuantConfig, shape: ModelShape, engine: Engine) -> Growin
     heads, length = shape.kv_heads_per_rank(engine.tensor_parallel_size), engine.max_model_len
     page_bytes = layout.fmt.page_bytes(heads)
     attention = [token_of(layers, shape, engine) for layers in shape.local if not layers.state_bytes]
-    full = [token_of(x, shape, engine) for x in shape.local if x.kind == FULL for _ in range(x.num_layers)]
-    if engine.pipeline_parallel_size > 1:  # as in plugin/pool.py
-        full = []
+    full = []  # of a pipeline none: its stages need not have the same, see plugin/pool.py
+    if engine.pipeline_parallel_size == 1:
+        full = [token_of(x, shape, engine) for x in shape.local if x.kind == FULL for _ in range(x.num_layers)]
     states = shape.state_bytes(engine.tensor_parallel_size)
     # what lies side by side divides the layers of every stage: of some one more than of others, otherwise
     block = block_shape(shape.num_layers if is_even else 1, page_bytes, attention, states, full)

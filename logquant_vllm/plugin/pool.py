@@ -115,7 +115,7 @@ def _block_of_all_stages(
     shape = configured_shape(vllm_config)
     block_size = DEFAULT_BLOCK_SIZE[vllm_config.device_config.device_type]
     engine = Engine(1, model.max_model_len, parallel.tensor_parallel_size, block_size)
-    others |= {token_of(layers, shape, engine) for layers in shape.local if not layers.state_bytes}
+    others = others | {token_of(layers, shape, engine) for layers in shape.local if not layers.state_bytes}
     state_bytes = state_bytes or shape.state_bytes(parallel.tensor_parallel_size)
     return block_shape(math.gcd(*layers_of_stages(vllm_config)), page_bytes, sorted(others), state_bytes)
 

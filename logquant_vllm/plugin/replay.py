@@ -69,6 +69,7 @@ class Form:
 
     @property
     def has_graphs(self) -> bool:
+        """Whether such steps are replayed, or were."""
         return any(launches.graph or launches.before for launches in self._launches.values())
 
     def run(self, whose: Any, launches: _Launches, launch: Callable[[], None], capture: Callable[..., Any]) -> None:
@@ -94,13 +95,8 @@ class Again:
 
     def __init__(self, num_tokens: int, batch: Batch, parts: Parts, form: Form, graphs: Graphs) -> None:
         self.num_tokens, self.batch, self.parts = num_tokens, batch, parts
-        self._form, self._graphs = form, graphs
+        self.form, self._graphs = form, graphs
         self._workspace = 0
-
-    @property
-    def has_graphs(self) -> bool:
-        """Whether such steps are replayed, or were."""
-        return self._form.has_graphs
 
     def step(
         self,
@@ -129,7 +125,7 @@ class Again:
 
         memory = cache.pages, cache.window, cache.window_block_table, self._workspace
         given = _key((query, key, value, output, *memory))
-        self._form.run(whose, _Launches(given, layer), launch, self._graphs.capture)
+        self.form.run(whose, _Launches(given, layer), launch, self._graphs.capture)
 
     @property
     def _is_padding_read(self) -> bool:
