@@ -46,6 +46,8 @@ class Engine:
             "gpu_memory_utilization": 0.4,
             "disable_log_stats": False,
         }
+        if torch.cuda.is_available():  # else vLLM ends where another process gives memory of the GPU back meanwhile
+            defaults["kv_cache_memory_bytes"] = 1 << 30
         self.llm = LLM(model=str(path), **{**defaults, **arguments})
         self.core: Any = self.llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
 
