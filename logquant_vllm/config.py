@@ -101,8 +101,8 @@ class LogQuantConfig(BaseModel):
         ge=0,
         description="tokens before the end of a prefix-cache hit that are computed again, so that the recent window is "
         f"in full precision after a hit; null: 2 * window_length, and at least {PAGE_SIZE}, below which a decode step "
-        "takes more kernel launches; at most (log2(window_length) + 2) * window_length, which brings every selected "
-        "copy back but that of token 0",
+        "takes more kernel launches; as many at most as bring every selected copy back but that of token 0, "
+        "256 if window_length is 64",
     )
     keep_windows_from: int | None = Field(
         4096,
@@ -154,8 +154,8 @@ class LogQuantConfig(BaseModel):
         return max(size for size in (32, 64, 128) if size <= self.window_length)
 
     def _longest_replay(self) -> int:
-        """Tokens back to the oldest copy that is ever log-selected, token 0 aside."""
-        return ((self.window_length - 1).bit_length() + 2) * self.window_length
+        """Tokens back to the oldest copy that is ever log-selected, token 0 aside (``core.log_selection``)."""
+        return (((self.window_length - 1).bit_length() - 1) // 3 + 3) * self.window_length
 
     @property
     def measures(self) -> bool:

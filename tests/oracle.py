@@ -11,7 +11,7 @@ from logquant_vllm.core.page_format import PageFormat, Rounding
 
 
 class LogWindow:
-    """The paper's loop: append, and when the recent window is full, keep every other of the oldest."""
+    """Append; when the recent window is full, keep every eighth selected token and the newest of those that leave."""
 
     def __init__(self, window_length: int) -> None:
         self.window_length = window_length
@@ -22,9 +22,10 @@ class LogWindow:
         w = self.window_length
         self.recent.append(position)
         if not self.selected and len(self.recent) == 3 * w:
-            self.selected, self.recent = self.recent[: 2 * w : 2], self.recent[2 * w :]
-        elif self.selected and len(self.recent) == 2 * w:
-            self.selected, self.recent = (self.selected + self.recent[:w])[::2], self.recent[w:]
+            self.selected, self.recent = self.recent[:w], self.recent[w:]
+        if self.selected and len(self.recent) == 2 * w:
+            stay = self.selected[::8]
+            self.selected, self.recent = stay + self.recent[len(stay) : w], self.recent[w:]
 
 
 def _two_bit(group: Tensor, bits: int, rounding: Rounding, fmt: PageFormat) -> Tensor:

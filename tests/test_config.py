@@ -35,7 +35,7 @@ def test_options_reach_the_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    ("window", "given", "tokens"), [(128, None, 256), (32, None, 128), (128, 0, 0), (128, 7, 7), (128, 1152, 1152)]
+    ("window", "given", "tokens"), [(128, None, 256), (32, None, 128), (128, 0, 0), (128, 7, 7), (128, 640, 640)]
 )
 def test_replay_tokens(window: int, given: int | None, tokens: int) -> None:
     """By default what follows a hit is in full precision, and a decode step may store after its attention."""
@@ -67,8 +67,8 @@ def test_replay_tokens(window: int, given: int | None, tokens: int) -> None:
             ["keep_all_windows with window_length 32", "Use a window_length of 64 or more"],
         ),
         ({"prefix_replay_tokens": -1}, ["prefix_replay_tokens", "got -1"]),
-        ({"prefix_replay_tokens": 513}, ["prefix_replay_tokens 513", "window_length 64", "Use at most 512"]),
-        ({"prefix_replay_tokens": 10**12}, ["prefix_replay_tokens", "Use at most 512"]),
+        ({"prefix_replay_tokens": 257}, ["prefix_replay_tokens 257", "window_length 64", "Use at most 256"]),
+        ({"prefix_replay_tokens": 10**12}, ["prefix_replay_tokens", "Use at most 256"]),
         ({"window_length": "6" * 5000}, ["window_length", "got '66666", "(5002 characters)"]),
         ({"window\n" * 1000: 64}, ["unknown", "window\\nwindow", "characters)"]),
         ({"key_bits": 6, "value_bits": 5}, ["key_bits", "got 6", "value_bits", "got 5"]),
@@ -88,9 +88,9 @@ def test_errors_name_the_option_what_was_given_and_what_works(options: dict[Any,
 def test_most_replay_brings_back_every_copy(window_length: int) -> None:
     """The bound of ``prefix_replay_tokens`` reaches the oldest log-selected copy but token 0 at every length, and a
     window less would not."""
-    from logquant_vllm.core.log_selection import log_selected_positions
+    from logquant_vllm.core.log_selection import log_selected_positions, selected_chunks
 
-    most = ((window_length - 1).bit_length() + 2) * window_length
+    most = (selected_chunks(window_length) + 2) * window_length
     config = LogQuantConfig(window_length=window_length, key_group_size=32, prefix_replay_tokens=most)
     lengths = range(3 * window_length, 2 * most + 1, 1 if window_length < 100 else 31)
     reach = max(n - min(p for p in log_selected_positions(n, window_length) if p > 0) for n in [*lengths, 2 * most - 1])

@@ -24,7 +24,7 @@ from logquant_vllm.lab.experiment import Experiment
 from logquant_vllm.lab.methods import all_methods, choose_methods, primary_of
 from logquant_vllm.lab.report import family
 from logquant_vllm.lab.runner import Runner
-from logquant_vllm.lab.selection import KiviResidual, LogSelection, RandomSelection, SinkWindow
+from logquant_vllm.lab.selection import KiviResidual, LogSelection, PaperSelection, RandomSelection, SinkWindow
 from logquant_vllm.lab.tasks import QUICK, choose_tasks, compare
 from tests.test_demo import MODEL, needs_model
 
@@ -173,6 +173,13 @@ def test_selections(n: int) -> None:
     assert kept(LogSelection(64)) == [log, log]
     keys, values = kept(LogSelection(64, partial=True))
     assert keys == log and values == set(range(recent_window_start(n, 64), n))
+    # the paper's loop: when the recent window is full, every other of the oldest stays
+    selected, recent = list[int](), list[int]()
+    for p in range(n):
+        recent.append(p)
+        if len(recent) == (128 if selected else 192):
+            selected, recent = (selected + recent[:-64])[::2], recent[-64:]
+    assert kept(PaperSelection(64)) == [{*selected, *recent}] * 2
     sink = kept(SinkWindow(64))[0]
     assert len(sink) == len(log) and sink >= set(range(min(4, n)))
     random = kept(RandomSelection(64))[0]

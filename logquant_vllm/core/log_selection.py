@@ -1,20 +1,24 @@
-"""Which tokens keep a full-precision copy: the log selection of LogQuant in closed form.
+"""Which tokens keep a full-precision copy: the log selection in closed form.
 
-A sequence of ``seq_len`` tokens with window length ``W`` keeps (arXiv 2503.19950, section 3.2):
+A sequence of ``seq_len`` tokens with window length ``W`` keeps
 
 - the *recent window*, the newest ``W .. 2W - 1`` tokens;
-- ``W`` *log-selected* older tokens. Each time the recent window reaches ``2W`` tokens, its oldest ``W`` are appended to
-  the log-selected ones and every other one of those ``2W`` is kept, so the density of copies halves with age.
+- ``W`` *log-selected* older tokens. Each time the recent window reaches ``2W`` tokens, its oldest ``W`` leave it. Every
+  eighth log-selected token stays then, and the newest of those that leave take the other places: the newest ``15W / 8``
+  to ``23W / 8`` tokens all have copies, and with each ``W`` behind them an eighth as many. Token 0 stays for ever.
 
-The paper runs this as a loop over steps. Here it is a function of ``(seq_len, W)`` alone, which is what a server needs:
-requests start anywhere, in chunks of any size. Write ``k = max(seq_len // W - 2, 0)`` for the number of times the
-window has been *compacted*. Then
+LogQuant's own rule (arXiv 2503.19950, section 3.2) keeps every other token of both together, so that copies get half
+as dense with each ``W`` behind the recent window. For the same bytes that loses more: see ``docs/accuracy.md``.
+
+The rule is a loop over steps. Here it is a function of ``(seq_len, W)`` alone, which is what a server needs: requests
+start anywhere, in chunks of any size. Write ``k = max(seq_len // W - 2, 0)`` for the number of times the window has
+been *compacted*. Then
 
 - the recent window starts at ``(k + 1) * W``;
-- slot ``i`` of the log-selected set holds the token found by undoing compactions: each one doubles the slot index, and
-  when the index reaches ``W`` it points into the chunk of ``W`` tokens that was appended in that compaction;
-- position ``p`` in chunk ``j = p // W`` entered with index ``W + p % W`` (``p`` for chunk 0) and survives ``e``
-  compactions iff ``2**e`` divides that index.
+- slot ``i`` of the log-selected set holds position ``k * W + i`` if it is not in the first eighth: compaction ``k``
+  filled it. Otherwise it was slot ``8 * i`` before that compaction, and so on;
+- position ``p`` in chunk ``j = p // W`` came to slot ``p % W`` in compaction ``j``, if that is not in the first eighth,
+  or if ``j`` is 0. It survives ``e`` more iff ``8**e`` divides ``p % W``.
 
 Before the first compaction (``seq_len < 3W``) every token is in full precision; slots ``0 .. W-1`` then hold the
 first ``W`` tokens in order, which makes the first compaction like all the others.
@@ -25,8 +29,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Shifts are clamped here: no slot index (< 2W) survives this many halvings, and 1 << 30 still fits in int32.
+THINNING_BITS = 3
+"""At a compaction every ``2**THINNING_BITS``-th of the log-selected slots stays."""
+
+# Shifts are clamped here: no slot but 0 survives so many, and 1 << 30 still fits in int32.
 _MAX_SHIFT = 30
+
+
+def first_filled_slot(window_length: int) -> int:
+    """From this slot on, a compaction fills the log-selected slots; it leaves so many of those before it."""
+    return -(-window_length >> THINNING_BITS)
+
+
+def selected_chunks(window_length: int) -> int:
+    """Chunks of ``W`` tokens in front of the recent window that can hold log-selected tokens, token 0 aside."""
+    return ((window_length - 1).bit_length() - 1) // THINNING_BITS + 1
 
 
 def _check(seq_len: int, window_length: int) -> None:
@@ -77,11 +94,11 @@ def log_slot_position(slot: Tensor, compactions: Tensor, window_length: int) -> 
     Returns:
         Integer tensor of positions, of the broadcast shape. With no compaction yet, slot ``i`` is position ``i``.
     """
-    # steps until the doubled index points into an appended chunk
+    # compactions to undo until the slot is one that a compaction fills
     steps = torch.zeros_like(slot)
-    for _ in range(window_length.bit_length()):
-        steps = steps + ((slot << steps) < window_length).to(slot.dtype)
-    shift = torch.minimum(steps, compactions).clamp(max=_MAX_SHIFT)
+    for _ in range(selected_chunks(window_length)):
+        steps = steps + ((slot << steps * THINNING_BITS) < first_filled_slot(window_length)).to(slot.dtype)
+    shift = (torch.minimum(steps, compactions) * THINNING_BITS).clamp(max=_MAX_SHIFT)
     from_chunk = (slot > 0) & (steps <= compactions)
     return torch.where(from_chunk, (compactions - steps) * window_length + (slot << shift), slot << shift)
 
@@ -92,7 +109,7 @@ def is_log_selected(position: Tensor, compactions: Tensor, window_length: int) -
     Only positions older than the recent window can be: with no compaction yet that is the first ``window_length``.
     """
     chunk = torch.div(position, window_length, rounding_mode="floor")
-    index = torch.where(chunk == 0, position, position - (chunk - 1) * window_length)
-    halvings = torch.where(chunk == 0, compactions, compactions - chunk + 1)
-    mask = (torch.ones_like(index) << halvings.clamp(min=0, max=_MAX_SHIFT)) - 1
-    return (chunk <= compactions) & ((index & mask) == 0)
+    slot = position - chunk * window_length
+    shift = ((compactions - chunk) * THINNING_BITS).clamp(min=0, max=_MAX_SHIFT)
+    stays = slot & ((torch.ones_like(slot) << shift) - 1) == 0
+    return (chunk <= compactions) & stays & ((chunk == 0) | (slot >= first_filled_slot(window_length)))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from logquant_vllm.core.calibration import Basis, change_basis, rotate_back, rotate_heads
 from logquant_vllm.core.layer import Layer
-from logquant_vllm.core.log_selection import is_log_selected, log_slot_position, num_compactions_tensor
+from logquant_vllm.core.log_selection import THINNING_BITS, is_log_selected, log_slot_position, num_compactions_tensor
 from logquant_vllm.core.paged import (
     Batch,
     CacheLayout,
@@ -242,7 +242,7 @@ def update_window(key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, l
     slot = torch.arange(window_length, device=device, dtype=torch.int32)[None].expand(num_reqs, -1)
     request = torch.arange(num_reqs, device=device)[:, None].expand_as(slot)
     position = log_slot_position(slot, after[:, None], window_length)
-    source = slot << (after - header.compactions)[:, None].clamp(max=20)
+    source = slot << ((after - header.compactions)[:, None] * THINNING_BITS).clamp(max=20)
     moves = ((after > header.compactions) & live)[:, None]
     survives = (source < window_length) & (position < computed[:, None])
     block, offset = slot_address(torch.where(survives, source, 0), request, cache, slots.shape[1])

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from logquant_vllm.core import log_selection
 from logquant_vllm.core.log_selection import is_log_selected, log_slot_position, num_compactions_tensor
 from logquant_vllm.core.page_format import HEADER_CHANNELS, HEADER_SLOTS, PageFormat, Plane, num_window_blocks
 from logquant_vllm.core.quantizer import (
@@ -64,6 +65,16 @@ class CacheLayout:
         for name in ("rollback_tokens", "decode_query_len"):
             if not 1 <= (count := getattr(self, name)) <= self.window_length:
                 raise ValueError(f"{name} must lie between 1 and window_length {self.window_length}, got {count}")
+
+    @property
+    def first_filled_slot(self) -> int:
+        """See :func:`log_selection.first_filled_slot`."""
+        return log_selection.first_filled_slot(self.window_length)
+
+    @property
+    def selected_chunks(self) -> int:
+        """See :func:`log_selection.selected_chunks`."""
+        return log_selection.selected_chunks(self.window_length)
 
     @property
     def ring_slots(self) -> int:

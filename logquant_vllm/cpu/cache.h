@@ -113,20 +113,26 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t num_compactions(int64_t seq_len, int64_t w) { return std::max<int64_t>(seq_len / w - 2, 0); }
 
+// core/log_selection.py
+constexpr int64_t kThinningBits = 3;
+
+inline int64_t first_filled_slot(int64_t w) { return ceil_div(w, int64_t{1} << kThinningBits); }
+
 inline int64_t log_slot_position(int64_t slot, int64_t compactions, int64_t w) {
     if (slot == 0) return 0;
     int64_t steps = 0;
-    while (slot << steps < w) ++steps;
-    if (steps <= compactions) return (compactions - steps) * w + (slot << steps);
-    return slot << compactions;
+    while (slot << steps * kThinningBits < first_filled_slot(w)) ++steps;
+    if (steps <= compactions) return (compactions - steps) * w + (slot << steps * kThinningBits);
+    return slot << compactions * kThinningBits;
 }
 
 inline bool is_log_selected(int64_t position, int64_t compactions, int64_t w) {
     const int64_t chunk = static_cast<uint32_t>(position) / static_cast<uint32_t>(w);
     if (chunk > compactions) return false;
-    const int64_t index = chunk == 0 ? position : position - (chunk - 1) * w;
-    const int64_t halvings = std::min<int64_t>(chunk == 0 ? compactions : compactions - chunk + 1, 30);
-    return (index & ((int64_t{1} << halvings) - 1)) == 0;
+    const int64_t slot = position - chunk * w;  // where the compaction of its chunk brought it
+    if (chunk > 0 && slot < first_filled_slot(w)) return false;
+    const int64_t shift = std::min<int64_t>((compactions - chunk) * kThinningBits, 30);
+    return (slot & ((int64_t{1} << shift) - 1)) == 0;
 }
 
 // Stored compactions after this step; they cannot be undone, so none is for a token that may be taken back.

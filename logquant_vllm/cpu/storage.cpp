@@ -202,7 +202,7 @@ void update_head(int64_t request, int64_t head, const Rows<T>& key, const Rows<T
         // a slot that survives all compactions of this step moves down, others are filled from the recent window and
         // from new tokens; all are read before any is written
         kept.resize(w * 2 * size);
-        const int64_t shift = std::min<int64_t>(after - before, 20);
+        const int64_t shift = std::min<int64_t>((after - before) * kThinningBits, 20);
         for (int64_t slot = 0; slot < w; ++slot) {
             const int64_t position = log_slot_position(slot, after, w), source = slot << shift;
             if (position < r.window_start) continue;

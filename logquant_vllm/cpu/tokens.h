@@ -36,10 +36,9 @@ inline int64_t mark_wanted(const Request& r, int64_t first, const Layout& f, int
     const int64_t size = f.group_size, end = std::min(size, pages_end(r, f) - first);
     std::fill_n(wanted, end, 1);
     std::fill_n(wanted + end, size - end, 0);
-    // an old chunk has no copy left once every index below 2W is halved away (token 0 is in no such chunk)
-    const int64_t halvings = r.compactions - (first + size - 1) / f.window_length + 1;
-    if (first >= f.window_length &&
-        (halvings > 30 || int64_t{1} << std::max<int64_t>(halvings, 0) > 2 * f.window_length))
+    // an old chunk has no copy left once no slot below W but 0 stays (token 0 is in no such chunk)
+    const int64_t shift = (r.compactions - (first + size - 1) / f.window_length) * kThinningBits;
+    if (first >= f.window_length && (shift > 30 || int64_t{1} << std::max<int64_t>(shift, 0) >= f.window_length))
         return end;
     int64_t count = 0;
     for (int64_t i = 0; i < end; ++i) {

@@ -19,6 +19,8 @@ HEADER_SLOTS = tl.constexpr(page_format.HEADER_SLOTS)
 HEADER_CHANNELS = tl.constexpr(page_format.HEADER_CHANNELS)
 SINK_COLUMNS = tl.constexpr(paged.SINK_COLUMNS)
 MAX_SHIFT = tl.constexpr(log_selection._MAX_SHIFT)
+THINNING_BITS = tl.constexpr(log_selection.THINNING_BITS)
+THINNING = tl.constexpr(1 << log_selection.THINNING_BITS)
 
 
 class Request(NamedTuple):
@@ -178,29 +180,29 @@ def may_be_due(computed, LAYOUT: tl.constexpr):
 def log_slot_position(slot, compactions, LAYOUT: tl.constexpr):
     """``core.log_selection.log_slot_position``: position held by a log-selected slot."""
     WINDOW: tl.constexpr = LAYOUT.window_length
+    CHUNKS: tl.constexpr = LAYOUT.selected_chunks
     steps = slot * 0  # and not zeros_like: Gluon calls this function too
-    for _ in tl.static_range(WINDOW.bit_length()):
-        steps += ((slot << steps) < WINDOW).to(tl.int32)
-    shift = tl.minimum(tl.minimum(steps, compactions), MAX_SHIFT)
+    for _ in tl.static_range(CHUNKS):
+        steps += ((slot << steps * THINNING_BITS) < LAYOUT.first_filled_slot).to(tl.int32)
+    shift = tl.minimum(tl.minimum(steps, compactions) * THINNING_BITS, MAX_SHIFT)
     from_chunk = (slot > 0) & (steps <= compactions)
     return tl.where(from_chunk, (compactions - steps) * WINDOW + (slot << shift), slot << shift)
 
 
 @triton.jit
 def locate(position, compactions, LAYOUT: tl.constexpr):
-    """The chunk of a position, its index among the two chunks that were halved together, and how often."""
-    WINDOW: tl.constexpr = LAYOUT.window_length
-    chunk = position // WINDOW
-    index = tl.where(chunk == 0, position, position - (chunk - 1) * WINDOW)
-    halvings = tl.where(chunk == 0, compactions, compactions - chunk + 1)
-    return chunk, index, tl.minimum(tl.maximum(halvings, 0), MAX_SHIFT)
+    """The chunk of a position, the log-selected slot that it came to, and by how many bits that was shifted since."""
+    chunk = position // LAYOUT.window_length
+    shift = tl.minimum(tl.maximum((compactions - chunk) * THINNING_BITS, 0), MAX_SHIFT)
+    return chunk, position - chunk * LAYOUT.window_length, shift
 
 
 @triton.jit
 def is_log_selected(position, compactions, LAYOUT: tl.constexpr):
     """``core.log_selection.is_log_selected`` for positions ``>= 0``."""
-    chunk, index, halvings = locate(position, compactions, LAYOUT)
-    return (chunk <= compactions) & ((index & ((1 << halvings) - 1)) == 0)
+    chunk, slot, shift = locate(position, compactions, LAYOUT)
+    stays = (chunk <= compactions) & ((slot & ((1 << shift) - 1)) == 0)
+    return stays & ((chunk == 0) | (slot >= LAYOUT.first_filled_slot))
 
 
 @triton.jit
@@ -223,9 +225,9 @@ def slot_of_position(position, compactions, LAYOUT: tl.constexpr):
 @triton.jit
 def slot_of_copy(position, compactions, LAYOUT: tl.constexpr):
     """The slot of any position that has a copy while the slots are at ``compactions``."""
-    _, index, halvings = locate(position, compactions, LAYOUT)
+    _, slot, shift = locate(position, compactions, LAYOUT)
     recent = position >= recent_start(compactions, LAYOUT)
-    return tl.where(recent, slot_of_position(position, compactions, LAYOUT), index >> halvings)
+    return tl.where(recent, slot_of_position(position, compactions, LAYOUT), slot >> shift)
 
 
 @triton.jit
@@ -243,7 +245,7 @@ def has_copy(position, request):
 @triton.jit
 def holds_copy(slot, request, due, LAYOUT: tl.constexpr):
     """Whether attention reads a slot below ``num_slots`` (``core.paged.slot_positions``). What it sees follows from the
-    computed tokens alone: if a compaction is due, every second token of what it will halve is dropped already.
+    computed tokens alone: if a compaction is due, what it will not keep is dropped already.
 
     Args:
         due: from :func:`compaction_due`.
@@ -254,8 +256,8 @@ def holds_copy(slot, request, due, LAYOUT: tl.constexpr):
     in_ring = (slot + RING - (recent - WINDOW) % RING - WINDOW) % RING
     selected = log_slot_position(tl.minimum(slot, WINDOW - 1), request.compactions, LAYOUT)
     position = tl.where(slot < WINDOW, selected, recent + in_ring)
-    index = tl.where(slot < WINDOW, slot, WINDOW + in_ring)
-    dropped = ((index & due) != 0) & (index < 2 * WINDOW)
+    leaves = tl.where(slot < WINDOW, slot % THINNING, (in_ring < LAYOUT.first_filled_slot).to(tl.int32))
+    dropped = leaves * due > 0
     return (position < request.computed) & has_copy(position, request) & ~dropped
 
 

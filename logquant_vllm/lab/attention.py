@@ -18,7 +18,7 @@ from torch import Tensor
 from logquant_vllm.demo import tasks
 from logquant_vllm.hf.calibrate import watching
 from logquant_vllm.lab.runner import Runner
-from logquant_vllm.lab.selection import LogSelection, RandomSelection, Selection, SinkWindow, count_kept
+from logquant_vllm.lab.selection import PaperSelection, RandomSelection, Selection, SinkWindow, count_kept
 
 TASKS: dict[str, dict[str, object]] = {
     "lookup": {"tokens": 1500},
@@ -127,7 +127,7 @@ ORACLE = "oracle top-k"
 def selections(window: int, seed: int) -> dict[str, Selection]:
     """What is compared at one budget, by the name in figures: as many tokens each, at every length."""
     return {
-        LOG: LogSelection(window),
+        LOG: PaperSelection(window),
         "sink + recent": SinkWindow(window),
         "recent": SinkWindow(window, sinks=0),
         "random + recent": RandomSelection(window, seed),

@@ -15,6 +15,7 @@ from logquant_vllm.lab.selection import (
     Kept,
     KiviResidual,
     LogSelection,
+    PaperSelection,
     RandomSelection,
     Selection,
     SinkWindow,
@@ -138,6 +139,7 @@ def all_methods() -> dict[str, Method]:
         Method("log-w64-lost-first", LogSelection(64), loses_first_after_hit=True),
         # more of the crossing
         Method("sink-window-w64-calibrated", SinkWindow(64), CALIBRATED),
+        Method("paper-log-w64-calibrated", PaperSelection(64), CALIBRATED),
         Method("sink-window-w64-plain", SinkWindow(64), PLAIN),
         Method("sink-window-w64-kivi32", SinkWindow(64), kivi_quantizer(32)),
         Method("2bit-kivi32", Selection(), kivi_quantizer(32)),
@@ -183,6 +185,7 @@ GENERAL = (
     *PRIMARIES[::-1],
     *(f"calibrated-w64-{preset}" for preset in ("2.3bits", "2.5bits", "2.55bits", "k3v2", "k3v3", "k4v2", "k4v4")),
     "sink-window-w64-calibrated",
+    "paper-log-w64-calibrated",
     "kivi-g32-r160",
 )
 """What is compared on models that were not trained for it: long contexts take time."""

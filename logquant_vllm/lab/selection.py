@@ -52,7 +52,7 @@ class Everything(Selection):
 
 @dataclass(frozen=True)
 class LogSelection(Selection):
-    """LogQuant (arXiv 2503.19950): ``window`` log-selected tokens and the newest ``window`` to ``2 * window``.
+    """The server's: ``window`` log-selected tokens and the newest ``window`` to ``2 * window``.
 
     ``partial`` is PartialLogQuant: log-selected tokens have a copy of the key alone.
     """
@@ -67,8 +67,29 @@ class LogSelection(Selection):
     def keep(self, position: Tensor, seq_len: Tensor, prompt_len: Tensor) -> Kept:
         compactions = num_compactions_tensor(seq_len, self.window)
         recent = position >= recent_start(seq_len, self.window)
-        keys = recent | is_log_selected(position, compactions, self.window)
+        keys = recent | self.selects(position, compactions)
         return Kept(keys, recent if self.partial else keys)
+
+    def selects(self, position: Tensor, compactions: Tensor) -> Tensor:
+        """Which positions are log-selected; those of the recent window may be among them."""
+        return is_log_selected(position, compactions, self.window)
+
+
+@dataclass(frozen=True)
+class PaperSelection(LogSelection):
+    """As many, selected by the rule of LogQuant's paper (arXiv 2503.19950, section 3.2): every other token stays of the
+    log-selected ones and the ``window`` that leave the recent window."""
+
+    @property
+    def name(self) -> str:
+        return f"paper-{super().name}"
+
+    def selects(self, position: Tensor, compactions: Tensor) -> Tensor:
+        chunk = position // self.window
+        index = torch.where(chunk == 0, position, position - (chunk - 1) * self.window)
+        halvings = torch.where(chunk == 0, compactions, compactions - chunk + 1)
+        mask = (torch.ones_like(index) << halvings.clamp(min=0, max=30)) - 1
+        return (chunk <= compactions) & (index & mask == 0)
 
 
 @dataclass(frozen=True)

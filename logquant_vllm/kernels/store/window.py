@@ -12,6 +12,7 @@ import triton.language as tl
 
 from logquant_vllm.kernels.cache import (
     HEADER_CHANNELS,
+    THINNING_BITS,
     count_compactions,
     header_address,
     log_slot_position,
@@ -44,7 +45,7 @@ def compact_slots(request, after, head, channel, key, value, cache, table_row, L
     slot = tl.arange(0, triton.next_power_of_2(WINDOW))[:, None]
     position = log_slot_position(tl.minimum(slot, WINDOW - 1), after, LAYOUT)
     known = (slot < WINDOW) & (position >= request.window_start)
-    source = slot << tl.minimum(after - request.compactions, 20)
+    source = slot << tl.minimum((after - request.compactions) * THINNING_BITS, 20)
     is_new = position >= request.computed
     survives = (source < WINDOW) & ~is_new
     from_slot = tl.where(survives, source, slot_of_position(position, request.compactions, LAYOUT))

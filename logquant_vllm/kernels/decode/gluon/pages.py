@@ -67,7 +67,6 @@ def attend_pages(
     WINDOW: gl.constexpr = LAYOUT.window_length
     GROUP: gl.constexpr = FMT.key_group_size
     PAGE: gl.constexpr = FMT.page_size
-    SPAN: gl.constexpr = (2 * WINDOW).bit_length()  # chunks of W tokens below the recent window that can hold copies
     slabs, slab, blocks, table_row, page_stride, copying = pages
     sums = begin_pages(sums, COLUMNS)
     end = gl.where(request.live, pages_end(request, LAYOUT), 0)
@@ -76,7 +75,7 @@ def attend_pages(
     end_page = gl.minimum(end_page, gl.cdiv(gl.minimum(gl.maximum(end, 0), complete_end), PAGE))
     if first_page < end_page:
         # pages between the first and this one hold no token that has a copy
-        first_overlaid = (request.computed // WINDOW - 1 - SPAN) * WINDOW // PAGE
+        first_overlaid = (request.computed // WINDOW - 1 - LAYOUT.selected_chunks) * WINDOW // PAGE
         score_unit = power_of_two(exponent - 5) * qk_scale
         units = CODE_UNIT * score_unit, 64.0 / SCALE_UNIT * score_unit
         if not copying:
