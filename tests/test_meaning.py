@@ -13,6 +13,7 @@ from tests.models import create_config, write_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from logquant_vllm.core import log_selection
 from logquant_vllm.plugin.meaning import meaning
 
 
@@ -29,3 +30,11 @@ def test_weights_tell_models_apart_and_not_their_place(tmp_path: Path) -> None:
     assert of(path, dtype="float32") != first
     write_model(path, seed=1)
     assert of(path) != first
+
+
+def test_another_selection_is_another_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a version keeps copies of other tokens, chunks of a prompt read others exactly."""
+    path = write_model(tmp_path / "model")
+    today = of(path)
+    monkeypatch.setattr(log_selection, "THINNING_BITS", 1)
+    assert of(path) != today

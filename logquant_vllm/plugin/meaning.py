@@ -1,7 +1,8 @@
 """What the bytes of an engine's blocks mean: its model, and formats, windows and matrices of all layers, as a digest.
 
 vLLM finds blocks by their tokens and by what it knows of a model. Where blocks outlive an engine or leave it, that is
-not enough: with other options or another calibration the same bytes are other keys and values.
+not enough: with other options or another calibration the same bytes are other keys and values, and with another
+selection of copies they come from other answers of the layers before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import logquant_vllm
 from logquant_vllm import calibration
+from logquant_vllm.core import log_selection
 from logquant_vllm.plugin.backend import LogQuantImpl
 from logquant_vllm.plugin.basis import held_basis
 from logquant_vllm.plugin.model import where
@@ -24,7 +26,8 @@ def meaning(worker: Any) -> str:
     length = model.max_model_len if "longrope" in str(model.hf_text_config) else None
     name, revision, changes, device = where(model)
     weights = calibration.identity(name, revision)
-    parts = logquant_vllm.__version__, ranks, weights, changes, device, model.dtype, length
+    selection = log_selection.THINNING_BITS  # a long prompt's chunks read the chunks before: exactly where copies are
+    parts = logquant_vllm.__version__, selection, ranks, weights, changes, device, model.dtype, length
     digest = hashlib.sha256(" ".join(map(str, parts)).encode())
     for name, layer in worker.vllm_config.compilation_config.static_forward_context.items():
         if isinstance(layer, WindowLayer):
