@@ -49,6 +49,8 @@ MIXED: dict[str, dict[str, Any]] = {
         "altup_num_inputs": 2,
         "laurel_rank": 16,
         "activation_sparsity_pattern": [0.0] * 10,
+        # a padding token's embedding would be 0, by whose magnitude vLLM divides
+        "pad_token_id": None,
     },
     "OLMo 3": {
         "architectures": ["Olmo3ForCausalLM"],
