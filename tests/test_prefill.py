@@ -41,8 +41,12 @@ def dense(head_size: int, dtype: torch.dtype, room: int) -> Any:
     return replace(flash_attention(head_size, 1), room=room)
 
 
-def described(batch: Batch, new: list[int], bounds: list[int]) -> Any:
-    """vLLM's description of a step."""
+def described(batch: Batch, new: list[int], bounds: list[int], pictures: Any = None) -> Any:
+    """vLLM's description of a step.
+
+    Args:
+        pictures: of each request, the first and last position of each picture that sees itself whole.
+    """
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     starts, unused = batch.query_start_loc, torch.empty(0)
@@ -57,6 +61,7 @@ def described(batch: Batch, new: list[int], bounds: list[int]) -> Any:
         block_table_tensor=unused,
         slot_mapping=unused,
         seq_lens_cpu_upper_bound=torch.tensor(bounds),
+        mm_req_doc_ranges=pictures,
     )
 
 
@@ -156,3 +161,44 @@ def test_steps_with_drafts() -> None:
                 assert parts.decoding is None or parts.decoding.batch.max_query_len == 4
             ops.step(layer, *qkv, side.cache, batch, output, parts)
         assert_close(outputs[1], outputs[0], what=f"step {seed}")
+
+
+def attention_of_one(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Attention of a request's tokens to those that each of them may see, bool ``[tokens, tokens]``."""
+    key, value = (x.float().repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query.float(), key) * scale
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+@pytest.mark.parametrize("room", [256, 8192])
+def test_pictures_that_see_themselves_whole(room: int) -> None:
+    """In requests that begin, and in those that go on, some from within a picture; beside requests that decode."""
+    from logquant_vllm.kernels import operations as kernels
+    from logquant_vllm.plugin.parts import parts_of
+
+    dtype, scale = torch.float16, 0.5 * 64**-0.5
+    layout = CacheLayout(PageFormat(64), 64)
+    layer = Layer(layout, scale, rotation_basis(64, dtype, DEVICE), dense(64, dtype, room))
+    sides = [PagedBatch(layout, 1, 3, 600, dtype, DEVICE) for _ in range(2)]
+    pictures = {0: [(3, 40), (41, 60), (150, 199)], 1: [(0, 1), (90, 250)], 2: []}
+    for seed, new in enumerate(([100, 130, 60], [1, 120, 2], [160, 1, 1], [1, 1, 1])):
+        cached = list(sides[0].seq_lens)
+        bounds = [sum(n) for n in zip(cached, new, strict=True)]
+        qkv = [(4 * x).round() / 4 for x in random_qkv(sum(new), 2, 1, 64, dtype, DEVICE, seed)]
+        outputs = [torch.full_like(qkv[0], torch.nan) for _ in sides]
+        for side, output, ops in zip(sides, outputs, (reference, kernels), strict=True):
+            batch = side.batch(new)
+            parts = parts_of(described(batch, new, bounds, pictures), batch, room)
+            assert (parts is not None and parts.have_pictures) == (max(new) > 1)
+            ops.step(layer, *qkv, side.cache, batch, output, parts)
+        assert_close(outputs[1], outputs[0], what=f"step {seed}")
+        if seed == 0:  # nothing is cached, and nothing read in few bits
+            position = torch.arange(130, device=DEVICE)
+            ranges = [((position >= first) & (position <= last)) for first, last in pictures[1]]
+            seen = position[:, None] >= position
+            causal = attention_of_one(*(x[100:230] for x in qkv), seen, scale)
+            for inside in ranges:
+                seen = seen | (inside[:, None] & inside)
+            expected = attention_of_one(*(x[100:230] for x in qkv), seen, scale)
+            assert_close(outputs[1][100:230], expected, what="explicit mask")
+            assert (expected - causal).abs().amax((1, 2)).nonzero().flatten().tolist() == [0, *range(90, 129)]

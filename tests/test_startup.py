@@ -88,6 +88,11 @@ CASES = {
         {"dtype": "float32"},
         "--dtype is torch.float32: vLLM's CPU engine .*: use --dtype bfloat16",
     ),
+    "pictures that see themselves whole on a CPU, and beside drafts": (
+        {"is_mm_prefix_lm": True},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+        "see themselves whole, .*: use a GPU; for text .*: leave --speculative-config out; .* --language-model-only",
+    ),
     "unknown recurrent states": (
         ZAMBA2,
         {},

@@ -13,7 +13,7 @@ and outputs are still (``core.calibration.Basis``): only :func:`step` has them a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ from logquant_vllm.core.paged import (
 )
 from logquant_vllm.core.quantizer import pack, quantize_key_group, quantize_value_group
 from logquant_vllm.core.states import add_sinks
+
+if TYPE_CHECKING:
+    from logquant_vllm.core.parts import Parts
 
 
 def shared_prefix_end(window_start: Tensor, layout: CacheLayout) -> Tensor:
@@ -165,6 +168,7 @@ def attention(
     output: Tensor | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of this step's tokens over the cache and over each other.
 
@@ -176,6 +180,7 @@ def attention(
         scale: factor on the scores.
         output: where to write the output, if it has a place already.
         softcap, sinks: of :class:`logquant_vllm.core.layer.Layer`.
+        ahead: of ``core.parts.Parts.tokens_ahead``, where tokens see later ones.
 
     Returns:
         output: ``[num_tokens, num_heads, head_size]`` in the dtype of ``query``; zero for tokens of no request.
@@ -202,7 +207,8 @@ def attention(
     # masked tokens may be stale bytes, even NaN, which a zero weight would not silence
     exists = torch.cat([cached_valid, present], 1)[..., None, None]
     keys, values = keys.where(exists, 0), values.where(exists, 0)
-    causal = (local[..., None] >= local[:, None]) & present[:, None]
+    sees = local if ahead is None else local + ahead[row]
+    causal = (sees[..., None] >= local[:, None]) & present[:, None]
     valid = torch.cat([cached_valid[:, None].expand(-1, causal.shape[1], -1), causal], 2)
 
     grouped = query[row].to(compute).unflatten(2, (num_kv_heads, -1))
@@ -309,7 +315,7 @@ def begin_step(
     cache: PagedCache,
     batch: Batch,
     output: Tensor,
-    parts: object = None,
+    parts: Parts | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`step` of a layer whose tokens others read, too: its window is updated when the last of them has done so.
 
@@ -323,14 +329,17 @@ def begin_step(
         query, key, value = rotate_heads(query, key, value, layer.basis)
         feedback = layer.basis.feedback
     quantize_pages(key, value, cache, batch, layer.layout, feedback)
-    output.copy_(_attend(layer, query, key, value, cache, batch))
+    output.copy_(_attend(layer, query, key, value, cache, batch, parts and parts.tokens_ahead(query)))
     return key, value
 
 
-def _attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch) -> Tensor:
+def _attend(
+    layer: Layer, query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, batch: Batch, ahead: Tensor | None
+) -> Tensor:
     """The output, not rotated, of attention of rotated tokens."""
     arguments = query, key, value, cache, batch, layer.layout, layer.scale
-    return rotate_back(attention(*arguments, softcap=layer.softcap, sinks=layer.sinks)[0], layer.basis)
+    result, _ = attention(*arguments, softcap=layer.softcap, sinks=layer.sinks, ahead=ahead)
+    return rotate_back(result, layer.basis)
 
 
 def attend_stored(
@@ -341,7 +350,7 @@ def attend_stored(
     cache: PagedCache,
     batch: Batch,
     output: Tensor,
-    parts: object = None,
+    parts: Parts | None = None,
 ) -> None:
     """Attention of a layer that reads the tokens of another one, whose :func:`begin_step` was in this step.
 
@@ -352,7 +361,7 @@ def attend_stored(
     """
     if layer.basis is not None:
         query = change_basis(query, layer.basis.query)
-    output.copy_(_attend(layer, query, key, value, cache, batch))
+    output.copy_(_attend(layer, query, key, value, cache, batch, parts and parts.tokens_ahead(query)))
 
 
 def step(
@@ -363,14 +372,15 @@ def step(
     cache: PagedCache,
     batch: Batch,
     output: Tensor,
-    parts: object = None,
+    parts: Parts | None = None,
 ) -> None:
     """A whole step of an attention layer: into its basis, then the three operations in their order.
 
     Args:
         query, key, value: this step's ``[num_tokens, heads, head_size]`` each, as the model has them.
         output: written, like ``query``.
-        parts: ``core.parts.Parts`` of the step, for implementations that treat its requests differently.
+        parts: ``core.parts.Parts`` of the step, for implementations that treat its requests differently; and for all if
+            pictures of its see themselves whole.
 
     A decode step of several tokens that reaches the next compaction takes two turns (``CacheLayout.decode_query_len``),
     so that drafts are verified by what their tokens would have seen alone.
@@ -382,7 +392,8 @@ def step(
     layout = layer.layout
     quantize_pages(key, value, cache, batch, layout, feedback)
     output.zero_()
+    ahead = parts and parts.tokens_ahead(query)
     for rows, part in turns_of_step(batch, layout):
         q, k, v = query[rows], key[rows], value[rows]
-        output[rows] = _attend(layer, q, k, v, cache, part)
+        output[rows] = _attend(layer, q, k, v, cache, part, None if ahead is None else ahead[rows])
         update_window(k, v, cache, part, layout)

@@ -12,7 +12,7 @@ from torch import Tensor
 from logquant_vllm.core.calibration import Basis, change_basis
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.paged import Batch, CacheLayout, PagedCache
-from logquant_vllm.core.parts import Parts
+from logquant_vllm.core.parts import Part, Parts
 from logquant_vllm.core.past import PastSlice
 from logquant_vllm.core.states import add_sinks
 from logquant_vllm.kernels.arguments import Scores, Step
@@ -229,20 +229,22 @@ def _attend_parts(
         query, stored: queries in the layer's basis, keys and values as they are stored.
         new: queries, keys and values as they come, if anybody has them still: those that begin need no others.
     """
-    basis, scores = layer.basis, Scores(layer.scale, layer.softcap, layer.sinks)
+    basis, scores, dense = layer.basis, Scores(layer.scale, layer.softcap, layer.sinks), layer.dense
     decoding, continued, begun = parts
 
-    def finish(rows: Tensor, lse: Tensor, basis: Basis | None) -> None:
-        add_sinks(rows, lse.T, layer.sinks)
+    def finish(part: Part, tensors: tuple[Tensor, ...], lse: Tensor, basis: Basis | None) -> None:
+        if part.pictures is not None:
+            lse = dense.attend_ahead(lse, *tensors, part.pictures, layer.scale)
+        add_sinks(tensors[0], lse.T, layer.sinks)
         if basis is not None and basis.value is not None:
-            rotate_output(rows, basis.value)
+            rotate_output(tensors[0], basis.value)
 
     if begun is not None:
-        out, q, k, v = (_rows(x, begun.tokens) for x in (output, *(new or (query, *stored))))
-        finish(out, layer.dense.attend_new(out, q, k, v, begun.batch, layer.scale), None if new else basis)
+        tensors = tuple(_rows(x, begun.tokens) for x in (output, *(new or (query, *stored))))
+        finish(begun, tensors, dense.attend_new(*tensors, begun.batch, layer.scale), None if new else basis)
     if continued is not None:
-        out, q, k, v = (_rows(x, continued.tokens) for x in (output, query, *stored))
-        finish(out, layer.dense.attend_with_past(out, q, k, v, args, continued, layer.scale), basis)
+        tensors = tuple(_rows(x, continued.tokens) for x in (output, query, *stored))
+        finish(continued, tensors, dense.attend_with_past(*tensors, args, continued, layer.scale), basis)
     if decoding is not None:
         few, t = args.of_first(decoding.batch, decoding.tokens.stop), decoding.tokens
         _decode(few, query[t], output[t], scores, basis)

@@ -85,6 +85,11 @@ class LogQuantBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        # on a CPU vLLM's own layers would not let a picture see itself whole
+        return current_platform.is_cuda()
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """A page holds all heads of its tokens as one run of bytes, and those of other layers may follow."""
         if spec.state_content_bytes is not None:
@@ -345,7 +350,8 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         if again is not None and query.shape[0] == again.num_tokens and self._launches_alone:
             again.step(self, self.operations.step, self._layer, query, key, value, cache, output)
             return output
-        count, batch, parts = attn_metadata.num_actual_tokens, attn_metadata.batch, attn_metadata.parts
+        count, batch = attn_metadata.num_actual_tokens, attn_metadata.batch
+        parts = attn_metadata.mm_prefix_range or attn_metadata.parts
         # a layer that reads the tokens of another may have no keys and values
         query, key, value, out = (
             x if x is None or x.shape[0] == count else x[:count] for x in (query, key, value, output)

@@ -25,6 +25,9 @@ class LogQuantMetadata:
     block_table: Tensor
     parts: Parts | None
     again: Again | None = None  # the same step, if it may come again
+    mm_prefix_range: Parts | None = None
+    """The parts with pictures that see themselves whole. vLLM's Gemma 4 takes away what has this name: such are its
+    layers with a sliding window alone."""
 
 
 class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
@@ -57,6 +60,8 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
 
         room = past_room(self.vllm_config.scheduler_config.max_num_seqs)
         parts = parts_of(common, batch, room, self.decode_query_len, self.uncounted)
+        if parts is not None and parts.have_pictures:  # as many as come, wherever they lie: no such step comes again
+            return LogQuantMetadata(count, batch, block_table, parts.without_pictures, mm_prefix_range=parts)
         again = None if parts is None else self.graphs.again(count, batch, block_table, parts, room)
         return LogQuantMetadata(count, batch, block_table, parts, again)
 

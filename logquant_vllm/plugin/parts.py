@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -30,4 +31,22 @@ def parts_of(
     bounds = common.seq_lens_cpu_upper_bound
     most = [common.max_seq_len] * common.num_reqs if bounds is None else bounds.tolist()
     cached = [bound + uncounted - (end - start) for bound, (start, end) in zip(most, pairwise(starts), strict=True)]
-    return split_step(step, starts, cached, decodes, room, decode_query_len)
+    spans = [*spans_of(common, starts, cached)]
+    assert not spans or bounds is not None, "nobody knows where in the step the pictures are"
+    return split_step(step, starts, cached, decodes, room, decode_query_len, spans)
+
+
+def spans_of(
+    common: CommonAttentionMetadata, starts: Sequence[int], cached: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    """First and last row of each picture that sees itself whole, as far as this step computes it.
+
+    Args:
+        starts, cached: of ``core.parts.split_step``. Of a prompt's cached tokens the host knows the number.
+    """
+    for request, ranges in (common.mm_req_doc_ranges or {}).items():
+        begin, end = starts[request], starts[request + 1]
+        for first, last in ranges:  # positions, both in the picture
+            first, last = max(begin + first - cached[request], begin), min(begin + last - cached[request], end - 1)
+            if first < last:
+                yield first, last

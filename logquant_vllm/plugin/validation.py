@@ -57,6 +57,7 @@ def validate_config(vllm_config: Any) -> LogQuantConfig:
     if vllm_config.model_config is not None:
         problems += _model_problems(vllm_config.model_config, config)
         problems += _state_problems(vllm_config)
+        problems += _picture_problems(vllm_config)
         problems += speculation_problems(vllm_config, config)
         problems += _budget_problems(vllm_config, config)
         problems += _stage_problems(vllm_config)
@@ -199,6 +200,20 @@ def _state_problems(vllm_config: Any) -> Iterator[str]:
             f"--dtype is {model.dtype}: vLLM's CPU engine computes gated delta nets in bfloat16 alone, with any KV "
             "cache: use --dtype bfloat16"
         )
+
+
+def _picture_problems(vllm_config: Any) -> Iterator[str]:
+    """Models whose pictures see themselves whole: their tokens attend to later ones, too."""
+    if not vllm_config.model_config.is_mm_prefix_lm:
+        return
+    text = "for text alone, add --language-model-only"
+    if current_platform.is_cpu():
+        yield (
+            "the model's pictures see themselves whole, which vLLM's CPU engine does not let them, with any KV cache: "
+            f"use a GPU; {text}"
+        )
+    if vllm_config.speculative_config is not None:
+        yield f"drafts are not supported where pictures see themselves whole: leave --speculative-config out; {text}"
 
 
 KNOWN_KINDS = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from logquant_vllm.core.paged import Batch
-from logquant_vllm.core.parts import Part
+from logquant_vllm.core.parts import Part, Pictures
 from logquant_vllm.core.past import dense_attention, merge_into
 from logquant_vllm.kernels.arguments import Step
 from logquant_vllm.kernels.prefill.gather import gather
@@ -95,6 +95,23 @@ class DenseAttention:
             )
             lse = piece_lse if lse is None else self.merge(output, lse, partial, piece_lse)
         assert lse is not None
+        return lse
+
+    def attend_ahead(
+        self, lse: Tensor, output: Tensor, query: Tensor, key: Tensor, value: Tensor, pictures: Pictures, scale: float
+    ) -> Tensor:
+        """Add to attention of a part's tokens what those of pictures see behind them; the LSEs.
+
+        Args:
+            lse, output: of the above, written.
+            query, key, value: as they were for it.
+        """
+        rows, batch = pictures
+        seen = output.index_select(0, rows)
+        partial = torch.empty_like(seen)
+        behind = self.attend_new(partial, query[rows], key[rows + 1], value[rows + 1], batch, scale)
+        lse.index_copy_(1, rows, self.merge(seen, lse.index_select(1, rows), partial, behind))
+        output.index_copy_(0, rows, seen)
         return lse
 
     def _attend(
