@@ -280,7 +280,8 @@ def test_pictures(name: str, tmp_path: Path) -> None:
     pictures, texts_differ = (mean_kl([(own[1][0], own[i][0])]) for i in (2, 3))
     print([f"{x:.0e}" for x in kl], f"{pictures:.0e} {texts_differ:.0e}", cached)
     assert mean_kl([(e, a[0]) for e, a in zip(expected, own, strict=False)]) < pictures / 20
-    assert distance(own[:1], ours[:1]) < rounding
+    # a causal mask in our layers alone would make it a fifth of another picture's
+    assert distance(own[:1], ours[:1]) < rounding and kl[0] < pictures / 50
     # no more than in a text without a picture
     assert max(kl[1:3]) < min(3 * kl[3], texts_differ / 20) and max(kl[5:7]) < min(3 * kl[7], texts_differ / 20)
     assert cached[2] <= len(before) and cached[5] >= 512 and cached[6] >= 512
