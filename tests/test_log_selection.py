@@ -1,4 +1,4 @@
-"""The closed form of the log selection against the paper's loop."""
+"""The closed form of the log selection against its loop."""
 
 from __future__ import annotations
 
@@ -81,6 +81,14 @@ def test_a_dropped_token_stays_dropped() -> None:
         now = {*log_selected_positions(n, w), *range(recent_window_start(n, w), n)}
         assert {p for p in now if p < n - w} <= kept
         kept = now
+
+
+def test_what_a_hit_brings_back() -> None:
+    """A hit ends with a page of 128 tokens; of those that it computes again by default all but seven copies come."""
+    for hit in range(256, 5000, 128):
+        lost = [p for p in log_selected_positions(hit, 64) if 0 < p < hit - 128]
+        assert len(lost) == 7 and min(lost) >= hit - 192
+        assert [p for p in log_selected_positions(hit + 64, 64) if 0 < p < hit - 128] == []
 
 
 @pytest.mark.parametrize("function", [log_selected_positions, recent_window_start, num_compactions])

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from logquant_vllm.demo import corpus, tasks
 
 SPAN_WINDOW = 64
-"""Look-ups are binned by the reach of LogQuant's default window."""
+"""Look-ups are binned by the reach of the paper's selection with this window."""
 
 
 @dataclass(frozen=True)
