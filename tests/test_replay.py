@@ -95,11 +95,13 @@ class Server:
         for table, of_all in zip(self.tables, (side.cache.block_table, side.cache.window_block_table), strict=True):
             table[:count] = of_all[requests]
         bounds = [side.seq_lens[r] + (3 if side.seq_lens[r] > n else 0) for r, n in zip(requests, new, strict=True)]
-        batch = Batch(self.starts[: count + 1], self.lens[:count], max(new), max(bounds))
+        most = self.layer.layout.decode_query_len
+        longest = most if 1 < max(new) <= most else max(new)
+        batch = Batch(self.starts[: count + 1], self.lens[:count], longest, max(bounds))
         cache = PagedCache(side.cache.pages, side.cache.window, *(x[:count] for x in self.tables))
         parts = parts_of(described(batch, new, bounds), batch, ROOM, self.layer.layout.decode_query_len)
         again = None
-        if replays and parts is not None:
+        if replays and (parts is not None or total < count * most):
             again = self.graphs.again(total, batch, cache.block_table, parts, ROOM)
         if again is None:
             output = torch.full_like(qkv[0], torch.nan)
@@ -178,6 +180,19 @@ def test_replays_with_drafts(head_size: int, dtype: torch.dtype) -> None:
     steps = [([0], [150], 0), ([1], [190], 0), ([0, 1], [4, 50], 0), ([1, 0], [4, 51], 1), ([0, 1], [4, 44], 1)]
     more = [([0, 2], [2, 20], 1), ([1, 3], [2, 20], 2), ([1, 0, 3], [1, 3, 30], 2), ([0, 3, 1], [4, 4, 20], 2)]
     for seed, (requests, new, captures) in enumerate(steps + more):
+        step_both(sides, requests, new, seed)
+        assert sides[1].captures == captures, f"step {seed}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("head_size", "dtype"), HEAD_SIZES)
+def test_replays_where_requests_verify_different_numbers_of_drafts(head_size: int, dtype: torch.dtype) -> None:
+    """Of that vLLM has no graph with attention. Rows of padding make a step of three requests one of four."""
+    sides = servers(head_size, dtype, decode_query_len=4, rollback_tokens=3)
+    prompts = [([request], [length], 0) for request, length in enumerate((189, 250, 130))]
+    steps = [([0, 1], [4, 1], 0), ([0, 1], [2, 4], 1), ([1, 0], [3, 1], 1), ([2, 0, 1], [1, 4, 2], 1)]
+    more = [([1, 0, 2], [4, 1, 1], 2), ([0, 1], [1, 1], 2), ([3], [140], 2), ([0, 3, 2, 1], [2, 1, 4, 1], 2)]
+    for seed, (requests, new, captures) in enumerate(prompts + steps + more):
         step_both(sides, requests, new, seed)
         assert sides[1].captures == captures, f"step {seed}"
 

@@ -62,7 +62,9 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
         parts = parts_of(common, batch, room, self.decode_query_len, self.uncounted)
         if parts is not None and parts.have_pictures:  # as many as come, wherever they lie: no such step comes again
             return LogQuantMetadata(count, batch, block_table, parts.without_pictures, mm_prefix_range=parts)
-        again = None if parts is None else self.graphs.again(count, batch, block_table, parts, room)
+        # of a step whose requests all have as many new tokens, one and its drafts, vLLM has a graph with attention
+        is_whole = parts is None and count == common.num_reqs * self.decode_query_len
+        again = None if is_whole else self.graphs.again(count, batch, block_table, parts, room)
         return LogQuantMetadata(count, batch, block_table, parts, again)
 
     @property

@@ -1,9 +1,10 @@
-"""Small steps with prompts: what a layer launches is captured in a CUDA graph when such a step comes again.
+"""Small steps without a graph of vLLM's: what a layer launches is captured in one when such a step comes again.
 
-vLLM has graphs of these steps without attention (``PIECEWISE``), and lets each layer launch its kernels one by one. For
-a few new tokens, as after a prefix hit, that takes the host longer than the GPU. But what kernels are launched with
-follows from addresses, shapes and numbers that the host knows; lengths and blocks they read on the device. So the
-launches of two steps are the same where a layer is given the same of all these.
+They have prompts, or requests verify different numbers of drafts: vLLM then has graphs without attention
+(``PIECEWISE``), and lets each layer launch its kernels one by one. For a few new tokens, as after a prefix hit, that
+takes the host longer than the GPU. But what kernels are launched with follows from addresses, shapes and numbers that
+the host knows; lengths and blocks they read on the device. So the launches of two steps are the same where a layer is
+given the same of all these.
 
 Steps are made to come again (:func:`alike`): vLLM pads the tokens to the size of its graphs, whose results lie where
 they lay before; what the host knows of lengths is rounded up; and the few tensors that are made for a step are put
@@ -90,13 +91,15 @@ class Again:
     """A step, described as others are described, too.
 
     Args:
-        batch, parts: with padding: ``num_tokens`` in all.
+        batch, parts: with padding: ``num_tokens`` in all. Without parts, in which requests have rows of their own, the
+            batch has rows of padding, too.
     """
 
-    def __init__(self, num_tokens: int, batch: Batch, parts: Parts, form: Form, graphs: Graphs) -> None:
+    def __init__(self, num_tokens: int, batch: Batch, parts: Parts | None, form: Form, graphs: Graphs) -> None:
         self.num_tokens, self.batch, self.parts = num_tokens, batch, parts
         self.form, self._graphs = form, graphs
         self._workspace = 0
+        self._tables: tuple[Tensor, Tensor] | None = None
 
     def step(
         self,
@@ -117,6 +120,11 @@ class Again:
         """
         if not self._workspace:  # the same for all layers of a step
             self._workspace = layer.dense.memory(query.device, ((1,), torch.uint8))[0].data_ptr()
+        if self.parts is None:
+            if self._tables is None:  # the same for all layers, too
+                rows = self.batch.seq_lens.shape[0]
+                self._tables = with_rows(cache.block_table, rows), with_rows(cache.window_block_table, rows)
+            cache = PagedCache(cache.pages, cache.window, *self._tables)
 
         def launch() -> None:
             if self._is_padding_read:
@@ -130,6 +138,8 @@ class Again:
     @property
     def _is_padding_read(self) -> bool:
         """Whether attention reads new values where they are, as it does unless they are gathered behind a past."""
+        if self.parts is None:
+            return False
         _, continued, begun = self.parts
         return begun is not None or continued is None or continued.past is None or not continued.past.whole
 
@@ -154,7 +164,7 @@ class Graphs:
         device: torch.device,
     ) -> None:
         self._sizes, self._longest, self._may_capture = sorted(sizes), max_model_len, may_capture
-        self._most_forms = max(MOST_GRAPHS // layers, 1)
+        self._most_forms, self._most_reqs = max(MOST_GRAPHS // layers, 1), max_num_seqs
         self._steps = 0
         self._forms: dict[_Key, Form] = {}  # in the order of their use
         # of each slice, and the first rows of two parts
@@ -164,15 +174,15 @@ class Graphs:
         self._pool: Any = None
         self._first: Any = None  # graph: torch captures into no pool whose graphs are all thrown away
 
-    def again(self, num_tokens: int, batch: Batch, block_table: Tensor, parts: Parts, room: int) -> Again | None:
+    def again(self, num_tokens: int, batch: Batch, block_table: Tensor, parts: Parts | None, room: int) -> Again | None:
         """The description of a step under which it may come again, if it is a small one.
 
         Args:
-            batch, block_table, parts: of the step as it is.
+            batch, block_table, parts: of the step as it is. No parts: all requests verify drafts, or decode.
             room: tokens of the past that the workspace holds.
         """
         index = bisect.bisect_left(self._sizes, num_tokens)
-        past = parts.continued and parts.continued.past
+        past = parts and parts.continued and parts.continued.past
         if index == len(self._sizes) or (past and len(past.slices) > MOST_SLICES) or not self._may_capture():
             return None
         size, places = self._sizes[index], iter(self._made)
@@ -181,8 +191,12 @@ class Graphs:
         def keep(x: Tensor) -> Tensor:
             return x if x.untyped_storage().data_ptr() in of_vllm else next(places)[: x.shape[0]].copy_(x)
 
-        batch = batch._replace(max_query_len=size, max_seq_len=self._longest)
-        parts = alike(parts, size, room, self._longest, keep)
+        batch = batch._replace(max_seq_len=self._longest)
+        if parts is None:
+            batch = padded(batch, self._most_reqs, next(places), next(places))
+            block_table = with_rows(block_table, batch.seq_lens.shape[0])
+        else:
+            batch, parts = batch._replace(max_query_len=size), alike(parts, size, room, self._longest, keep)
         form = self._form(_key((size, batch, block_table, parts)))
         return None if form is None else Again(size, batch, parts, form, self)
 
@@ -242,6 +256,33 @@ def _no_garbage_collected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def padded(batch: Batch, most: int, starts: Tensor, lens: Tensor) -> Batch:
+    """A batch with rows of padding, without a token, behind its requests: to a power of two, as kernels' shares do not
+    depend on those.
+
+    Args:
+        most: rows of all tables.
+        starts, lens: where its tensors are put, int32 ``[most + 1]``.
+    """
+    count = batch.seq_lens.shape[0]
+    rows = min(1 << (count - 1).bit_length(), most)
+    starts, lens = starts[: rows + 1], lens[:rows]
+    starts[: count + 1] = batch.query_start_loc
+    starts[count + 1 :] = batch.query_start_loc[-1:]
+    lens[:count] = batch.seq_lens
+    lens[count:] = 0
+    return batch._replace(query_start_loc=starts, seq_lens=lens)
+
+
+def with_rows(table: Tensor, rows: int) -> Tensor:
+    """So many rows of a block table of which the first are given: vLLM's has one for every request of the server."""
+    columns, distance = table.shape[1], table.stride(0)
+    end = table.storage_offset() + (rows - 1) * distance + columns
+    if end * table.itemsize > table.untyped_storage().nbytes():  # one that was made for this step
+        return torch.nn.functional.pad(table, (0, 0, 0, rows - table.shape[0]))
+    return table.as_strided((rows, columns), table.stride())
 
 
 def alike(parts: Parts, num_tokens: int, room: int, max_model_len: int, keep: Callable[[Tensor], Tensor]) -> Parts:
