@@ -229,6 +229,16 @@ def test_replays_nothing_stale(head_size: int, dtype: torch.dtype) -> None:
     twice(9)
 
 
+def test_what_is_made_for_a_step_compiles_nothing() -> None:
+    """It lies at multiples of 16 bytes, as vLLM's buffers do: Triton compiles other kernels for other addresses, for
+    seconds."""
+    server, _ = servers(64, torch.float16, decode_query_len=4, rollback_tokens=3)
+    batch = Batch(server.starts[:4], server.lens[:3], 4, 400)
+    again = server.graphs.again(7, batch, server.tables[0][:3], None, ROOM)
+    assert again is not None
+    assert [x.data_ptr() % 16 for x in (again.batch.query_start_loc, again.batch.seq_lens)] == [0, 0]
+
+
 def test_forms_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """A description that came only once gives way, or one that has not come for long."""
     monkeypatch.setattr("logquant_vllm.plugin.replay.MOST_GRAPHS", 2)
