@@ -36,7 +36,7 @@ SPILLS = {
     "store.step.store_step_kernel": {"sm_80", "sm_86", "sm_89", "sm_120"},
     "store.feedback.rounding.round_kernel": set(GPUS),
     "decode.triton_kernel.decode_kernel": {"sm_80"},
-    "decode.gluon.kernel.decode_kernel": {"sm_100"},  # two registers, with Triton 3.8
+    "decode.gluon.kernel.decode_kernel": {"sm_100", "sm_120"},  # two to four registers, with Triton 3.8
     "prefill.gather.gather_kernel": {"sm_80"},  # likewise, none with 3.6, which vLLM 0.33 has
 }
 """Kernels that keep a part of their registers in memory on some GPUs: known to be slower there."""

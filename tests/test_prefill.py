@@ -129,36 +129,48 @@ def test_prefill(head_size: int, gqa: int, dtype: torch.dtype, room: int) -> Non
         assert torch.equal(*(side.cache.pages for side in sides))
 
 
-@pytest.mark.slow
-def test_steps_with_drafts() -> None:
-    """Requests with up to four new tokens are decoded, whatever others of the step do."""
+DRAFTS = [
+    # new tokens, and requests that are decoded, have a past, have none
+    ([70, 190, 400, 0], (0, 0, 4)),
+    ([4, 2, 1, 300], (3, 0, 1)),
+    ([4, 4, 4, 4], None),
+    ([3, 1, 5, 40], (2, 2, 0)),
+]
+FEW = [
+    ([70, 130, 0, 0], (0, 0, 4)),
+    ([2, 20, 50, 0], (2, 0, 2)),
+    ([1, 9, 20, 0], (3, 0, 0)),
+    ([1, 21, 5, 0], (1, 2, 0)),  # one of them has too many
+]
+
+
+@pytest.mark.parametrize(("steps", "few"), [pytest.param(DRAFTS, 0, marks=pytest.mark.slow), (FEW, 20)])
+def test_steps_with_drafts(steps: list[Any], few: int) -> None:
+    """Requests with up to four new tokens are decoded, whatever others of the step do, and those of prompts with a past
+    if none has more than ``few``."""
     from logquant_vllm.kernels import operations as kernels
     from logquant_vllm.plugin.parts import parts_of
 
     dtype, room = torch.float16, 8192
-    layout = CacheLayout(PageFormat(64), 64, rollback_tokens=7)
+    # with few, steps may store after attention, and do where all requests are decoded
+    layout = CacheLayout(PageFormat(64), 64, 128 if few else 0, rollback_tokens=7)
     layer = Layer(layout, 64**-0.5, rotation_basis(64, dtype, DEVICE), dense(64, dtype, room))
     sides = [PagedBatch(layout, 2, 4, 1200, dtype, DEVICE) for _ in range(2)]
-    # new tokens, and requests that decode, have a past, have none
-    steps = [
-        ([70, 190, 400, 0], (0, 0, 4)),
-        ([4, 2, 1, 300], (3, 0, 1)),
-        ([4, 4, 4, 4], None),
-        ([3, 1, 5, 40], (2, 2, 0)),
-    ]
     for seed, (new, counts) in enumerate(steps):
         qkv = random_qkv(sum(new), 4, 2, 64, dtype, DEVICE, seed)
         bounds = [n + q for n, q in zip(sides[0].seq_lens, new, strict=True)]
         outputs = [torch.full_like(qkv[0], torch.nan) for _ in sides]
         for side, output, ops in zip(sides, outputs, (reference, kernels), strict=True):
             batch = side.batch(new)
-            parts = parts_of(described(batch, new, bounds), batch, room, decode_query_len=4)
+            parts = parts_of(described(batch, new, bounds), batch, room, decode_query_len=4, few_tokens=few)
             if counts is None:
                 assert parts is None
             else:
                 assert parts is not None
                 assert tuple(len(p.batch.seq_lens) if p else 0 for p in parts) == counts
-                assert parts.decoding is None or parts.decoding.batch.max_query_len == 4
+                longest = max(new[: counts[0]], default=0)
+                compiled = few if longest > 4 else 4 if longest > 1 else longest
+                assert (0 if parts.decoding is None else parts.decoding.batch.max_query_len) == compiled
             ops.step(layer, *qkv, side.cache, batch, output, parts)
         assert_close(outputs[1], outputs[0], what=f"step {seed}")
 
@@ -172,7 +184,8 @@ def attention_of_one(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, sc
 
 @pytest.mark.parametrize("room", [256, 8192])
 def test_pictures_that_see_themselves_whole(room: int) -> None:
-    """In requests that begin, and in those that go on, some from within a picture; beside requests that decode."""
+    """In requests that begin, and in those that go on, some from within a picture, which are not decoded, be their
+    new tokens ever so few; beside requests that decode."""
     from logquant_vllm.kernels import operations as kernels
     from logquant_vllm.plugin.parts import parts_of
 
@@ -188,7 +201,7 @@ def test_pictures_that_see_themselves_whole(room: int) -> None:
         outputs = [torch.full_like(qkv[0], torch.nan) for _ in sides]
         for side, output, ops in zip(sides, outputs, (reference, kernels), strict=True):
             batch = side.batch(new)
-            parts = parts_of(described(batch, new, bounds, pictures), batch, room)
+            parts = parts_of(described(batch, new, bounds, pictures), batch, room, few_tokens=200)
             assert (parts is not None and parts.have_pictures) == (max(new) > 1)
             ops.step(layer, *qkv, side.cache, batch, output, parts)
         assert_close(outputs[1], outputs[0], what=f"step {seed}")

@@ -71,11 +71,13 @@ def steps(shape: Shape, calibrated: bool, preset: str = "k2v2") -> None:
     layer = layer_of(layout, kv_heads, calibrated)
     for _ in range(2):
         requests = PagedBatch(layout, kv_heads, 4, 1024, torch.bfloat16, DEVICE)
-        for seed, new in enumerate([[300, 130, 64, 9], [1, 4, 2, 1], [4, 4, 200, 70], [1, 1, 1, 1], [4, 4, 4, 4]]):
+        for seed, new in enumerate(
+            [[300, 130, 64, 9], [1, 4, 2, 1], [4, 4, 200, 70], [1, 3, 30, 17], [1, 1, 1, 1], [4] * 4]
+        ):
             qkv = random_qkv(sum(new), heads, kv_heads, head_size, torch.bfloat16, DEVICE, seed)
             cached, batch = list(requests.seq_lens), requests.batch(new)
             starts = [sum(new[:i]) for i in range(len(new) + 1)]
-            parts = split_step(batch, starts, cached, sum(n <= 4 for n in new), ROOM, 4) if max(new) > 4 else None
+            parts = split_step(batch, starts, cached, sum(n <= 4 for n in new), ROOM, 4, 32) if max(new) > 4 else None
             output = torch.empty_like(qkv[0])
             operations.step(layer, *qkv, requests.cache, batch, output, parts)
             assert not output.isnan().any()

@@ -22,16 +22,20 @@ from tests.pair import DEVICE
 
 
 @triton.jit
-def share_out(found, row_starts, batch, num_kv_heads, LAYOUT: tl.constexpr, REQUESTS: tl.constexpr):
+def share_out(
+    found, row_starts, batch, num_kv_heads, VECTORS: tl.constexpr, LAYOUT: tl.constexpr, REQUESTS: tl.constexpr
+):
     program, programs, index = tl.program_id(0), tl.num_programs(0), tl.arange(0, REQUESTS)
-    schedule = tile_scheduler.make_schedule(batch, num_kv_heads, programs, index, LAYOUT)
-    request, kv_head, block, count = tile_scheduler.find_share(batch, num_kv_heads, program, schedule, index, LAYOUT)
+    schedule = tile_scheduler.make_schedule(batch, num_kv_heads, programs, index, VECTORS, LAYOUT)
+    request, tile, block, count = tile_scheduler.find_share(
+        batch, num_kv_heads, program, schedule, index, VECTORS, LAYOUT
+    )
     tl.store(found + 4 * program, request)
-    tl.store(found + 4 * program + 1, kv_head)
+    tl.store(found + 4 * program + 1, tile)
     tl.store(found + 4 * program + 2, block)
     tl.store(found + 4 * program + 3, count)
     if program == programs - 1:
-        tile_scheduler.write_schedule(row_starts, batch, num_kv_heads, schedule, index, LAYOUT)
+        tile_scheduler.write_schedule(row_starts, batch, num_kv_heads, schedule, index, VECTORS, LAYOUT)
 
 
 @triton.jit
@@ -48,46 +52,62 @@ LAYOUT = CacheLayout(PageFormat(16, 64, key_group_size=32, value_group_size=32),
 HEADS = 2
 
 
-def blocks_of(query_len: int, seq_len: int) -> int:
-    """KV blocks of a request and head, told anew."""
+def blocks_of(query_len: int, seq_len: int, queries: int = 1) -> int:
+    """KV blocks of a request's tiles, told anew."""
     if query_len == 0:
         return 0
-    complete = (seq_len - query_len) // 32 * 32
-    return -(-LAYOUT.num_slots // 32) + -(-complete // 64)
+    complete, new_slots = (seq_len - query_len) // 32 * 32, queries if queries > 1 else 0
+    return -(-(LAYOUT.num_slots + new_slots) // 32) + -(-complete // 64)
 
 
-def starts_and_lens(lens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One new token of every request that has any."""
-    starts = torch.tensor([0, *(n > 0 for n in lens)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return starts.to(DEVICE), torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+def starts_and_lens(lens: list[int], queries: int = 1) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """New tokens of every request that has any: one of the first, and as many as there may be, or fewer, of others."""
+    new = [min(1 + 5 * i % queries, n) for i, n in enumerate(lens)]
+    starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return starts.to(DEVICE), torch.tensor(lens, dtype=torch.int32, device=DEVICE), new
+
+
+ONE_TOKEN = [
+    ([1], 1, False),
+    ([1], 50, True),
+    ([4000, 1, 0, 1, 70], 7, False),
+    ([0, 0, 500], 13, True),
+    ([33 * i % 700 for i in range(40)], 31, False),
+    ([33 * i % 700 for i in range(300)], 5, False),
+    ([20 + i for i in range(40)], 90, True),
+    ([300] * 8, 16, True),
+    ([300] * 8, 17, True),  # a program has nothing to do
+    ([300] * 8, 15, False),
+    ([4000] * 3, 18, False),  # large shares
+]
+SEVERAL = [
+    ([300], 3, False),
+    ([70], 50, True),
+    ([4000, 9, 0, 700], 7, False),
+    ([4000, 9, 0, 700, 300, 0], 40, False),
+    ([300] * 8, 60, False),
+]
 
 
 @pytest.mark.parametrize(
-    ("lens", "programs", "whole"),
+    ("lens", "programs", "whole", "vectors"),
     [
-        ([1], 1, False),
-        ([1], 50, True),
-        ([4000, 1, 0, 1, 70], 7, False),
-        ([0, 0, 500], 13, True),
-        ([33 * i % 700 for i in range(40)], 31, False),
-        pytest.param([33 * i % 700 for i in range(300)], 5, False, id="300 requests"),
-        ([20 + i for i in range(40)], 90, True),
-        ([300] * 8, 16, True),
-        ([300] * 8, 17, True),  # a program has nothing to do
-        ([300] * 8, 15, False),
-        ([4000] * 3, 18, False),  # large shares
+        *((*case, Vectors(1, 1, 1)) for case in ONE_TOKEN),
+        *((*case, Vectors(3, 8, 5)) for case in SEVERAL),
     ],
     ids=str,
 )
-def test_every_block_has_one_program(lens: list[int], programs: int, whole: bool) -> None:
+def test_every_block_has_one_program(lens: list[int], programs: int, whole: bool, vectors: Vectors) -> None:
     """``whole``: whether no program takes blocks of two tiles."""
-    starts, seq_lens = starts_and_lens(lens)
+    starts, seq_lens, new = starts_and_lens(lens, vectors.queries)
     found = torch.full((programs, 4), -1, dtype=torch.int32, device=DEVICE)
     row_starts = torch.full((len(lens) + 3,), -1, dtype=torch.int32, device=DEVICE)
     batch = BatchArgument(starts, seq_lens, 16 * len(lens))
-    share_out[(programs,)](found, row_starts, batch, HEADS, LAYOUT, tile_scheduler.requests_bound(len(lens)))
-    rows = [blocks_of(int(n > 0), n) for n in lens]
-    every = [(r, h, u) for r, n in enumerate(rows) for h in range(HEADS) for u in range(n)]
+    share_out[(programs,)](found, row_starts, batch, HEADS, vectors, LAYOUT, tile_scheduler.requests_bound(len(lens)))
+    rows = [blocks_of(n, length, vectors.queries) for n, length in zip(new, lens, strict=True)]
+    # new tokens' query vectors are taken in blocks of five
+    tiles = [HEADS * max(-(-n * vectors.gqa // 5), 1) for n in new]
+    every = [(r, t, u) for r, n in enumerate(rows) for t in range(tiles[r]) for u in range(n)]
     taken: list[tuple[int, int, int]] = []
     for request, head, unit, count in found.tolist():
         if count:
@@ -103,7 +123,7 @@ def test_every_block_has_one_program(lens: list[int], programs: int, whole: bool
     else:
         assert (share, larger, grain) == (*divmod(len(every), programs), 1)
         assert counts == [share + (p < larger) for p in range(programs)]
-    before = [HEADS * sum(-(-n // grain) * grain for n in rows[:r]) for r in range(len(rows))]
+    before = [sum(-(-n // grain) * grain * t for n, t in zip(rows[:r], tiles, strict=False)) for r in range(len(rows))]
     assert row_starts[:-3].tolist() == before
 
 
@@ -120,7 +140,7 @@ def test_combine(programs: int, grain: int, tile: int, hadamard: bool, with_sink
         with_sinks: whether sinks take their share of all. Without either, outputs of whole tiles are left alone.
     """
     lens, gqa, size = [700, 40, 0, 90], 2, LAYOUT.fmt.head_size
-    starts, seq_lens = starts_and_lens(lens)
+    starts, seq_lens, _ = starts_and_lens(lens)
     g = torch.Generator().manual_seed(programs)
     rows = [blocks_of(int(n > 0), n) for n in lens]
     padded = [-(-n // grain) * grain for n in rows]

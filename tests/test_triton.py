@@ -174,8 +174,8 @@ def test_decode_step(case) -> None:
     pair.step([w - 4, 1], seed=9)
     for i in range(4):
         pair.step([1, int(i != 2)], seed=10 + i, at_once=True)
-    keys, batch = pair.qkv(4, 0)[1].to(DEVICE), pair.actual.batch([2, 2])
-    with pytest.raises(ValueError, match="a decode step has up to 1 new tokens"):
+    keys, batch = pair.qkv(w + 3, 0)[1].to(DEVICE), pair.actual.batch([2, w + 1])
+    with pytest.raises(ValueError, match=f"a decode step has up to window_length {w} new tokens"):
         kernels.store_tokens(keys, keys, pair.actual.cache, batch, layout)
 
 

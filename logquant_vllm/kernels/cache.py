@@ -90,6 +90,25 @@ def find_request(query_start_loc, index, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def find_row(query_start_loc, row, count, QUERIES: tl.constexpr):
+    """The request of a new token, the last one for rows behind all of them.
+
+    Args:
+        row: of the token.
+        count: of requests, which have ``QUERIES`` new tokens at most: if all have as many, nothing is searched.
+    """
+    low, high = tl.minimum(row // QUERIES, count - 1), row * 0 + count
+    high = tl.where(tl.load(query_start_loc + low + 1) > row, low + 1, high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start_loc + middle) <= row:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
 def read_lengths(batch, request):
     """The first three members of :class:`Request`."""
     start = tl.load(batch.query_start_loc + request)

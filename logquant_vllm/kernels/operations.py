@@ -146,14 +146,17 @@ def step(
         parts: of the batch; without, all its requests are decoded together.
     """
     layout, basis = layer.layout, layer.basis
-    if parts is None and batch.max_query_len <= layout.decode_query_len and layout.may_store_last:  # four launches
+    if parts is not None and parts.decoding is not None and parts.continued is None and parts.begun is None:
+        batch, parts = parts.decoding.batch, None  # kernels are compiled for its number of tokens
+    if parts is None and batch.max_query_len <= layout.window_length and layout.may_store_last:  # four launches
         if basis is not None:
             query, key, value = rotate_heads(query, key, value, basis)
         scores = layer.softcap, layer.sinks
         decode_step(query, key, value, cache, batch, layout, layer.scale, output, basis, *scores)
         return
     _, args = _begin(layer, query, key, value, cache, batch, output, parts)
-    prompt.update_window(args)
+    # what is decoded comes last in ``_attend_parts``
+    prompt.update_window(args, beside=parts is None or parts.decoding is not None)
 
 
 def begin_step(

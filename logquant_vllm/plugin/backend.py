@@ -233,6 +233,17 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         return self._layer.layout.decode_query_len
 
     @property
+    def few_tokens(self) -> int:
+        """Up to so many new tokens of a prompt with a past are decoded (``core.parts.split_step``)."""
+        if not current_platform.is_cuda():
+            return 0
+        from logquant_vllm.kernels.architecture import architecture
+        from logquant_vllm.kernels.decode.launch import few_tokens
+
+        gpu, dtype = architecture(torch.device("cuda", torch.cuda.current_device())), self.named()[1].dtype
+        return few_tokens(gpu, dtype, self._layer.layout, self.num_heads // self.num_kv_heads)
+
+    @property
     def window_layer(self) -> WindowLayer:
         """The companion layer that owns this layer's full-precision blocks."""
         assert self._window_layer is not None, "the layer was never settled"

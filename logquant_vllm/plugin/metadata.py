@@ -43,6 +43,7 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         impl = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]].impl
         self.decode_query_len, self.uncounted = impl.decode_query_len, int(impl.drafts)
+        self.few_tokens = impl.few_tokens
         self._graphs: Graphs | None = None
 
     def build(
@@ -59,7 +60,7 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
         from logquant_vllm.plugin.prefill import past_room
 
         room = past_room(self.vllm_config.scheduler_config.max_num_seqs)
-        parts = parts_of(common, batch, room, self.decode_query_len, self.uncounted)
+        parts = parts_of(common, batch, room, self.decode_query_len, self.few_tokens, self.uncounted)
         if parts is not None and parts.have_pictures:  # as many as come, wherever they lie: no such step comes again
             return LogQuantMetadata(count, batch, block_table, parts.without_pictures, mm_prefix_range=parts)
         # of a step whose requests all have as many new tokens, one and its drafts, vLLM has a graph with attention

@@ -13,7 +13,12 @@ from logquant_vllm.core.parts import Parts, split_step
 
 
 def parts_of(
-    common: CommonAttentionMetadata, step: Batch, room: int, decode_query_len: int = 1, uncounted: int = 0
+    common: CommonAttentionMetadata,
+    step: Batch,
+    room: int,
+    decode_query_len: int = 1,
+    few_tokens: int = 0,
+    uncounted: int = 0,
 ) -> Parts | None:
     """Split a step, unless it is a decode step of all its requests.
 
@@ -22,6 +27,7 @@ def parts_of(
         step: all its requests.
         room: as in ``core.past.past_slices``.
         decode_query_len: new tokens of a request in a decode step, at most: 1 and its drafts.
+        few_tokens: as in ``core.parts.split_step``.
         uncounted: tokens that vLLM's bounds leave out: for a draft model runner V2's do not count the newest.
     """
     if common.max_query_len <= decode_query_len:
@@ -33,7 +39,7 @@ def parts_of(
     cached = [bound + uncounted - (end - start) for bound, (start, end) in zip(most, pairwise(starts), strict=True)]
     spans = [*spans_of(common, starts, cached)]
     assert not spans or bounds is not None, "nobody knows where in the step the pictures are"
-    return split_step(step, starts, cached, decodes, room, decode_query_len, spans)
+    return split_step(step, starts, cached, decodes, room, decode_query_len, few_tokens, spans)
 
 
 def spans_of(

@@ -137,11 +137,11 @@ class Again:
 
     @property
     def _is_padding_read(self) -> bool:
-        """Whether attention reads new values where they are, as it does unless they are gathered behind a past."""
+        """Whether FlashAttention reads new values where they are, as it does unless they are gathered behind a past."""
         if self.parts is None:
             return False
         _, continued, begun = self.parts
-        return begun is not None or continued is None or continued.past is None or not continued.past.whole
+        return begun is not None or (continued is not None and not (continued.past and continued.past.whole))
 
 
 class Graphs:

@@ -14,9 +14,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from logquant_vllm.kernels.arguments import Member, Rows, Step, padded
-from logquant_vllm.kernels.cache import num_reqs
+from logquant_vllm.kernels.cache import find_row, num_reqs
 from logquant_vllm.kernels.decode.tile_scheduler import PARTIALS, pad_blocks, program_of, tile_blocks
-from logquant_vllm.kernels.decode.vectors import Vectors, place_vectors
+from logquant_vllm.kernels.decode.vectors import Vectors, count_blocks
 from logquant_vllm.kernels.launcher import Argument, launch
 from logquant_vllm.kernels.rotate import hadamard_of
 
@@ -71,21 +71,30 @@ def combine_kernel(
     HADAMARD: tl.constexpr,  # rotates outputs back: CHANNELS are all of a head
     PDL: tl.constexpr,  # waits for the kernel that writes the partials, and lets the next start
 ):
-    """Weigh the partials of one request and query vector, ``CHANNELS`` of it, if there are several, take a sink's
-    weight and rotate the output back; rows of no request get zeros and ``-inf``."""
+    """Weigh the partials of one new token and query head, ``CHANNELS`` of it, if there are several, take a sink's
+    weight and rotate the output back; rows of no request get zeros and ``-inf``.
+
+    A program's first number is a row of the output, or if requests have one new token at most, the request: then those
+    without any need not lie behind the others.
+    """
     HEAD_SIZE: tl.constexpr = LAYOUT.fmt.head_size
-    request, kv_head = tl.program_id(0), tl.program_id(1) // VECTORS.count
-    vector = tl.program_id(1) % VECTORS.count
-    token, head = place_vectors(vector, VECTORS)
-    head += kv_head * VECTORS.gqa
+    row, head = tl.program_id(0), tl.program_id(1)
+    kv_head = head // VECTORS.gqa
     count = num_reqs(batch)
+    if VECTORS.queries == 1:
+        request = row
+    else:
+        request = find_row(batch.query_start_loc, row, count, VECTORS.queries)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     in_head = channel < HEAD_SIZE
     # what a step begins with, nobody writes: it is read while the partials are still being written
     is_request = request < count
     start = tl.load(batch.query_start_loc + request, mask=is_request, other=0)
     query_len = tl.load(batch.query_start_loc + request + 1, mask=is_request, other=0) - start
-    blocks = tile_blocks(query_len, tl.load(batch.seq_lens + request, mask=is_request, other=0) - query_len, LAYOUT)
+    computed = tl.load(batch.seq_lens + request, mask=is_request, other=0) - query_len
+    blocks = tile_blocks(query_len, computed, VECTORS.queries, LAYOUT)
+    token = 0 if VECTORS.queries == 1 else row - start
+    vector = token * VECTORS.gqa + head % VECTORS.gqa
     end = tl.load(batch.query_start_loc + count)
     if PDL:
         gdc_wait()
@@ -93,7 +102,7 @@ def combine_kernel(
     if is_request:
         share, larger = tl.load(out.row_starts + count), tl.load(out.row_starts + count + 1)
         padded = pad_blocks(blocks, tl.load(out.row_starts + count + 2))
-        tile = kv_head * VECTORS.blocks + vector // VECTORS.block
+        tile = kv_head * count_blocks(query_len, VECTORS) + vector // VECTORS.block
         begin = tl.load(out.row_starts + request) + tile * padded
         first, last = program_of(begin, share, larger), program_of(begin + blocks - 1, share, larger)
         if (blocks > 0) & (first < last) & (token < query_len):
@@ -129,7 +138,6 @@ def combine_kernel(
             whole = (blocks > 0) & (first == last) & (token < query_len)
             finish_whole(out, sinks, start + token, head, channel, in_head, whole, HADAMARD)
     # requests lie one after another: rows from their end on belong to none
-    row = request * VECTORS.queries + token
     if (row >= end) & (row < num_tokens):
         store_row(out, row, head, channel, in_head, tl.zeros((CHANNELS,), tl.float32), float("-inf"))
 
@@ -179,8 +187,8 @@ def combine(
     """
     head_size, pdl = step.layout.fmt.head_size, step.architecture.dependent_launch
     tile, channels, warps = combine_tile(programs, rows, vectors.block, head_size, hadamard)
-    requests = max(step.num_reqs, -(-step.num_tokens // vectors.queries))
-    grid = (requests, step.num_kv_heads * vectors.count, -(-head_size // channels))
+    tokens = max(step.num_reqs, step.num_tokens) if vectors.queries == 1 else step.num_tokens
+    grid = (tokens, step.num_kv_heads * vectors.gqa, -(-head_size // channels))
     launch(
         combine_kernel,
         grid,

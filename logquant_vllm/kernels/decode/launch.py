@@ -22,6 +22,7 @@ from logquant_vllm.kernels.launcher import Argument
 from logquant_vllm.kernels.rotate import rotate_output
 
 LOG2E = 1.4426950408889634
+FEW_BLOCKS, FEW_TOKENS = 16, 64
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name
 
@@ -41,7 +42,7 @@ class Choice(NamedTuple):
         """With a module's kernel."""
         vectors = Vectors(gqa, queries, kernel.most_vectors(layout.fmt), softcap * LOG2E)
         resident = kernel.resident_programs(architecture, layout.fmt, vectors)
-        return cls(kernel, vectors, resident * architecture.multiprocessors, count_window_blocks(layout))
+        return cls(kernel, vectors, resident * architecture.multiprocessors, count_window_blocks(layout, queries))
 
 
 @functools.cache
@@ -66,13 +67,28 @@ def _kernel(architecture: Architecture, dtype: torch.dtype, fmt: PageFormat) -> 
     return triton_kernel
 
 
+def few_tokens(architecture: Architecture, dtype: torch.dtype, layout: CacheLayout, gqa: int) -> int:
+    """New tokens of a request up to which :func:`decode` takes less time than to gather its past for FlashAttention,
+    where the Gluon kernel serves. It reads pages once for each block of query vectors, and gathering writes 16 bits for
+    every 2.
+
+    Returns:
+        A number for all such requests, as kernels are compiled for it; 0 if there are none beyond a decode step's.
+    """
+    if why_not_gluon(architecture, dtype, layout.fmt):
+        return 0
+    few = min(FEW_BLOCKS * _kernel(architecture, dtype, layout.fmt).most_vectors(layout.fmt) // gqa, FEW_TOKENS)
+    return few if few > layout.decode_query_len else 0
+
+
 def decode(
     step: Step, query: Tensor, output: Tensor, lse: Tensor, scores: Scores, value_basis: Tensor | None = None
 ) -> None:
     """Attention of a few tokens per request, into ``output`` and ``lse``.
 
     Two launches: a kernel whose programs share out all KV blocks (``tile_scheduler``), and ``combine``. Both are
-    compiled for each ``max_query_len`` of a step, so a server should have two: 1, and that of speculation.
+    compiled for each ``max_query_len`` of a step, so a server should have three: 1, that of speculation, and
+    :func:`few_tokens`.
 
     Args:
         query, output: ``[num_tokens, num_heads, head_size]``.

@@ -23,6 +23,7 @@ from logquant_vllm.kernels.cache import (
     page_slab,
     pages_end,
     read_from_page,
+    read_lengths,
     read_request,
     slot_offset,
     window_row,
@@ -30,7 +31,7 @@ from logquant_vllm.kernels.cache import (
 from logquant_vllm.kernels.decode import tile_scheduler
 from logquant_vllm.kernels.decode.combine import LN2, NUM_PARTIALS
 from logquant_vllm.kernels.decode.triton_pages import group_output, group_scores
-from logquant_vllm.kernels.decode.vectors import Vectors, cap_scores, place_vectors, split_head
+from logquant_vllm.kernels.decode.vectors import Vectors, cap_scores, count_blocks, place_vectors, split_head
 from logquant_vllm.kernels.launcher import Argument, launch
 
 # Of a multiprocessor, more than run at a time. On an H100 (16 requests of 32k tokens) attention took 621, 502 and 452
@@ -150,21 +151,24 @@ def decode_kernel(
 ):
     """One program for each share of all requests' KV blocks."""
     FMT: tl.constexpr = LAYOUT.fmt
-    WINDOW_BLOCKS: tl.constexpr = tile_scheduler.count_window_blocks(LAYOUT)
+    WINDOW_BLOCKS: tl.constexpr = tile_scheduler.count_window_blocks(LAYOUT, VECTORS.queries)
     COLUMNS: tl.constexpr = max(triton.next_power_of_2(VECTORS.block), 8)
     HEAD_PAD: tl.constexpr = max(triton.next_power_of_2(FMT.head_size), 16)
-    program, heads = tl.program_id(0), cache.num_kv_heads * VECTORS.blocks
+    program, heads = tl.program_id(0), cache.num_kv_heads
     index = tl.arange(0, REQUESTS)
-    schedule = tile_scheduler.make_schedule(batch, heads, tl.num_programs(0), index, LAYOUT)
-    request, tile_head, block, count = tile_scheduler.find_share(batch, heads, program, schedule, index, LAYOUT)
+    schedule = tile_scheduler.make_schedule(batch, heads, tl.num_programs(0), index, VECTORS, LAYOUT)
+    request, tile_head, block, count = tile_scheduler.find_share(
+        batch, heads, program, schedule, index, VECTORS, LAYOUT
+    )
     if program == tl.num_programs(0) - 1:  # no program takes fewer blocks
-        tile_scheduler.write_schedule(out.row_starts, batch, heads, schedule, index, LAYOUT)
+        tile_scheduler.write_schedule(out.row_starts, batch, heads, schedule, index, VECTORS, LAYOUT)
     column = tl.arange(0, COLUMNS)
     channel = tl.arange(0, HEAD_PAD)
     while count > 0:
-        kv_head, first = split_head(tile_head, VECTORS)
+        _, query_len, computed = read_lengths(batch, request)
+        kv_head, first = split_head(tile_head, query_len, VECTORS)
         this = read_request(cache, batch, request, kv_head, LAYOUT)
-        blocks = tile_scheduler.tile_blocks(this.query_len, this.computed, LAYOUT)
+        blocks = tile_scheduler.tile_blocks(query_len, computed, VECTORS.queries, LAYOUT)
         stop = tl.minimum(block + count, blocks)
         if stop > block:
             vector, start = first + column, this.start.to(tl.int64)
@@ -181,9 +185,10 @@ def decode_kernel(
                 Rows(key.data + start * key.stride + kv_head * key.head_stride, key.stride, 0),
                 Rows(value.data + start * value.stride + kv_head * value.head_stride, value.stride, 0),
             )
-            # new tokens may lie behind the last window block, where a share of pages begins: they are not its
-            end = tile_scheduler.end_of_slots(stop, VECTORS.queries, LAYOUT)
-            slots = tl.where(block < WINDOW_BLOCKS, block * tile_scheduler.WINDOW_SLOTS, end), end
+            slots = (
+                block * tile_scheduler.WINDOW_SLOTS,
+                tile_scheduler.end_of_slots(stop, query_len, VECTORS.queries, LAYOUT),
+            )
             table = window_row(cache, request)
             sums = attend_slots(sums, q, token, rows, cache, slots, this, table, qk_scale, VECTORS, LAYOUT)
             first_page, end_page = tl.maximum(block - WINDOW_BLOCKS, 0), stop - WINDOW_BLOCKS
@@ -205,7 +210,7 @@ def decode_kernel(
                 tl.store(out.partial + partial[None, :] * FMT.head_size + channel[:, None], acc, mask=mask)
                 tl.store(out.partial_lse + partial, lse, mask=exist)
         count -= stop - block
-        last = (tile_head + 1 == heads) | (blocks == 0)
+        last = (tile_head + 1 == heads * count_blocks(query_len, VECTORS)) | (blocks == 0)
         request += last.to(tl.int32)
         tile_head = tl.where(last, 0, tile_head + 1)
         block = block * 0

@@ -17,7 +17,8 @@ class Vectors:
 
     Vector ``token * gqa + head`` is query head ``head`` of the request's new token ``token``. All of them see the same
     pages and copies, as these follow from the computed tokens; of the new tokens each sees those up to its own. Where
-    they are more than a program takes at a time, they are cut into equal blocks, each of which reads the cache anew.
+    they are more than a program takes at a time, they are cut into blocks, each of which reads the cache anew: of a
+    request with fewer new tokens, into fewer.
 
     Args:
         gqa: query heads of a KV head.
@@ -38,7 +39,7 @@ class Vectors:
 
     @cached_property
     def blocks(self) -> int:
-        """Blocks of them."""
+        """Blocks of them, at most."""
         return -(-self.count // self.most)
 
     @cached_property
@@ -57,13 +58,23 @@ def cap_scores(scores, CAP: tl.constexpr):
 
 
 @triton.jit
-def split_head(tile_head, VECTORS: tl.constexpr):
+def count_blocks(query_len, VECTORS: tl.constexpr):
+    """Blocks of a KV head's vectors, for so many new tokens; 1 for none."""
+    if VECTORS.blocks == 1:
+        return 1
+    else:
+        return (tl.maximum(query_len, 1) * VECTORS.gqa + (VECTORS.block - 1)) // VECTORS.block
+
+
+@triton.jit
+def split_head(tile_head, query_len, VECTORS: tl.constexpr):
     """The KV head of a tile, and its block's first vector; tiles of a request are numbered head by head, block by
     block."""
     if VECTORS.blocks == 1:
         return tile_head, 0
     else:
-        return tile_head // VECTORS.blocks, tile_head % VECTORS.blocks * VECTORS.block
+        blocks = count_blocks(query_len, VECTORS)
+        return tile_head // blocks, tile_head % blocks * VECTORS.block
 
 
 @triton.jit

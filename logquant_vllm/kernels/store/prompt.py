@@ -3,7 +3,9 @@
 A step in which every request has one token goes to ``kernels.store.step``.
 
 Programmatic dependent launch: ``feedback.gluon_kernel`` runs beside the kernel that quantizes values, and waits for it
-at its end. Nothing here runs beside attention: :func:`update_window` begins when all before it has ended.
+at its end. :func:`update_window` may run beside ``decode.combine``, which lets it begin when what reads slots has
+ended, and by that all before. It writes slots and headers, which ``combine`` does not touch, and reads new tokens that
+nobody writes; it waits for ``combine`` at its end, so that what waits for this one waits for both.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from logquant_vllm.kernels.arguments import Step, num_chunks
 from logquant_vllm.kernels.launcher import launch
@@ -50,10 +52,12 @@ def quantize_kernel(
 
 
 @triton.jit
-def window_kernel(key, value, cache, batch, LAYOUT: tl.constexpr):
+def window_kernel(key, value, cache, batch, LAYOUT: tl.constexpr, PDL: tl.constexpr):
     """One program for each request, KV head and chunk of channels."""
     request, head, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     update_slots(request, head, chunk, key, value, cache, batch, LAYOUT, COPIED_TOKENS)
+    if PDL:
+        gdc_wait()
 
 
 def quantize_pages(step: Step, feedback: Tensor | None = None) -> None:
@@ -87,10 +91,16 @@ def quantize_pages(step: Step, feedback: Tensor | None = None) -> None:
     quantize_keys(step, feedback)
 
 
-def update_window(step: Step) -> None:
-    """Bring the full-precision slots up to ``seq_lens`` tokens; see ``core.operations.update_window``."""
+def update_window(step: Step, beside: bool = False) -> None:
+    """Bring the full-precision slots up to ``seq_lens`` tokens; see ``core.operations.update_window``.
+
+    Args:
+        beside: run beside the kernel before, where the GPU can: the last one of decoding.
+    """
+    pdl = beside and step.architecture.dependent_launch
     if step.max_query_len == 1:
         store_step(step, quantize=False, update=True)
     elif not step.is_empty:
         grid = (step.num_reqs, step.num_kv_heads, window_chunks(step.layout.fmt.head_size))
-        launch(window_kernel, grid, step.key, step.value, step.cache, step.batch, LAYOUT=step.layout, num_warps=4)
+        tokens = step.key, step.value, step.cache, step.batch
+        launch(window_kernel, grid, *tokens, LAYOUT=step.layout, PDL=pdl, num_warps=4, launch_pdl=pdl)

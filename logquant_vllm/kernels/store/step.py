@@ -9,6 +9,9 @@ slots there are those of tokens before it; what moves then is written to log-sel
 whose slots move are copied by those who move them, each with a header of its own. Quantizing needs only a header's
 ``window_start``: written for the first time, it is what an empty header means.
 
+So it is for up to ``window_length`` new tokens of a request: a group's oldest token and the newest one are then less
+than ``2W`` apart, so they have different slots of the ring, and one compaction at most is asked for.
+
 Programmatic dependent launch: after attention this kernel runs beside its last one, which must let others run beside it
 only when all before it have ended, and touches nothing that storing does. This kernel waits for that one at its end, so
 that what waits for this one waits for both. ``feedback.gluon_kernel`` runs beside this kernel in the same way.
@@ -179,9 +182,9 @@ def store_step(
     Raises:
         ValueError: if a request has more new tokens than in a decode step, or for feedback of another shape.
     """
-    queries, most = step.max_query_len, step.layout.decode_query_len
+    queries, most = step.max_query_len, step.layout.window_length
     if queries > most:
-        raise ValueError(f"a decode step has up to {most} new tokens of a request, got queries of {queries}")
+        raise ValueError(f"a decode step has up to window_length {most} new tokens of a request, got {queries}")
     if step.is_empty:
         return
     fmt, gpu = step.layout.fmt, step.architecture

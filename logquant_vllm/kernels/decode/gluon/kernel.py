@@ -40,7 +40,7 @@ from logquant_vllm.kernels.decode.gluon.scales import PRODUCT_UNIT
 from logquant_vllm.kernels.decode.gluon.state import allocate, memory_bytes, no_sums
 from logquant_vllm.kernels.decode.gluon.tiles import WEIGHT_UNIT, exp2, of_heads, reference_of
 from logquant_vllm.kernels.decode.gluon.window import attend_window
-from logquant_vllm.kernels.decode.vectors import Vectors, split_head
+from logquant_vllm.kernels.decode.vectors import Vectors, count_blocks, split_head
 from logquant_vllm.kernels.launcher import Argument, launch
 
 
@@ -88,11 +88,11 @@ class Tile(NamedTuple):
 
 
 @gluon.jit
-def open_tile(cache, batch, request, block, count, LAYOUT: gl.constexpr):
+def open_tile(cache, batch, request, block, count, QUERIES: gl.constexpr, LAYOUT: gl.constexpr):
     """The :class:`Tile` of a request, for ``count`` KV blocks from ``block`` on, at most to its end."""
-    WINDOW_BLOCKS: gl.constexpr = tile_scheduler.count_window_blocks(LAYOUT)
+    WINDOW_BLOCKS: gl.constexpr = tile_scheduler.count_window_blocks(LAYOUT, QUERIES)
     start, query_len, computed = read_lengths(batch, request)
-    blocks = tile_scheduler.tile_blocks(query_len, computed, LAYOUT)
+    blocks = tile_scheduler.tile_blocks(query_len, computed, QUERIES, LAYOUT)
     stop = gl.minimum(block + count, blocks)
     page_blocks = load_blocks(page_row(cache, request), gl.maximum(block - WINDOW_BLOCKS, 0), stop - WINDOW_BLOCKS)
     table_row = window_row(cache, request) + 0 * gl.arange(0, 32, layout=lanes(gl.num_warps()))
@@ -191,24 +191,26 @@ def decode_kernel(
     """One program for each share of all requests' KV blocks (``decode.tile_scheduler``)."""
     FMT: gl.constexpr = LAYOUT.fmt
     TILES: gl.constexpr = sizes.num_tiles(VECTORS, FMT)
-    WINDOW_BLOCKS: gl.constexpr = tile_scheduler.count_window_blocks(LAYOUT)
-    program, heads = gl.program_id(0), cache.num_kv_heads * VECTORS.blocks
+    WINDOW_BLOCKS: gl.constexpr = tile_scheduler.count_window_blocks(LAYOUT, VECTORS.queries)
+    program, heads = gl.program_id(0), cache.num_kv_heads
     index = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([REQUESTS // 32], [32], [gl.num_warps()], [0]))
-    schedule = tile_scheduler.make_schedule(batch, heads, gl.num_programs(0), index, LAYOUT)
-    request, tile_head, begin, count = tile_scheduler.find_share(batch, heads, program, schedule, index, LAYOUT)
-    tile = open_tile(cache, batch, request, begin, count, LAYOUT)
+    schedule = tile_scheduler.make_schedule(batch, heads, gl.num_programs(0), index, VECTORS, LAYOUT)
+    request, tile_head, begin, count = tile_scheduler.find_share(
+        batch, heads, program, schedule, index, VECTORS, LAYOUT
+    )
+    tile = open_tile(cache, batch, request, begin, count, VECTORS.queries, LAYOUT)
     if PDL:  # from here on all that other kernels wrote can be read, and nothing is in use that is written
         gdc_wait()
         gdc_launch_dependents()
     if program == gl.num_programs(0) - 1:  # no program takes fewer blocks
-        tile_scheduler.write_schedule(out.row_starts, batch, heads, schedule, index, LAYOUT)
+        tile_scheduler.write_schedule(out.row_starts, batch, heads, schedule, index, VECTORS, LAYOUT)
     memory = allocate(VECTORS, FMT)
     while count > 0:
         if tile.stop > begin:
             # A program's start is a chain of loads: all are on their way before one is waited for, and the short ones
             # before the copies of all programs fill the memory's queues.
             first_page, end_page = gl.maximum(begin - WINDOW_BLOCKS, 0), tile.stop - WINDOW_BLOCKS
-            kv_head, first = split_head(tile_head, VECTORS)
+            kv_head, first = split_head(tile_head, tile.query_len, VECTORS)
             block = Block(kv_head, first, tile.query_len)
             header = load_header(cache, tile.window_block, kv_head, 0, LAYOUT)
             query_row = query.data + tile.start.to(gl.int64) * query.stride
@@ -233,7 +235,7 @@ def decode_kernel(
             if live & (begin < WINDOW_BLOCKS):
                 new_keys = key.data + tile.start.to(gl.int64) * key.stride + kv_head * key.head_stride
                 new_values = value.data + tile.start.to(gl.int64) * value.stride + kv_head * value.head_stride
-                end = tile_scheduler.end_of_slots(tile.stop, VECTORS.queries, LAYOUT)
+                end = tile_scheduler.end_of_slots(tile.stop, query_len, VECTORS.queries, LAYOUT)
                 slots = begin * tile_scheduler.WINDOW_SLOTS, end
                 copies = cache.window + kv_head.to(gl.int64) * (2 * FMT.head_size)
                 rows = copies, (new_keys, key.stride), (new_values, value.stride), window_row(cache, request)
@@ -243,12 +245,12 @@ def decode_kernel(
             for i in gl.static_range(TILES):
                 store_tile(out, sums, tile, block, begin, i, VECTORS, LAYOUT)
         count -= tile.stop - begin
-        last = (tile_head + 1 == heads) | (tile.blocks == 0)
+        last = (tile_head + 1 == heads * count_blocks(tile.query_len, VECTORS)) | (tile.blocks == 0)
         request += last.to(gl.int32)
         tile_head = gl.where(last, 0, tile_head + 1)
         begin = 0
         if count > 0:
-            tile = open_tile(cache, batch, request, begin, count, LAYOUT)
+            tile = open_tile(cache, batch, request, begin, count, VECTORS.queries, LAYOUT)
 
 
 def attend(step: Step, out: Argument, query: Argument, vectors: Vectors, qk_scale: float, programs: int) -> None:
