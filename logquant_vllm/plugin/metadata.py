@@ -41,9 +41,10 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
         super().__init__(*args, **kwargs)
         if current_platform.is_cuda():  # elsewhere requests may come in any order
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        impl = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]].impl
-        self.decode_query_len, self.uncounted = impl.decode_query_len, int(impl.drafts)
-        self.few_tokens = impl.few_tokens
+        layers = self.vllm_config.compilation_config.static_forward_context
+        impls = [layers[name].impl for name in self.layer_names]
+        self.decode_query_len, self.uncounted = impls[0].decode_query_len, int(impls[0].drafts)
+        self.few_tokens = min(impl.few_tokens for impl in impls)  # their formats may differ
         self._graphs: Graphs | None = None
 
     def build(
