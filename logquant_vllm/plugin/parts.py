@@ -38,7 +38,6 @@ def parts_of(
     most = [common.max_seq_len] * common.num_reqs if bounds is None else bounds.tolist()
     cached = [bound + uncounted - (end - start) for bound, (start, end) in zip(most, pairwise(starts), strict=True)]
     spans = [*spans_of(common, starts, cached)]
-    assert not spans or bounds is not None, "nobody knows where in the step the pictures are"
     return split_step(step, starts, cached, decodes, room, decode_query_len, few_tokens, spans)
 
 
@@ -51,6 +50,7 @@ def spans_of(
         starts, cached: of ``core.parts.split_step``. Of a prompt's cached tokens the host knows the number.
     """
     for request, ranges in (common.mm_req_doc_ranges or {}).items():
+        assert not ranges or common.seq_lens_cpu_upper_bound is not None, "nobody knows where the pictures are"
         begin, end = starts[request], starts[request + 1]
         for first, last in ranges:  # positions, both in the picture
             first, last = max(begin + first - cached[request], begin), min(begin + last - cached[request], end - 1)
