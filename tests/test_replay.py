@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,6 +245,25 @@ def test_what_is_made_for_a_step_compiles_nothing() -> None:
     again = server.graphs.again(7, batch, server.tables[0][:3], None, ROOM)
     assert again is not None
     assert [x.data_ptr() % 16 for x in (again.batch.query_start_loc, again.batch.seq_lens)] == [0, 0]
+
+
+def test_steps_that_draft_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM describes a head's steps that draft once for all of them, and counts on in its own buffers: a copy of their
+    lengths would stay behind."""
+    from logquant_vllm.plugin import metadata
+
+    server, _ = servers(64, torch.float16, decode_query_len=4, rollback_tokens=3)
+    monkeypatch.setattr(metadata.current_platform, "is_cuda", lambda: True, raising=False)
+    monkeypatch.setattr("logquant_vllm.plugin.metadata.page_table", lambda table, spec: table)
+    builder = object.__new__(metadata.LogQuantMetadataBuilder)
+    builder.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
+    builder.kv_cache_spec, builder._graphs = None, server.graphs
+    builder.decode_query_len, builder.few_tokens = 4, 0
+    for drafts, new, comes_again in ((0, [1, 1], True), (1, [1, 1], False), (1, [3, 4], True), (0, [4, 4], False)):
+        builder.uncounted = drafts
+        batch = Batch(torch.tensor([0, *accumulate(new)], dtype=torch.int32), server.lens[:2], max(new), 400)
+        common = replace(described(batch, new, [400, 400]), block_table_tensor=server.tables[0][:2])
+        assert (builder.build(0, common).again is not None) == comes_again
 
 
 def test_forms_make_room(monkeypatch: pytest.MonkeyPatch) -> None:

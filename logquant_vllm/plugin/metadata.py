@@ -66,7 +66,9 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
             return LogQuantMetadata(count, batch, block_table, parts.without_pictures, mm_prefix_range=parts)
         # of a step whose requests all have as many new tokens, one and its drafts, vLLM has a graph with attention
         is_whole = parts is None and count == common.num_reqs * self.decode_query_len
-        again = None if is_whole else self.graphs.again(count, batch, block_table, parts, room)
+        # steps of one token that draft share this description, while vLLM counts on in its own buffers, not in copies
+        drafts = self.uncounted > 0 and common.max_query_len == 1
+        again = None if is_whole or drafts else self.graphs.again(count, batch, block_table, parts, room)
         return LogQuantMetadata(count, batch, block_table, parts, again)
 
     @property
@@ -83,4 +85,4 @@ class LogQuantMetadataBuilder(AttentionMetadataBuilder[LogQuantMetadata]):
         return self._graphs
 
     def update_draft_decode_metadata(self, metadata: LogQuantMetadata) -> None:
-        """Nothing: a decode step's metadata are vLLM's own buffers, in which lengths and blocks are the newest."""
+        """Nothing: such a step's metadata are vLLM's own buffers, in which lengths and blocks are the newest."""
