@@ -104,6 +104,28 @@ def test_gluon_serves(head_size: int, gqa: int, queries: int, options: dict[str,
 
 
 @pytest.mark.parametrize(
+    ("head_size", "gqa", "drafts", "options", "few"),
+    [
+        (128, 4, 0, {}, 64),
+        (128, 1, 3, {}, 64),
+        (64, 7, 0, {}, 36),
+        (128, 16, 0, {}, 16),
+        (128, 16, 15, {}, 0),  # a step of speculation has as many
+        (256, 4, 0, {}, 32),
+        (256, 4, 0, {"preset": "k3v3"}, 0),  # the Triton kernel serves
+    ],
+)
+def test_few_tokens(
+    monkeypatch: pytest.MonkeyPatch, head_size: int, gqa: int, drafts: int, options: dict[str, object], few: int
+) -> None:
+    """As many blocks of query vectors as are worth it, whatever a block holds."""
+    layout = LogQuantConfig.from_options(options).layout(head_size, decode_query_len=1 + drafts)
+    with imported("logquant_vllm.kernels.decode.gluon.kernel", True) as kernel:
+        monkeypatch.setattr(launch, "_kernel", lambda *_: kernel)
+        assert launch.few_tokens(Architecture((9, 0)), torch.bfloat16, layout, gqa) == few
+
+
+@pytest.mark.parametrize(
     ("head_size", "options", "why"),
     [
         (48, {}, "48 channels"),

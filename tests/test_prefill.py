@@ -6,6 +6,7 @@ Without a GPU, torch stands in for FlashAttention, and Triton's interpreter runs
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from logquant_vllm.core.calibration import rotation_basis
 from logquant_vllm.core.layer import Layer
 from logquant_vllm.core.page_format import PageFormat
 from logquant_vllm.core.paged import Batch, CacheLayout
+from logquant_vllm.core.parts import MOST_BESIDE, split_step
 from tests.paging import PagedBatch, assert_close, random_qkv
 from tests.pair import DEVICE, needs_gpu
 
@@ -173,6 +175,19 @@ def test_steps_with_drafts(steps: list[Any], few: int) -> None:
                 assert (0 if parts.decoding is None else parts.decoding.batch.max_query_len) == compiled
             ops.step(layer, *qkv, side.cache, batch, output, parts)
         assert_close(outputs[1], outputs[0], what=f"step {seed}")
+
+
+@pytest.mark.parametrize(("answers", "decoded"), [(0, 1), (MOST_BESIDE, MOST_BESIDE + 1), (MOST_BESIDE + 1,) * 2])
+def test_few_tokens_are_not_decoded_beside_too_many_others(answers: int, decoded: int) -> None:
+    """Whose caches the kernel for more tokens takes longer to read."""
+    new = [1] * answers + [20, 20]  # the last one begins
+    starts = [0, *accumulate(new)]
+    step = Batch(torch.tensor(starts), torch.full((len(new),), 500), 20, 500)
+    parts = split_step(step, starts, [480] * (answers + 1) + [0], answers, 8192, few_tokens=20)
+    assert parts.decoding is not None and parts.begun is not None
+    assert len(parts.decoding.batch.seq_lens) == decoded
+    assert parts.decoding.batch.max_query_len == (20 if decoded > answers else 1)
+    assert (parts.continued is None) == (decoded > answers)
 
 
 def attention_of_one(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:

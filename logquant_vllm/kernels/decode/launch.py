@@ -22,6 +22,8 @@ from logquant_vllm.kernels.launcher import Argument
 from logquant_vllm.kernels.rotate import rotate_output
 
 LOG2E = 1.4426950408889634
+# Of a request's query vectors and of its new tokens. With 4 query heads to a KV head, behind 8,192 tokens, an H200 took
+# 0.82 of the time of gathering for 64 tokens, which are 16 blocks, and as long for 96.
 FEW_BLOCKS, FEW_TOKENS = 16, 64
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's handler shows what is below its name

@@ -2,10 +2,10 @@
 
 A *tile* of the output is one request, KV head and block of its query vectors (``vectors``). A tile's *KV blocks* are
 ``WINDOW_BLOCK`` slots of the window each, with those of new tokens behind, then a page each: things that take about as
-long. The tiles' blocks lie one after another, request by request, head by head,
-and are cut into consecutive shares that differ by one block at most (arXiv 2301.03598 cuts matrix products so). So one
-long request among short ones is spread over the GPU. Where shares are small, every tile begins a share of its own if
-the programs suffice. Lengths are read on the device, so a captured graph stays right.
+long. The tiles' blocks lie one after another, request by request, head by head, and are cut into consecutive shares
+that differ by one block at most (arXiv 2301.03598 cuts matrix products so). So one long request among short ones is
+spread over the GPU. Where shares are small, every tile begins a share of its own if the programs suffice. Lengths are
+read on the device, so a captured graph stays right.
 
 A program that takes a whole tile writes its output. The others write *partials* for ``combine``: each program has room
 for two, one of the tile in whose middle it begins and one of a tile that it begins and does not finish.
