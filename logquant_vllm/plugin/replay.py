@@ -167,8 +167,8 @@ class Graphs:
         self._most_forms, self._most_reqs = max(MOST_GRAPHS // layers, 1), max_num_seqs
         self._steps = 0
         self._forms: dict[_Key, Form] = {}  # in the order of their use
-        # of each slice, and the first rows of two parts
-        # each 16 bytes apart, or Triton would compile kernels anew for them
+        # of each slice, and the first rows of two parts; each begins at a multiple of 16 bytes, or Triton would compile
+        # kernels anew
         self._made = torch.zeros(MOST_SLICES + 2, -(-(max_num_seqs + 1) // 4) * 4, dtype=torch.int32, device=device)
         self._rows = torch.arange(max(sizes, default=0), dtype=torch.int32, device=device)
         self._stream: torch.cuda.Stream | None = None

@@ -180,7 +180,7 @@ def store_step(
         beside: run beside the kernel before, where the GPU can: the last one of the step's attention.
 
     Raises:
-        ValueError: if a request has more new tokens than in a decode step, or for feedback of another shape.
+        ValueError: if a request has more than ``window_length`` new tokens, or for feedback of another shape.
     """
     queries, most = step.max_query_len, step.layout.window_length
     if queries > most:
