@@ -63,10 +63,14 @@ def decode_results() -> Results[DecodeRecord]:
 
 def test_workloads_and_cases() -> None:
     assert Workload.parse("64x8192+256") == Workload(requests=64, input_len=8192, output_len=256)
+    behind = Workload(requests=2, input_len=8232, output_len=1, past_len=8192)
+    assert Workload.parse("2x8192:40+1") == behind and behind.longest == 8233
     assert parse_case(" 16x32768") == (16, 32768)
 
 
-@pytest.mark.parametrize("text", ["64", "64x8192", "x8192+1", "0x8+1", "2x3+-1", "ax3+1"])
+@pytest.mark.parametrize(
+    "text", ["64", "64x8192", "x8192+1", "0x8+1", "2x3+-1", "ax3+1", "1x0:4+1", "1x4:+1", "1x2:3:4+1"]
+)
 def test_wrong_workloads(text: str) -> None:
     with pytest.raises(ValueError, match="workload"):
         Workload.parse(text)

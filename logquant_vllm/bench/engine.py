@@ -7,6 +7,7 @@ session, and with the process PARENT, however that ends, ends the whole session.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -24,6 +25,8 @@ from logquant_vllm.bench.records import ConversationRecord, ServeRecord
 from logquant_vllm.processes import end_with_parent
 
 WARMUP_TOKENS = 2
+WARMUP_HITS, HITS = 3, 20
+"""Runs behind a cached past, which are short: an engine may prepare a step when it comes again."""
 
 
 class Workload(BaseModel):
@@ -32,6 +35,8 @@ class Workload(BaseModel):
     requests: int
     input_len: int
     output_len: int
+    past_len: int = 0
+    """Tokens of ``input_len`` that all prompts begin with, and that were computed before."""
 
     @property
     def longest(self) -> int:
@@ -40,16 +45,21 @@ class Workload(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> Workload:
-        """``64x8192+256``: requests x input tokens + output tokens."""
+        """``64x8192+256``: requests x input tokens + output tokens; ``1x8192:40+1``: x tokens cached : new + output."""
         try:
             requests, lengths = text.split("x")
             input_len, output_len = lengths.split("+")
-            parsed = cls(requests=int(requests), input_len=int(input_len), output_len=int(output_len))
+            *past, new = map(int, input_len.split(":"))
+            numbers = [int(requests), *past, new, int(output_len)]
+            (past_len,) = past or [0]
         except ValueError:
-            raise ValueError(f"workload {text!r}: write REQUESTSxINPUT+OUTPUT, for example 64x8192+256") from None
-        if min(parsed.requests, parsed.input_len, parsed.output_len) < 1:
-            raise ValueError(f"workload {text!r}: all three numbers must be at least 1")
-        return parsed
+            raise ValueError(
+                f"workload {text!r}: write REQUESTSxINPUT+OUTPUT, for example 64x8192+256, or "
+                "REQUESTSxCACHED:NEW+OUTPUT, for example 1x8192:40+1"
+            ) from None
+        if min(numbers) < 1:
+            raise ValueError(f"workload {text!r}: all numbers must be at least 1")
+        return cls(requests=numbers[0], input_len=past_len + new, output_len=numbers[-1], past_len=past_len)
 
 
 class Plan(BaseModel):
@@ -79,13 +89,20 @@ class Order(BaseModel):
     """Tokens that the cache holds; vLLM says so in its log alone, which the parent reads."""
 
 
-def run_once(llm: Any, workload: Workload, output_len: int, seed: int) -> tuple[float, list[Any]]:
-    """Seconds and finished requests of one run with fresh random prompts."""
+def _tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(10, 1000) for _ in range(count)]
+
+
+_seeds = itertools.count(1)
+
+
+def run_once(llm: Any, workload: Workload, output_len: int) -> tuple[float, list[Any]]:
+    """Seconds and finished requests of one run, with prompts that no run had before but for their past."""
     from vllm import SamplingParams
 
-    rng = random.Random(seed)
+    past, rng = _tokens(random.Random(0), workload.past_len), random.Random(next(_seeds))
     prompts = [
-        {"prompt_token_ids": [rng.randrange(10, 1000) for _ in range(workload.input_len)]}
+        {"prompt_token_ids": past + _tokens(rng, workload.input_len - workload.past_len)}
         for _ in range(workload.requests)
     ]
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False)
@@ -101,18 +118,30 @@ def follow(llm: Any, plan: Plan, order: Order) -> ServeRecord | ConversationReco
     return measure(llm, plan, order.workload, order.capacity)
 
 
+def _warm_up(llm: Any, workload: Workload, plan: Plan) -> None:
+    """Compute what is to be cached, or run as many requests as fit a step, with as long prompts and few new tokens."""
+    if workload.past_len:
+        run_once(llm, workload.model_copy(update={"requests": 1, "input_len": workload.past_len}), 1)
+        for _ in range(WARMUP_HITS):
+            run_once(llm, workload, workload.output_len)
+    else:
+        fitting = max(2, plan.engine.get("max_num_batched_tokens", 0) // workload.input_len)
+        few = workload.model_copy(update={"requests": min(fitting, workload.requests)})
+        run_once(llm, few, WARMUP_TOKENS)
+
+
 def measure(llm: Any, plan: Plan, workload: Workload, capacity: int) -> ServeRecord:
-    """Run one workload, after a short one of the same input length and, where they fit a step, as many requests."""
-    fitting = max(2, plan.engine.get("max_num_batched_tokens", 0) // workload.input_len)
-    warmup = workload.model_copy(update={"requests": min(fitting, workload.requests)})
-    run_once(llm, warmup, WARMUP_TOKENS, seed=1)
+    """Run one workload."""
+    _warm_up(llm, workload, plan)
     before = speculated(llm)
-    repeats = plan.ttft_repeats if workload.output_len == 1 else 1
-    runs = [run_once(llm, workload, workload.output_len, seed=2 + i) for i in range(repeats)]
+    repeats = 1 if workload.output_len > 1 else HITS if workload.past_len else plan.ttft_repeats
+    runs = [run_once(llm, workload, workload.output_len) for _ in range(repeats)]
     accepted = acceptance(llm, before) if plan.engine.get("speculative_config") else {}
     total = statistics.median(seconds for seconds, _ in runs)
-    prefill = total if workload.output_len == 1 else run_once(llm, workload, 1, seed=100)[0]
-    metrics = [output.metrics for _, outputs in runs for output in outputs]
+    prefill = total if workload.output_len == 1 else run_once(llm, workload, 1)[0]
+    finished = [output for _, outputs in runs for output in outputs]
+    metrics = [output.metrics for output in finished]
+    first_ms = [1000 * m.first_token_latency for m in metrics]
     per_token = [(m.last_token_ts - m.first_token_ts) / max(workload.output_len - 1, 1) for m in metrics]
     tokens = workload.requests * workload.output_len
     return ServeRecord(
@@ -124,9 +153,11 @@ def measure(llm: Any, plan: Plan, workload: Workload, capacity: int) -> ServeRec
         output_tok_s=tokens / total,
         prefill_s=prefill,
         decode_tok_s=tokens / (total - prefill) if workload.output_len > 1 else 0.0,
-        ttft_ms_median=1000 * statistics.median(m.first_token_latency for m in metrics),
+        ttft_ms_median=statistics.median(first_ms),
+        ttft_ms_quartiles=statistics.quantiles(first_ms)[::2] if len(first_ms) > 1 else [],
         tpot_ms_median=1000 * statistics.median(per_token),
         repeats=repeats,
+        cached_tokens=statistics.median(output.num_cached_tokens or 0 for output in finished),
         **accepted,
     )
 

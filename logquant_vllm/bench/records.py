@@ -66,6 +66,10 @@ class ServeRecord(BaseModel):
     requests: int
     input_len: int
     output_len: int
+    past_len: int = 0
+    """Tokens of ``input_len`` that were computed before."""
+    cached_tokens: float = 0.0
+    """Of a prompt, which were found: a cache finds whole blocks of its own."""
     kv_gib: float
     capacity_tokens: int
     total_s: float
@@ -75,6 +79,8 @@ class ServeRecord(BaseModel):
     decode_tok_s: float
     """Output tokens over ``total_s - prefill_s``; 0 where there is nothing but prefill."""
     ttft_ms_median: float
+    ttft_ms_quartiles: list[float] = []
+    """The first and the third, of all requests of all repeats."""
     tpot_ms_median: float
     repeats: int
     method: str | None = None

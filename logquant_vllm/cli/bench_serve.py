@@ -41,7 +41,10 @@ def serve(
     model: Annotated[str, typer.Argument(help=f"Model directory or hub name, {NAMED}.")] = "",
     shape: Annotated[str, typer.Option(help="Instead of a model: random weights of a known geometry.")] = "",
     layers: Annotated[int | None, typer.Option(help="So many layers of the shape, if not all fit.")] = None,
-    workload: Annotated[list[str] | None, typer.Option(help="REQUESTSxINPUT+OUTPUT; may be repeated.")] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help="REQUESTSxINPUT+OUTPUT, or REQUESTSxCACHED:NEW+OUTPUT after a hit; may be repeated."),
+    ] = None,
     conversations: Annotated[
         int, typer.Option(help="Instead of workloads: so many conversations, whose turns come in random order.")
     ] = 0,
@@ -100,7 +103,7 @@ def serve(
     if CALIBRATED in names and not shape:
         raise ValueError(f"{CALIBRATED} needs a --shape; a model's own calibration is used with logquant")
     logquant = LogQuantConfig.from_options(parse_json("--options", options)).model_dump(exclude_defaults=True)
-    longest = max(w.longest for w in work)
+    longest, caching = max(w.longest for w in work), any(map(_is_cached, work))
     engine: dict[str, Any] = {"max_model_len": longest, "max_num_batched_tokens": 8192, "max_num_seqs": 256}
     if together:
         engine["gpu_memory_utilization"] = 0.9 / len(names)
@@ -129,7 +132,7 @@ def serve(
                     name=name,
                     kv_gib=kv_gib,
                     host_gib=host_gib,
-                    prefix_caching=bool(conversations),
+                    prefix_caching=caching,
                     engine=engine | ours,
                 )
             )
@@ -160,6 +163,19 @@ def _workloads(
     return [Conversations.parse(conversations, **other, **numbers)]
 
 
+def _is_cached(work: Workload | Conversations) -> bool:
+    """Whether prompts begin with what was computed before."""
+    from logquant_vllm.bench.conversations import Conversations
+
+    return isinstance(work, Conversations) or work.past_len > 0
+
+
+def _lengths(record: ServeRecord) -> str:
+    """As a workload is written."""
+    past = f"{record.past_len}:" if record.past_len else ""
+    return f"{record.requests}x{past}{record.input_len - record.past_len}+{record.output_len}"
+
+
 def _described(record: ServeRecord | ConversationRecord) -> str:
     from logquant_vllm.bench.records import ConversationRecord
 
@@ -172,8 +188,8 @@ def _described(record: ServeRecord | ConversationRecord) -> str:
         )
     drafts = f", {record.acceptance_length:.2f} tokens a step" if record.num_speculative_tokens else ""
     return (
-        f"{record.kv_cache_dtype:>9} {record.requests}x{record.input_len}+{record.output_len}: "
-        f"{record.total_s:.2f} s, {record.output_tok_s:.0f} tok/s, decoding {record.decode_tok_s:.0f} tok/s, "
+        f"{record.kv_cache_dtype:>9} {_lengths(record)}: {record.total_s:.2f} s, "
+        f"{record.output_tok_s:.0f} tok/s, decoding {record.decode_tok_s:.0f} tok/s, "
         f"first token {record.ttft_ms_median:.0f} ms, then {record.tpot_ms_median:.2f} ms{drafts}"
     )
 
@@ -181,9 +197,9 @@ def _described(record: ServeRecord | ConversationRecord) -> str:
 def _comparison(found: list[ServeRecord]) -> Table:
     """Ratios to the first dtype, above 1 where the other is better."""
     table = Table("workload", "KV cache", "tokens that fit", "total", "decoding", "first token", "per token")
-    base = {(r.requests, r.input_len, r.output_len): r for r in reversed(found)}
+    base = {_lengths(r): r for r in reversed(found)}
     for r in found:
-        b = base[r.requests, r.input_len, r.output_len]
+        b = base[_lengths(r)]
         ratios = [
             b.total_s / r.total_s,
             r.decode_tok_s / b.decode_tok_s if b.decode_tok_s else None,
@@ -191,7 +207,7 @@ def _comparison(found: list[ServeRecord]) -> Table:
             b.tpot_ms_median / r.tpot_ms_median if r.tpot_ms_median else None,
         ]
         cells = ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
-        table.add_row(f"{r.requests}x{r.input_len}+{r.output_len}", r.kv_cache_dtype, f"{r.capacity_tokens:,}", *cells)
+        table.add_row(_lengths(r), r.kv_cache_dtype, f"{r.capacity_tokens:,}", *cells)
     return table
 
 
