@@ -23,11 +23,11 @@ def test_views_end_with_the_memory() -> None:
     layer = WindowLayer("layers.0.window", None, LAYOUT, BlockShape(1, 2), None)
     memory = torch.arange(10 * 2 * BYTES).to(torch.uint8).view(10, 1, 1, 2 * BYTES)
     layer.kv_cache = memory
-    pages, windows = layer.views(memory, 1, (BYTES - 8, BYTES))
+    pages, windows = layer.views(memory, 1, lambda: (BYTES - 8, BYTES))
     assert pages.equal(memory[:, 0, 0, BYTES:-8]) and windows.equal(memory[:, 0, 0, BYTES:])
-    assert layer.views(memory, 1, (BYTES - 8, BYTES))[0] is pages
+    assert layer.views(memory, 1, lambda: (BYTES - 8, BYTES))[0] is pages
     other = memory.clone()
-    assert layer.views(other, 1, (BYTES, BYTES))[0].data_ptr() == other[0, 0, 0, BYTES:].data_ptr()
+    assert layer.views(other, 1, lambda: (BYTES, BYTES))[0].data_ptr() == other[0, 0, 0, BYTES:].data_ptr()
 
     held = weakref.ref(other)
     del pages, windows, memory, other

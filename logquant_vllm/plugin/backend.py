@@ -223,7 +223,12 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         return self._target is not None
 
     @property
-    def _launches_alone(self) -> bool:
+    def layer(self) -> Layer:
+        """What the operations take of this layer."""
+        return self._layer
+
+    @property
+    def launches_alone(self) -> bool:
         """Whether a step of this layer is no more than its launches."""
         return self.observer is None and self._target is None and not self._readers
 
@@ -323,8 +328,11 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
 
     def memory(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """This layer's pages uint8 ``[num_pages, page_bytes]``, and its window blocks, ``[num_blocks, bytes]``."""
-        window_bytes = self.num_kv_heads * self._layer.layout.window_head_bytes
-        return self.window_layer.views(kv_cache, self._place, (self.page_bytes, window_bytes))
+        return self.window_layer.views(kv_cache, self._place, self._block_bytes)
+
+    def _block_bytes(self) -> tuple[int, int]:
+        """Of a page and of a window block of this layer."""
+        return self.page_bytes, self.num_kv_heads * self._layer.layout.window_head_bytes
 
     def _settle_reader(self, owner: str) -> None:
         """Take everything but the scores from the settled target, whose memory the layer ``owner`` has."""
@@ -358,7 +366,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         windows = self.window_layer.metadata(get_forward_context().attn_metadata).block_table
         cache = PagedCache(*self.memory(kv_cache), attn_metadata.block_table, windows)
         again = attn_metadata.again
-        if again is not None and query.shape[0] == again.num_tokens and self._launches_alone:
+        if again is not None and query.shape[0] == again.num_tokens and self.launches_alone:
             again.step(self, self.operations.step, self._layer, query, key, value, cache, output)
             return output
         count, batch = attn_metadata.num_actual_tokens, attn_metadata.batch

@@ -6,6 +6,7 @@ declares the window blocks and receives their memory and block table (precedent 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -181,15 +182,18 @@ class WindowLayer(nn.Module, AttentionLayerBase):
         side_by_side = self.kv_cache[:, 0, 0].view(torch.uint8)
         return side_by_side[:, self.block.bytes_of_layer(layer, side_by_side.shape[1])]
 
-    def views(self, kv_cache: torch.Tensor, layer: int, sizes: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def views(
+        self, kv_cache: torch.Tensor, layer: int, sizes: Callable[[], tuple[int, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One layer's pages and window blocks, as ``core.paged.PagedCache`` has them, made once.
 
         Args:
             kv_cache: of the attention layer.
             layer: as in :meth:`window_bytes`.
-            sizes: bytes of a page and of a window block.
+            sizes: says bytes of a page and of a window block, which takes as long as a launch.
         """
         if (found := self._views.get(layer)) is None or found[0] is not kv_cache:
             pages, windows = pages_of(kv_cache, self.block, layer), self.window_bytes(layer)
-            found = self._views[layer] = kv_cache, pages[:, : sizes[0]], windows[:, : sizes[1]]
+            page_bytes, window_bytes = sizes()
+            found = self._views[layer] = kv_cache, pages[:, :page_bytes], windows[:, :window_bytes]
         return found[1:]
