@@ -82,9 +82,10 @@ class Server:
             for size in (8, 64, 128)
         }
 
-    def step(self, qkv: tuple[torch.Tensor, ...], requests: list[int], new: list[int], replays: bool) -> torch.Tensor:
-        """New tokens of some requests, in vLLM's order; their output."""
-        from logquant_vllm.kernels import operations
+    def describe(
+        self, requests: list[int], new: list[int], replays: bool
+    ) -> tuple[PagedCache, Batch, Parts | None, Any]:
+        """A step with new tokens of some requests, in vLLM's order; how it may come again, if it may."""
         from logquant_vllm.plugin.parts import parts_of
 
         side, count, total = self.side, len(requests), sum(new)
@@ -105,11 +106,18 @@ class Server:
         again = None
         if replays and (parts is not None or total < count * most):
             again = self.graphs.again(total, batch, cache.block_table, parts, ROOM)
+        return cache, batch, parts, again
+
+    def step(self, qkv: tuple[torch.Tensor, ...], requests: list[int], new: list[int], replays: bool) -> torch.Tensor:
+        """The output of such a step."""
+        from logquant_vllm.kernels import operations
+
+        cache, batch, parts, again = self.describe(requests, new, replays)
         if again is None:
             output = torch.full_like(qkv[0], torch.nan)
             operations.step(self.layer, *qkv, cache, batch, output, parts)
             return output
-        rows = self.rows[again.num_tokens]
+        rows, total = self.rows[again.num_tokens], sum(new)
         for buffer, x in zip(rows, qkv, strict=False):
             buffer[:total] = x
         again.step("layer", operations.step, self.layer, *rows[:3], cache, rows[3])

@@ -1,5 +1,5 @@
 """The vLLM functions that are wrapped, in vLLM 0.32 and 0.33 alike: three methods of the platform class, one of the
-engine, two of the scheduler, and a constructor.
+engine, two of the scheduler, one of a runner, and a constructor.
 
 =================================  =============================================================================
 ``get_attn_backend_cls``           vLLM picks an attention backend per platform and knows no plugin's dtype; the
@@ -23,6 +23,9 @@ engine, two of the scheduler, and a constructor.
 =================================  =============================================================================
 
 All act only if the KV cache dtype is ours, and none is wrapped unless all still are what is expected.
+
+``ModelCudaGraphManager.run_pw_graph``, of runner V2, runs the model where vLLM has no graph of a whole step: the place
+to replay one of ours. It is wrapped in a worker on a GPU, when all layers exist.
 
 ``ChunkedLocalAttention.__init__`` (Llama 4) reads the dtype of the engine's cache, whatever layers are to keep
 another: such layers get a configuration of their own. It is wrapped when a configuration with our dtype is checked, as
@@ -137,6 +140,7 @@ def _update_block_size_for_backend(original: Callable[..., None], vllm_config: A
         from logquant_vllm.plugin.pool import share_pool
         from logquant_vllm.plugin.validation import check_layers
 
+        _patch_runner(vllm_config)
         return share_pool(vllm_config, check_layers(vllm_config))
     return original(vllm_config)
 
@@ -175,6 +179,35 @@ def _allocate_slots(
     if not args and Quiet.of(manager).holds(request, num_new_tokens, kwargs):
         return manager.empty_kv_cache_blocks
     return original(manager, request, num_new_tokens, *args, **kwargs)
+
+
+def _run_pw_graph(original: Callable[..., Any], manager: Any, model: Any, model_inputs: dict[str, Any]) -> Any:
+    from logquant_vllm.plugin import whole_step
+
+    def forward() -> Any:
+        return original(manager, model, model_inputs)
+
+    if manager.use_breakable_cg or not whole_step.may_be_whole(manager.vllm_config):
+        return forward()
+    return whole_step.run(model, model_inputs, forward)
+
+
+def _patch_runner(vllm_config: Any) -> None:
+    """See the module's text; does nothing the second time, with runner V1 or on a CPU.
+
+    Raises:
+        RuntimeError: if vLLM's method has changed.
+    """
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cuda() and vllm_config.use_v2_model_runner):
+        return
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+
+    method = ModelCudaGraphManager.run_pw_graph
+    if not hasattr(method, _MARK):
+        _expect_parameters(method, ["self", "model", "model_inputs"])
+        ModelCudaGraphManager.run_pw_graph = _with_original(_run_pw_graph, method)
 
 
 def _patch_chunked_attention() -> None:

@@ -1,4 +1,4 @@
-"""Small steps without a graph of vLLM's: what a layer launches is captured in one when such a step comes again.
+"""Small steps without a graph of vLLM's: what is launched is captured in one when such a step comes again.
 
 They have prompts, or requests verify different numbers of drafts: vLLM then has graphs without attention
 (``PIECEWISE``), and lets each layer launch its kernels one by one. For a few new tokens, as after a prefix hit, that
@@ -17,6 +17,7 @@ from __future__ import annotations
 import bisect
 import gc
 import logging
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -43,48 +44,63 @@ MOST_SLICES = 8
 _Key = tuple[Any, ...]
 
 
-def _key(x: Any) -> Any:
+def key_of(x: Any) -> Any:
     """Addresses, shapes and numbers of tensors, and of tuples of such."""
     if isinstance(x, Tensor):
         return x.data_ptr(), x.dtype, x.shape, x.stride()
     if isinstance(x, slice):
         return x.start, x.stop
-    return tuple([_key(member) for member in x]) if isinstance(x, tuple | list) else x
+    return tuple([key_of(member) for member in x]) if isinstance(x, tuple | list) else x
 
 
-class _Launches(NamedTuple):
-    """What the launches of a layer were given, and the graph of them if they have come again."""
+class Launches(NamedTuple):
+    """What launches were given, of a layer or of a whole step, and the graph of them if they have come again."""
 
     given: _Key
-    layer: Layer  # and its tensors, which nobody gives back meanwhile
-    graph: Any = None
-    before: Any = None  # the graph of others, which may still run
+    kept: tuple[Any, ...]  # the same objects, with their tensors, which nobody gives back meanwhile
+    graph: Captured | None = None
+    before: Captured | None = None  # the graph of others, which may still run
+
+    def equal(self, other: Launches) -> bool:
+        """Whether a graph of the one is one of the other."""
+        return self.given == other.given and all(map(operator.is_, self.kept, other.kept))
+
+
+class Captured:
+    """A graph, and the results that each replay writes anew."""
+
+    def __init__(self, graph: Any, results: Any) -> None:
+        self._graph, self._results = graph, results
+
+    def replay(self) -> Any:
+        """Launch it; the results."""
+        self._graph.replay()
+        return self._results
 
 
 class Form:
-    """Steps of one description: by layer, what was launched the last time."""
+    """Steps of one description: by layer, or of the model, what was launched the last time."""
 
     def __init__(self) -> None:
         self.used = 0  # in which step
-        self._launches: dict[Any, _Launches] = {}
+        self._launches: dict[Any, Launches] = {}
 
     @property
     def has_graphs(self) -> bool:
         """Whether such steps are replayed, or were."""
         return any(launches.graph or launches.before for launches in self._launches.values())
 
-    def run(self, whose: Any, launches: _Launches, launch: Callable[[], None], capture: Callable[..., Any]) -> None:
-        """``launch``, or its graph if the layer ``whose`` launched the same the last time."""
+    def run(self, whose: Any, launches: Launches, launch: Callable[[], Any], capture: Callable[..., Any]) -> Any:
+        """``launch``, or its graph if ``whose`` launches are those of the last time; its results."""
         last = self._launches.get(whose)
-        if last is None or last.layer is not launches.layer or last.given != launches.given:
+        if last is None or not last.equal(launches):
             before = last and (last.graph or last.before)
             self._launches[whose] = launches._replace(before=before)
-            launch()
-            return
+            return launch()
         graph = last.graph
         if graph is None and (graph := capture(launch)) is not None:
             self._launches[whose] = launches._replace(graph=graph)
-        launch() if graph is None else graph.replay()
+        return launch() if graph is None else graph.replay()
 
 
 class Again:
@@ -97,7 +113,9 @@ class Again:
 
     def __init__(self, num_tokens: int, batch: Batch, parts: Parts | None, form: Form, graphs: Graphs) -> None:
         self.num_tokens, self.batch, self.parts = num_tokens, batch, parts
-        self.form, self._graphs = form, graphs
+        self.form, self.graphs = form, graphs
+        self.is_captured = False
+        """Now, as a whole, so that no layer is captured or replayed by itself."""
         self._workspace = 0
         self._tables: tuple[Tensor, Tensor] | None = None
 
@@ -118,8 +136,6 @@ class Again:
             whose: the layer, hashable.
             step: ``kernels.operations.step``, which takes the rest.
         """
-        if not self._workspace:  # the same for all layers of a step
-            self._workspace = layer.dense.memory(query.device, ((1,), torch.uint8))[0].data_ptr()
         if self.parts is None:
             if self._tables is None:  # the same for all layers, too
                 rows = self.batch.seq_lens.shape[0]
@@ -128,12 +144,20 @@ class Again:
 
         def launch() -> None:
             if self._is_padding_read:
-                self._graphs.clear_padding(value, self.batch)
+                self.graphs.clear_padding(value, self.batch)
             step(layer, query, key, value, cache, self.batch, output, self.parts)
 
-        memory = cache.pages, cache.window, cache.window_block_table, self._workspace
-        given = _key((query, key, value, output, *memory))
-        self.form.run(whose, _Launches(given, layer), launch, self._graphs.capture)
+        if self.is_captured:
+            return launch()
+        memory = cache.pages, cache.window, cache.window_block_table, self.workspace(layer)
+        given = key_of((query, key, value, output, *memory))
+        self.form.run(whose, Launches(given, (layer,)), launch, self.graphs.capture)
+
+    def workspace(self, layer: Layer) -> int:
+        """The address of attention's workspace, the same for all layers of a step."""
+        if not self._workspace:
+            self._workspace = layer.dense.memory(self.batch.seq_lens.device, ((1,), torch.uint8))[0].data_ptr()
+        return self._workspace
 
     @property
     def _is_padding_read(self) -> bool:
@@ -198,7 +222,7 @@ class Graphs:
             block_table = with_rows(block_table, batch.seq_lens.shape[0])
         else:
             batch, parts = batch._replace(max_query_len=size), alike(parts, size, room, self._longest, keep)
-        form = self._form(_key((size, batch, block_table, parts)))
+        form = self._form(key_of((size, batch, block_table, parts)))
         return None if form is None else Again(size, batch, parts, form, self)
 
     def _form(self, key: _Key) -> Form | None:
@@ -220,9 +244,9 @@ class Graphs:
         is_padding = self._rows[: value.shape[0]] >= batch.query_start_loc[-1]
         value.masked_fill_(is_padding[:, None, None], 0)
 
-    def capture(self, launch: Callable[[], Any]) -> Any:
+    def capture(self, launch: Callable[[], Any]) -> Captured | None:
         """A graph of what ``launch`` does, or None if that fails: then nothing is captured any more."""
-        if not self._sizes:  # it failed for another layer of this step
+        if not self._sizes:  # it failed for another layer of this step, or for all of it
             return None
         try:
             return self._capture(launch)
@@ -231,8 +255,8 @@ class Graphs:
             logger.warning("LogQuant: short prompts take the host longer, as no CUDA graph can be captured: %s", error)
             return None
 
-    def _capture(self, launch: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        # no graph has results of its own, so all share memory
+    def _capture(self, launch: Callable[[], Any]) -> Captured:
+        # no graph has results that are read after the next one, so all share memory
         if self._pool is None:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._made.device)
         torch.cuda.synchronize()  # a graph that this one replaces is thrown away
@@ -240,11 +264,11 @@ class Graphs:
         with torch.cuda.stream(self._stream), _no_garbage_collected():
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                launch()
+                results = launch()
             finally:
                 graph.capture_end()
         self._first = self._first or graph
-        return graph
+        return Captured(graph, results)
 
 
 @contextmanager
