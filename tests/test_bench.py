@@ -270,6 +270,26 @@ def test_conversations_on_this_machine(tmp_path: Path) -> None:
         assert record.requests_per_s == pytest.approx(9 / record.total_s) == record.goodput_per_s
 
 
+@pytest.mark.slow
+@pytest.mark.server
+def test_prefix_hits_on_this_machine(tmp_path: Path) -> None:
+    """Each cache finds whole blocks of what was computed before, also when the workload comes again."""
+    pytest.importorskip("vllm")
+    path = tmp_path / "hits.json"
+    engine = json.dumps({"enforce_eager": True, "gpu_memory_utilization": 0.4})
+    workloads = ["--workload", "1x500:20+1"] * 2
+    arguments = ["--dtypes", "auto,logquant", "--kv-gib", "1", "--engine-args", engine, "--json", str(path)]
+    code, output = run("serve", "demo", *workloads, *arguments)
+    assert code == 0 and "1x500:20+1" in output, output
+    found = Results[ServeRecord].model_validate_json(path.read_text()).records
+    # vLLM's CPU backend has blocks of 128, too
+    assert [(r.kv_cache_dtype, r.past_len, r.input_len, r.cached_tokens) for r in found] == [
+        (name, 500, 520, 384) for name in ("auto", "logquant") for _ in range(2)
+    ]
+    for record in found:
+        assert record.repeats == 20 and record.ttft_ms_quartiles[0] <= record.ttft_ms_median
+
+
 def _conversations(name: str, finished: int, ended_s: list[float]) -> ConversationRecord:
     work = Conversations.parse(9, 9, "5+2", shared=0, at_once=1, at_most_s=100.0)
     rate = finished / (total := 100.0)
