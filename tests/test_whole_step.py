@@ -194,6 +194,7 @@ def test_no_capture(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
         ("parallel_config.use_ubatching", True),
         ("lora_config", object()),
         ("offload_config.prefetch.offload_group_size", 4),
+        ("kv_transfer_config", object()),
         ("speculative_config", object()),
         ("model_config.enable_sleep_mode", True),
     ],
@@ -209,6 +210,7 @@ def test_engines_whose_steps_are_more_than_kernels(changed: str, value: Any) -> 
         parallel_config=SimpleNamespace(world_size_across_dp=1, use_ubatching=False),
         lora_config=None,
         offload_config=SimpleNamespace(prefetch=SimpleNamespace(offload_group_size=0)),
+        kv_transfer_config=None,
         speculative_config=None,
         model_config=SimpleNamespace(enable_sleep_mode=False),
     )

@@ -30,8 +30,9 @@ TOKENS = ("input_ids", "positions")
 
 def may_be_whole(vllm_config: Any) -> bool:
     """Whether steps of this engine can be one graph: vLLM captures those of decoding whole, and a step is nothing but
-    its kernels. Ranks would have to capture together; adapters change between steps, and weights are fetched beside.
-    Drafts, whose heads read what the model leaves behind, and engines that sleep were not tried.
+    its kernels. Ranks would have to capture together; adapters change between steps, weights are fetched beside, and
+    connectors are called layer by layer. Drafts, whose heads read what the model leaves behind, and engines that sleep
+    were not tried.
     """
     parallel = vllm_config.parallel_config
     return (
@@ -40,6 +41,7 @@ def may_be_whole(vllm_config: Any) -> bool:
         and parallel.world_size_across_dp == 1
         and not parallel.use_ubatching
         and vllm_config.lora_config is None
+        and vllm_config.kv_transfer_config is None
         and vllm_config.offload_config.prefetch.offload_group_size == 0
         and vllm_config.speculative_config is None
         and not vllm_config.model_config.enable_sleep_mode
