@@ -69,9 +69,9 @@ class Server:
         self.captures = 0
         capture = self.graphs.capture
 
-        def counted(launch: Any) -> Any:
+        def counted(launch: Any, **kind: bool) -> Any:
             self.captures += 1
-            return capture(launch) if ON_GPU else LaunchedAgain(launch)
+            return capture(launch, **kind) if ON_GPU else LaunchedAgain(launch)
 
         self.graphs.capture = counted  # type: ignore[method-assign]
         self.starts, self.lens = (torch.zeros(n + x, dtype=torch.int32, device=DEVICE) for x in (1, 0))

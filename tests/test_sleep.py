@@ -252,9 +252,9 @@ def test_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     captures = 0
 
-    def counted(graphs: Graphs, launch: Any) -> Any:
+    def counted(graphs: Graphs, launch: Any, **kind: bool) -> Any:
         nonlocal captures
-        graph = capture(graphs, launch)
+        graph = capture(graphs, launch, **kind)
         captures += graph is not None
         return graph
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 from logquant_vllm.core.paged import PagedCache
+from tests.models import create_config, write_config
 from tests.paging import assert_close, random_qkv
 from tests.pair import DEVICE, ON_GPU
-from tests.test_replay import HEAD_SIZES, HEADS, KV_HEADS, Server, servers
+from tests.test_replay import HEAD_SIZES, HEADS, KV_HEADS, LaunchedAgain, Server, servers
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -31,12 +33,20 @@ class Model:
         self.server = server
         pages = server.side.cache.pages
         self.layers = [
-            SimpleNamespace(impl=SimpleNamespace(launches_alone=True, layer=server.layer), kv_cache=memory)
+            SimpleNamespace(
+                impl=SimpleNamespace(
+                    launches_alone=True, layer=server.layer, memory=lambda kv_cache: (kv_cache, kv_cache)
+                ),
+                kv_cache=memory,
+            )
             for memory in (pages, pages.clone())
         ]
         self.buffers = {size: [[x.clone() for x in rows] for _ in NAMES] for size, rows in server.rows.items()}
         self.others: dict[str, Any] = {}  # what further layers are told
+        self.positions = {size: torch.zeros(size, dtype=torch.long, device=DEVICE) for size in server.rows}
         self.embeds: torch.Tensor | None = None
+        self.is_padding = torch.zeros(128, dtype=torch.bool, device=DEVICE)
+        self.breaks = False  # while it is captured
         self.modes: list[str] = []  # in which the forward was run
 
     def forward(self, context: Any, tables: tuple[torch.Tensor, ...], of_layers: list[list[torch.Tensor]]) -> Any:
@@ -56,6 +66,8 @@ class Model:
                 operations.step(layer.impl.layer, *qkv, cache, metadata.batch, output, metadata.parts)
             else:
                 metadata.again.step(name, operations.step, layer.impl.layer, *qkv, cache, output)
+            if self.breaks and metadata.again is not None and metadata.again.is_captured:
+                raise AssertionError("nothing of this stream is known")
         first, second = (rows[3] for rows in of_layers)
         return first + second, [first * 2, second * 2]
 
@@ -75,6 +87,7 @@ class Model:
             no_compile_layers=dict(zip(NAMES, self.layers, strict=True)),
             attn_metadata={NAMES[0]: metadata, NAMES[1]: metadata, "window": windows, **self.others},
             slot_mapping={},
+            is_padding=self.is_padding,
             cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE,
         )
         of_layers = [[*tensors, torch.full_like(tensors[0], torch.nan)] for tensors in qkv]
@@ -85,9 +98,10 @@ class Model:
                     buffer[:count] = x
         forward = partial(self.forward, context, (cache.block_table, cache.window_block_table), of_layers)
         with override_forward_context(context):
-            inputs = {"input_ids": of_layers[0][0], "inputs_embeds": self.embeds}
+            positions = self.positions[again.num_tokens] if again else None
+            inputs = {"input_ids": of_layers[0][0], "positions": positions, "inputs_embeds": self.embeds}
             first, others = whole_step.run(self, inputs, forward) if whole else forward()
-        assert context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
+        assert context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE and not (again and again.is_captured)
         return [x[:count].clone() for x in (first, *others)]
 
 
@@ -153,6 +167,15 @@ def test_nothing_stale_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None
     for layer in whole.layers:
         layer.impl.layer = layer.impl.layer._replace(softcap=0.0)
         twice(*ANEW)
+    for index, table in enumerate(whole.server.tables):
+        whole.server.tables[index] = table.clone()
+        twice(*ANEW)
+    whole.buffers[8][0][0] = whole.buffers[8][0][0].clone()  # what the model is given, here
+    twice(*ANEW)
+    whole.positions[8] = whole.positions[8].clone()
+    twice(*ANEW)
+    whole.is_padding = whole.is_padding.clone()
+    twice(*ANEW)
     whole.layers[1].impl.launches_alone = False
     twice("PIECEWISE", "PIECEWISE")
     whole.layers[1].impl.launches_alone = True
@@ -162,65 +185,115 @@ def test_nothing_stale_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None
     whole.embeds = torch.zeros(8, 4)  # of a prompt with pictures
     twice("PIECEWISE", "PIECEWISE")
     whole.embeds = None
+    positions, whole.positions[8] = whole.positions[8], torch.zeros(9)  # padded to another size than we know of
+    twice("PIECEWISE", "PIECEWISE")
+    whole.positions[8] = positions
     twice(*REPLAYED, *REPLAYED)
 
 
-@pytest.mark.skipif(ON_GPU, reason="captures")
-def test_no_capture(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Where a step cannot be captured it is run as ever, and the log says so, once."""
+def test_a_step_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """If something fails halfway, the step is run as ever, and layers are replayed; the log says so, once."""
     sides = models(64, torch.float16, monkeypatch)
     whole = sides[1]
-    graphs = whole.server.graphs
+    server = whole.server
+    monkeypatch.setattr(server.graphs, "capture", type(server.graphs).capture.__get__(server.graphs))
+    if not ON_GPU:
+        captured = 0
+
+        def capture(launch: Callable[[], Any]) -> Any:
+            nonlocal captured
+            if whole.layers[0].impl.layer is not None and "whole" in launch.__qualname__:
+                launch()
+            captured += 1
+            return LaunchedAgain(launch)
+
+        monkeypatch.setattr(server.graphs, "_capture", capture)
     step_both(sides, [0], [150], 0)
     whole.modes.clear()
-
-    def fails(launch: Callable[[], Any]) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(graphs, "_capture", fails)
-    monkeypatch.setattr(graphs, "capture", type(graphs).capture.__get__(graphs))
+    whole.breaks = True
     with caplog.at_level("WARNING", logger="vllm.logquant_vllm.plugin.replay"):
         for seed, new in enumerate((3, 4, 5, 6)):
             step_both(sides, [0], [new], seed)
-    assert whole.modes == ["PIECEWISE"] * 4
-    assert sum("no CUDA graph can be captured" in record.message for record in caplog.records) == 1
+    assert whole.modes == ["PIECEWISE", "NONE", "PIECEWISE", "PIECEWISE", "PIECEWISE"]
+    (said,) = (record.message for record in caplog.records if "layer by layer" in record.message)
+    assert "nothing of this stream is known" in said
+    assert ON_GPU or captured == 2, "each layer by itself"
 
 
-@pytest.mark.parametrize(
-    ("changed", "value"),
-    [
-        ("cache_config.cache_dtype", "auto"),
-        ("parallel_config.world_size_across_dp", 2),
-        ("parallel_config.use_ubatching", True),
-        ("lora_config", object()),
-        ("offload_config.prefetch.offload_group_size", 4),
-        ("kv_transfer_config", object()),
-        ("speculative_config", object()),
-        ("model_config.enable_sleep_mode", True),
-    ],
-)
-def test_engines_whose_steps_are_more_than_kernels(changed: str, value: Any) -> None:
+CHANGES: list[tuple[str, Any]] = [
+    ("cache_config.cache_dtype", "auto"),
+    ("compilation_config.cudagraph_mode", "PIECEWISE"),
+    ("parallel_config.world_size", 2),
+    ("parallel_config.enable_dbo", True),
+    ("lora_config", SimpleNamespace()),
+    ("offload_config.prefetch.offload_group_size", 4),
+    ("speculative_config", SimpleNamespace()),
+    ("model_config.enable_sleep_mode", True),
+]
+
+
+def test_engines_whose_steps_are_more_than_kernels(tmp_path: Path) -> None:
     from vllm.config import CUDAGraphMode
 
     from logquant_vllm.plugin.whole_step import may_be_whole
 
-    config = SimpleNamespace(
-        cache_config=SimpleNamespace(cache_dtype="logquant"),
-        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
-        parallel_config=SimpleNamespace(world_size_across_dp=1, use_ubatching=False),
-        lora_config=None,
-        offload_config=SimpleNamespace(prefetch=SimpleNamespace(offload_group_size=0)),
-        kv_transfer_config=None,
-        speculative_config=None,
-        model_config=SimpleNamespace(enable_sleep_mode=False),
-    )
-    assert may_be_whole(config)
-    config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
-    assert not may_be_whole(config)
+    config = create_config(write_config(tmp_path))
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    owner: Any = config
-    *path, name = changed.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    setattr(owner, name, value)
-    assert not may_be_whole(config)
+    assert may_be_whole(config)
+    for changed, value in CHANGES:
+        owner: Any = config
+        *path, name = changed.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        before = getattr(owner, name)
+        # around the checks of vLLM's classes, which want whole configurations
+        object.__setattr__(owner, name, CUDAGraphMode[value] if name == "cudagraph_mode" else value)
+        assert not may_be_whole(config), changed
+        object.__setattr__(owner, name, before)
+    assert may_be_whole(config)
+
+
+def test_the_runners_method_is_wrapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, on a GPU with runner V2; steps of other engines, and those that vLLM breaks by itself, are left alone."""
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+
+    from logquant_vllm.plugin import patches, whole_step
+
+    config = create_config(write_config(tmp_path))
+    original = ModelCudaGraphManager.run_pw_graph
+    monkeypatch.setattr(ModelCudaGraphManager, "run_pw_graph", original)  # put back afterwards
+    v1 = SimpleNamespace(use_v2_model_runner=False)
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: False, raising=False)
+    patches._patch_runner(SimpleNamespace(use_v2_model_runner=True))
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True, raising=False)
+    patches._patch_runner(v1)
+    assert ModelCudaGraphManager.run_pw_graph is original
+    for _ in range(2):
+        patches._patch_runner(SimpleNamespace(use_v2_model_runner=True))
+    assert getattr(ModelCudaGraphManager.run_pw_graph, patches._MARK) is original
+
+    asked = []
+    monkeypatch.setattr(whole_step, "run", lambda model, inputs, forward: asked.append(inputs) or forward())
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    manager = object.__new__(ModelCudaGraphManager)
+    manager.vllm_config, manager.use_breakable_cg = config, False
+    inputs = {"input_ids": 3}
+    assert manager.run_pw_graph(lambda input_ids: input_ids + 1, inputs) == 4 and asked == [inputs]
+    manager.use_breakable_cg, manager.breakable_cg_runner = True, lambda input_ids: input_ids + 2
+    assert manager.run_pw_graph(None, inputs) == 5 and len(asked) == 1
+    config.compilation_config.cudagraph_mode, manager.use_breakable_cg = CUDAGraphMode.PIECEWISE, False
+    assert manager.run_pw_graph(lambda input_ids: input_ids + 1, inputs) == 4 and len(asked) == 1
+
+
+def test_a_runner_that_has_changed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+
+    from logquant_vllm.plugin import patches
+
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True, raising=False)
+    monkeypatch.setattr(ModelCudaGraphManager, "run_pw_graph", lambda self, model, inputs, stream: None)
+    with pytest.raises(RuntimeError, match="This vLLM has changed"):
+        patches._patch_runner(SimpleNamespace(use_v2_model_runner=True))

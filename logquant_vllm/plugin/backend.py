@@ -369,6 +369,7 @@ class LogQuantImpl(AttentionImpl[LogQuantMetadata]):
         if again is not None and query.shape[0] == again.num_tokens and self.launches_alone:
             again.step(self, self.operations.step, self._layer, query, key, value, cache, output)
             return output
+        assert again is None or not again.is_captured, "a graph would keep this step's number of tokens"
         count, batch = attn_metadata.num_actual_tokens, attn_metadata.batch
         parts = attn_metadata.mm_prefix_range or attn_metadata.parts
         # a layer that reads the tokens of another may have no keys and values

@@ -17,7 +17,6 @@ from __future__ import annotations
 import bisect
 import gc
 import logging
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -63,7 +62,7 @@ class Launches(NamedTuple):
 
     def equal(self, other: Launches) -> bool:
         """Whether a graph of the one is one of the other."""
-        return self.given == other.given and all(map(operator.is_, self.kept, other.kept))
+        return self.given == other.given and [*map(id, self.kept)] == [*map(id, other.kept)]
 
 
 class Captured:
@@ -197,6 +196,8 @@ class Graphs:
         self._rows = torch.arange(max(sizes, default=0), dtype=torch.int32, device=device)
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self.captures_whole = True
+        """Whether no step failed to be captured as a whole."""
         self._first: Any = None  # graph: torch captures into no pool whose graphs are all thrown away
 
     def again(self, num_tokens: int, batch: Batch, block_table: Tensor, parts: Parts | None, room: int) -> Again | None:
@@ -244,15 +245,27 @@ class Graphs:
         is_padding = self._rows[: value.shape[0]] >= batch.query_start_loc[-1]
         value.masked_fill_(is_padding[:, None, None], 0)
 
-    def capture(self, launch: Callable[[], Any]) -> Captured | None:
-        """A graph of what ``launch`` does, or None if that fails: then nothing is captured any more."""
-        if not self._sizes:  # it failed for another layer of this step, or for all of it
+    def capture(self, launch: Callable[[], Any], is_whole: bool = False) -> Captured | None:
+        """A graph of what ``launch`` does, or None if that fails: then nothing of the kind is captured any more.
+
+        Args:
+            is_whole: a step, where anything may fail: kernels of other projects may ask for what they need of a stream
+                that they do not know. Layers are captured one by one then.
+        """
+        if not (self.captures_whole if is_whole else self._sizes):  # it failed for another layer of this step
             return None
         try:
             return self._capture(launch)
-        except RuntimeError as error:
-            self._sizes = []
-            logger.warning("LogQuant: short prompts take the host longer, as no CUDA graph can be captured: %s", error)
+        except Exception as error:
+            if not (is_whole or isinstance(error, RuntimeError)):
+                raise
+            cause = error.__context__ or error  # what ended the capture, not that it has ended
+            if is_whole:
+                self.captures_whole = False
+                logger.warning("LogQuant: short prompts are replayed layer by layer: capturing all failed: %r", cause)
+            else:
+                self._sizes = []
+                logger.warning("LogQuant: short prompts take the host longer, as capturing them failed: %r", cause)
             return None
 
     def _capture(self, launch: Callable[[], Any]) -> Captured:
@@ -265,6 +278,10 @@ class Graphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 results = launch()
+            except BaseException:
+                if self._first is None:  # the only graph in the pool
+                    self._pool = None
+                raise
             finally:
                 graph.capture_end()
         self._first = self._first or graph

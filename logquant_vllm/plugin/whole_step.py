@@ -30,9 +30,9 @@ TOKENS = ("input_ids", "positions")
 
 def may_be_whole(vllm_config: Any) -> bool:
     """Whether steps of this engine can be one graph: vLLM captures those of decoding whole, and a step is nothing but
-    its kernels. Ranks would have to capture together; adapters change between steps, weights are fetched beside, and
-    connectors are called layer by layer. Drafts, whose heads read what the model leaves behind, and engines that sleep
-    were not tried.
+    its kernels. Ranks would have to capture together, adapters change between steps, and weights are fetched beside; of
+    the connectors that are supported none does anything layer by layer. Drafts, whose heads read what the model leaves
+    behind, and engines that sleep were not tried.
     """
     parallel = vllm_config.parallel_config
     return (
@@ -41,7 +41,6 @@ def may_be_whole(vllm_config: Any) -> bool:
         and parallel.world_size_across_dp == 1
         and not parallel.use_ubatching
         and vllm_config.lora_config is None
-        and vllm_config.kv_transfer_config is None
         and vllm_config.offload_config.prefetch.offload_group_size == 0
         and vllm_config.speculative_config is None
         and not vllm_config.model_config.enable_sleep_mode
@@ -57,25 +56,26 @@ def run(model: Any, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> An
         forward: runs the model, as the context says.
     """
     context = get_forward_context()
-    layers, described = _layers(context), _described(context.attn_metadata)
-    if not layers or not described or any(x is not None for name, x in inputs.items() if name not in TOKENS):
+    step, layers = _described(context.attn_metadata), _layers(context)
+    if step is None or not layers or any(x is not None for name, x in inputs.items() if name not in TOKENS):
         return forward()
-    first, *others = described
+    if inputs["positions"].shape[-1] != step.num_tokens or not step.graphs.captures_whole:
+        return forward()
     tables = [m.block_table for m in _each(context.attn_metadata) if isinstance(m, WindowMetadata)]
-    memory = [layer.kv_cache for layer in layers]
-    workspace = first.workspace(layers[0].impl.layer)
+    memory = [layer.impl.memory(layer.kv_cache) for layer in layers]
+    workspace = step.workspace(layers[0].impl.layer)
     given = key_of((list(inputs), list(inputs.values()), context.is_padding, tables, memory, workspace))
-    kept = model, *(layer.impl.layer for layer in layers), *(step.form for step in others)
 
     def capture(launch: Callable[[], Any]) -> Any:
         def whole() -> Any:
-            with _without_pieces(context, described):
+            with _without_pieces(context, step):
                 # read before the next step, so their memory is free for other graphs
                 return tree_map_only(torch.Tensor, weak_ref_tensors, launch())
 
-        return first.graphs.capture(whole)
+        return step.graphs.capture(whole, is_whole=True)
 
-    return first.form.run("model", Launches(given, kept), forward, capture)
+    kept = model, *(layer.impl.layer for layer in layers)
+    return step.form.run("model", Launches(given, kept), forward, capture)
 
 
 def _each(attn_metadata: Any) -> list[Any]:
@@ -83,15 +83,10 @@ def _each(attn_metadata: Any) -> list[Any]:
     return [*{id(m): m for m in attn_metadata.values()}.values()] if isinstance(attn_metadata, dict) else []
 
 
-def _described(attn_metadata: Any) -> list[Again]:
-    """The step, as every table of blocks has it; none if it may not come again for all layers."""
-    found = []
-    for metadata in _each(attn_metadata):
-        if isinstance(metadata, LogQuantMetadata) and metadata.again is not None:
-            found.append(metadata.again)
-        elif not isinstance(metadata, WindowMetadata):
-            return []
-    return found
+def _described(attn_metadata: Any) -> Again | None:
+    """The step, if all layers with a cache are told the same of it, and it may come again."""
+    told = [m for m in _each(attn_metadata) if not isinstance(m, WindowMetadata)]
+    return told[0].again if len(told) == 1 and isinstance(told[0], LogQuantMetadata) else None
 
 
 def _layers(context: Any) -> Sequence[Any]:
@@ -102,14 +97,12 @@ def _layers(context: Any) -> Sequence[Any]:
 
 
 @contextmanager
-def _without_pieces(context: Any, described: Sequence[Again]) -> Iterator[None]:
+def _without_pieces(context: Any, step: Again) -> Iterator[None]:
     """Everything is launched, neither vLLM's graphs nor ours."""
     mode, context.cudagraph_runtime_mode = context.cudagraph_runtime_mode, CUDAGraphMode.NONE
-    for step in described:
-        step.is_captured = True
+    step.is_captured = True
     try:
         yield
     finally:
         context.cudagraph_runtime_mode = mode
-        for step in described:
-            step.is_captured = False
+        step.is_captured = False
