@@ -154,7 +154,7 @@ def measure(llm: Any, plan: Plan, workload: Workload, capacity: int) -> ServeRec
         prefill_s=prefill,
         decode_tok_s=tokens / (total - prefill) if workload.output_len > 1 else 0.0,
         ttft_ms_median=statistics.median(first_ms),
-        ttft_ms_quartiles=statistics.quantiles(first_ms)[::2] if len(first_ms) > 1 else [],
+        ttft_ms_quartiles=statistics.quantiles(first_ms, method="inclusive")[::2] if len(first_ms) > 1 else [],
         tpot_ms_median=1000 * statistics.median(per_token),
         repeats=repeats,
         cached_tokens=statistics.median(output.num_cached_tokens or 0 for output in finished),

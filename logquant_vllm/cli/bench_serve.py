@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from logquant_vllm.cli.arguments import check_output, parse_json
 from logquant_vllm.cli.engine import installed_engine
@@ -110,6 +110,12 @@ def serve(
     if drafts := parse_json("--speculative", speculative):
         engine["speculative_config"] = drafts
     engine |= parse_json("--engine-args", engine_args)
+    most = engine["max_model_len"]
+    if isinstance(most, int) and 0 < most < longest:
+        raise ValueError(
+            f"requests grow to {longest:,} tokens, and the max_model_len of --engine-args is {most:,}: give one that "
+            "is as large, or none"
+        )
     check_output("--json", output)
     need_engine()
     with contextlib.ExitStack() as stack:
@@ -186,17 +192,23 @@ def _described(record: ServeRecord | ConversationRecord) -> str:
             f"first token {record.ttft_ms_median:.0f} ms, then {record.tpot_ms_median:.2f} ms, "
             f"{record.prefix_hit_rate:.0%} cached"
         )
-    drafts = f", {record.acceptance_length:.2f} tokens a step" if record.num_speculative_tokens else ""
-    return (
-        f"{record.kv_cache_dtype:>9} {_lengths(record)}: {record.total_s:.2f} s, "
-        f"{record.output_tok_s:.0f} tok/s, decoding {record.decode_tok_s:.0f} tok/s, "
-        f"first token {record.ttft_ms_median:.0f} ms, then {record.tpot_ms_median:.2f} ms{drafts}"
-    )
+    described = f"{record.kv_cache_dtype:>9} {_lengths(record)}: {record.total_s:.2f} s"
+    if record.output_len > 1:
+        described += f", {record.output_tok_s:.0f} tok/s, decoding {record.decode_tok_s:.0f} tok/s"
+    described += f", first token {record.ttft_ms_median:.1f} ms"
+    if record.past_len:
+        described += f" behind {record.cached_tokens:,.0f} cached tokens"
+    if record.output_len > 1:
+        described += f", then {record.tpot_ms_median:.2f} ms"
+    if record.num_speculative_tokens and record.output_len > 1:
+        described += f", {record.acceptance_length:.2f} tokens a step"
+    return described
 
 
 def _comparison(found: list[ServeRecord]) -> Table:
     """Ratios to the first dtype, above 1 where the other is better."""
-    table = Table("workload", "KV cache", "tokens that fit", "total", "decoding", "first token", "per token")
+    workload = Column("workload", min_width=max(len(_lengths(r)) for r in found))
+    table = Table(workload, "KV cache", "tokens that fit", "total", "decoding", "first token", "per token")
     base = {_lengths(r): r for r in reversed(found)}
     for r in found:
         b = base[_lengths(r)]
