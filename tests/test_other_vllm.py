@@ -28,7 +28,8 @@ pytestmark = [
     "files",
     [
         pytest.param(
-            "test_engine test_register test_planning test_window_manager test_quiet test_configs", id="engine"
+            "test_engine test_register test_planning test_window_manager test_quiet test_configs test_whole_step",
+            id="engine",
         ),
         pytest.param(
             "test_startup test_startup_drafts test_startup_layers test_startup_pipeline test_startup_calibration "
