@@ -227,6 +227,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("parallel_config.enable_dbo", True),
     ("lora_config", SimpleNamespace()),
     ("offload_config.prefetch.offload_group_size", 4),
+    ("quant_config", SimpleNamespace()),
     ("speculative_config", SimpleNamespace()),
     ("model_config.enable_sleep_mode", True),
 ]

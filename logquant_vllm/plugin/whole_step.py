@@ -32,7 +32,8 @@ def may_be_whole(vllm_config: Any) -> bool:
     """Whether steps of this engine can be one graph: vLLM captures those of decoding whole, and a step is nothing but
     its kernels. Ranks would have to capture together, adapters change between steps, and weights are fetched beside; of
     the connectors that are supported none does anything layer by layer. Drafts, whose heads read what the model leaves
-    behind, and engines that sleep were not tried.
+    behind, quantized weights, of whose kernels Marlin's keep something for each stream, and engines that sleep were not
+    tried.
     """
     parallel = vllm_config.parallel_config
     return (
@@ -42,6 +43,7 @@ def may_be_whole(vllm_config: Any) -> bool:
         and not parallel.use_ubatching
         and vllm_config.lora_config is None
         and vllm_config.offload_config.prefetch.offload_group_size == 0
+        and vllm_config.quant_config is None
         and vllm_config.speculative_config is None
         and not vllm_config.model_config.enable_sleep_mode
     )
