@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from logquant_vllm import calibration
@@ -253,19 +255,23 @@ def test_goodput_counts_turns_within_both_limits() -> None:
     assert found.prefix_hit_rate == 0.5
 
 
+def measured_here(folder: Path, record: type[BaseModel], *arguments: str) -> tuple[str, list[Any]]:
+    """What ``bench serve`` prints and writes of the demo model with vLLM's cache and ours."""
+    pytest.importorskip("vllm")
+    path = folder / "figures.json"
+    engine = json.dumps({"enforce_eager": True, "gpu_memory_utilization": 0.4})
+    options = ["--dtypes", "auto,logquant", "--kv-gib", "1", "--engine-args", engine, "--json", str(path)]
+    code, output = run("serve", "demo", *arguments, *options)
+    assert code == 0, output
+    return output, Results[record].model_validate_json(path.read_text()).records  # type: ignore[valid-type]
+
+
 @pytest.mark.slow
 @pytest.mark.server
 def test_conversations_on_this_machine(tmp_path: Path) -> None:
     """Every turn but the first finds what was said before, but for its last, unfinished page."""
-    pytest.importorskip("vllm")
-    path = tmp_path / "conversations.json"
-    engine = json.dumps({"enforce_eager": True, "gpu_memory_utilization": 0.4})
-    arguments = ["serve", "demo", "--conversations", "3", "--turns", "3", "--grow", "300+8", "--at-once", "2"]
-    code, output = run(
-        *arguments, "--dtypes", "auto,logquant", "--kv-gib", "1", "--engine-args", engine, "--json", str(path)
-    )
-    assert code == 0, output
-    found = Results[ConversationRecord].model_validate_json(path.read_text()).records
+    arguments = ["--conversations", "3", "--turns", "3", "--grow", "300+8", "--at-once", "2"]
+    _, found = measured_here(tmp_path, ConversationRecord, *arguments)
     assert [record.kv_cache_dtype for record in found] == ["auto", "logquant"]
     for record, block in zip(found, (16, 128), strict=True):
         ends = [308 * turn // block * block for turn in (1, 2)]
@@ -278,14 +284,8 @@ def test_conversations_on_this_machine(tmp_path: Path) -> None:
 @pytest.mark.server
 def test_prefix_hits_on_this_machine(tmp_path: Path) -> None:
     """Each cache finds whole blocks of what was computed before, also when the workload comes again."""
-    pytest.importorskip("vllm")
-    path = tmp_path / "hits.json"
-    engine = json.dumps({"enforce_eager": True, "gpu_memory_utilization": 0.4})
-    workloads = ["--workload", "1x500:20+1"] * 2
-    arguments = ["--dtypes", "auto,logquant", "--kv-gib", "1", "--engine-args", engine, "--json", str(path)]
-    code, output = run("serve", "demo", *workloads, *arguments)
-    assert code == 0 and "behind 384 cached tokens" in output, output
-    found = Results[ServeRecord].model_validate_json(path.read_text()).records
+    output, found = measured_here(tmp_path, ServeRecord, *["--workload", "1x500:20+1"] * 2)
+    assert "behind 384 cached tokens" in output, output
     # vLLM's CPU backend has blocks of 128, too
     assert [(r.kv_cache_dtype, r.past_len, r.input_len, r.cached_tokens) for r in found] == [
         (name, 500, 520, 384) for name in ("auto", "logquant") for _ in range(2)

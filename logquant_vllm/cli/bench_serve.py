@@ -192,17 +192,16 @@ def _described(record: ServeRecord | ConversationRecord) -> str:
             f"first token {record.ttft_ms_median:.0f} ms, then {record.tpot_ms_median:.2f} ms, "
             f"{record.prefix_hit_rate:.0%} cached"
         )
-    described = f"{record.kv_cache_dtype:>9} {_lengths(record)}: {record.total_s:.2f} s"
-    if record.output_len > 1:
-        described += f", {record.output_tok_s:.0f} tok/s, decoding {record.decode_tok_s:.0f} tok/s"
-    described += f", first token {record.ttft_ms_median:.1f} ms"
-    if record.past_len:
-        described += f" behind {record.cached_tokens:,.0f} cached tokens"
-    if record.output_len > 1:
-        described += f", then {record.tpot_ms_median:.2f} ms"
-    if record.num_speculative_tokens and record.output_len > 1:
-        described += f", {record.acceptance_length:.2f} tokens a step"
-    return described
+    decodes = record.output_len > 1
+    behind = f" behind {record.cached_tokens:,.0f} cached tokens" if record.past_len else ""
+    pieces = [
+        f"{record.total_s:.2f} s",
+        f"{record.output_tok_s:.0f} tok/s, decoding {record.decode_tok_s:.0f} tok/s" if decodes else "",
+        f"first token {record.ttft_ms_median:.1f} ms{behind}",
+        f"then {record.tpot_ms_median:.2f} ms" if decodes else "",
+        f"{record.acceptance_length:.2f} tokens a step" if decodes and record.num_speculative_tokens else "",
+    ]
+    return f"{record.kv_cache_dtype:>9} {_lengths(record)}: " + ", ".join(filter(None, pieces))
 
 
 def _comparison(found: list[ServeRecord]) -> Table:

@@ -9,11 +9,11 @@ steps of decoding alone; where it would not, nor do we (:func:`may_be_whole`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
@@ -58,12 +58,15 @@ def run(model: Any, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> An
         forward: runs the model, as the context says.
     """
     context = get_forward_context()
-    step, layers = _described(context.attn_metadata), _layers(context)
-    if step is None or not layers or any(x is not None for name, x in inputs.items() if name not in TOKENS):
+    step, tables = _described(context.attn_metadata)
+    if step is None or any(x is not None for name, x in inputs.items() if name not in TOKENS):
         return forward()
-    if inputs["positions"].shape[-1] != step.num_tokens or not step.graphs.captures_whole:
+    layers = [
+        context.no_compile_layers[name] for name, m in context.attn_metadata.items() if isinstance(m, LogQuantMetadata)
+    ]
+    are_alone = all(layer.impl.launches_alone for layer in layers)
+    if not (are_alone and step.graphs.captures_whole and inputs["positions"].shape[-1] == step.num_tokens):
         return forward()
-    tables = [m.block_table for m in _each(context.attn_metadata) if isinstance(m, WindowMetadata)]
     memory = [layer.impl.memory(layer.kv_cache) for layer in layers]
     workspace = step.workspace(layers[0].impl.layer)
     given = key_of((list(inputs), list(inputs.values()), context.is_padding, tables, memory, workspace))
@@ -72,7 +75,7 @@ def run(model: Any, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> An
         def whole() -> Any:
             with _without_pieces(context, step):
                 # read before the next step, so their memory is free for other graphs
-                return tree_map_only(torch.Tensor, weak_ref_tensors, launch())
+                return tree_map_only(Tensor, weak_ref_tensors, launch())
 
         return step.graphs.capture(whole, is_whole=True)
 
@@ -80,22 +83,14 @@ def run(model: Any, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> An
     return step.form.run("model", Launches(given, kept), forward, capture)
 
 
-def _each(attn_metadata: Any) -> list[Any]:
-    """What layers are told of a step, each once; nothing where they are told of several."""
-    return [*{id(m): m for m in attn_metadata.values()}.values()] if isinstance(attn_metadata, dict) else []
-
-
-def _described(attn_metadata: Any) -> Again | None:
-    """The step, if all layers with a cache are told the same of it, and it may come again."""
-    told = [m for m in _each(attn_metadata) if not isinstance(m, WindowMetadata)]
-    return told[0].again if len(told) == 1 and isinstance(told[0], LogQuantMetadata) else None
-
-
-def _layers(context: Any) -> Sequence[Any]:
-    """vLLM's layers whose attention is ours; none if one has more to do in a step than to launch."""
-    metadata = context.attn_metadata if isinstance(context.attn_metadata, dict) else {}
-    ours = [context.no_compile_layers[name] for name, m in metadata.items() if isinstance(m, LogQuantMetadata)]
-    return ours if all(layer.impl.launches_alone for layer in ours) else []
+def _described(attn_metadata: Any) -> tuple[Again | None, list[Tensor]]:
+    """The step, if all layers with a cache are told the same of it and it may come again, and the tables of windows."""
+    if not isinstance(attn_metadata, dict):  # none, or of several steps
+        return None, []
+    told = {id(m): m for m in attn_metadata.values()}.values()
+    tables = [m.block_table for m in told if isinstance(m, WindowMetadata)]
+    ours = [m for m in told if isinstance(m, LogQuantMetadata)]
+    return (ours[0].again if len(ours) == 1 and len(ours) + len(tables) == len(told) else None), tables
 
 
 @contextmanager
